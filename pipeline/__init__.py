@@ -1,0 +1,1 @@
+"""What every stage shares: configuration, run directory, checkpoints, metrics. Knows no image and no layer."""

@@ -1,0 +1,194 @@
+"""Checkpoints: arrays and a small header in one file, complete or not there, checked before use.
+
+A checkpoint is a safetensors file: a JSON header and the raw arrays, no pickle, readable by other programs. Its
+metadata holds our own header (step, epoch, what the run was) and a SHA-256 over that header and all arrays, so that
+any damaged byte is noticed. ``latest.json`` names the newest and ``best.json`` the best by validation; each is
+written after the file it names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from pipeline.errors import PipelineError
+from pipeline.run_dir import make_folder, read_sealed, remove, sync_folder, write_atomic, write_error, write_sealed
+
+Arrays = dict[str, np.ndarray]
+_SEAL = "sha256"
+_NAME = re.compile(r"step-(\d{8,})\.ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    header: dict[str, Any]
+    arrays: Arrays
+
+
+def save_checkpoint(folder: Path, step: int, header: dict[str, Any], arrays: Arrays) -> Path:
+    """Write ``step-<step>.ckpt`` into ``folder`` and point ``latest.json`` at it."""
+    path = make_folder(folder) / f"step-{step:08d}.ckpt"
+    header = {**header, "step": step}
+    # One entry, because safetensors writes several in no fixed order and equal checkpoints shall be equal files.
+    metadata = {"header": _canonical({**header, _SEAL: _digest(header, arrays)})}
+
+    def write(file: BinaryIO) -> None:
+        file.write(save(arrays, metadata))
+
+    write_atomic(path, write)
+    note_latest(folder, path)
+    return path
+
+
+_OTHER: Final = "choose another with --checkpoint, or let --stage train --resume go on from an older one"
+
+
+def load_checkpoint(path: Path, remedy: str = _OTHER) -> Checkpoint:
+    """Read a checkpoint and check every byte of it; ``remedy`` ends the sentence told when it cannot be used.
+
+    Raises
+    ------
+    PipelineError
+        The file is missing, cut short, damaged, or no checkpoint of ours.
+    """
+    damaged = f"the checkpoint {path} is damaged"
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict: it has no __iter__
+    except FileNotFoundError as error:
+        raise PipelineError(f"there is no checkpoint {path}; {remedy}") from error
+    except OSError as error:
+        raise PipelineError(f"cannot read the checkpoint {path}: {error.strerror or error}; {remedy}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PipelineError(f"{damaged} or no checkpoint of this program ({error}); {remedy}") from error
+    try:
+        header = json.loads(metadata["header"])
+        seal = header.pop(_SEAL)
+        if type(header["step"]) is not int or header["step"] < 0:
+            raise ValueError("no step")
+        sound = seal == _digest(header, arrays)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PipelineError(
+            f"{damaged} or no checkpoint of this program: its header names no step; {remedy}"
+        ) from error
+    odd = [name for name, array in arrays.items() if array.dtype != np.float32]
+    if odd:
+        raise PipelineError(f"{path} is no checkpoint of this program: {odd[0]} is not float32; {remedy}")
+    if not sound:
+        raise PipelineError(f"{damaged}: its contents do not match its checksum; {remedy}")
+    return Checkpoint(path, header, arrays)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoint files of a run, oldest first."""
+    found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def newest_sound(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that passes its check, and what was wrong with newer ones."""
+    complaints = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            return load_checkpoint(path, "an older checkpoint is tried instead"), complaints
+        except PipelineError as error:
+            complaints.append(str(error))
+    return None, complaints
+
+
+def find_checkpoint(folder: Path, which: str) -> Path:
+    """The file ``latest`` or ``best`` stands for, or the path given."""
+    if which not in ("latest", "best"):
+        return Path(which)
+    index = folder / f"{which}.json"
+    if not checkpoints(folder):
+        raise PipelineError(
+            f"there is no checkpoint in {folder}; "
+            f"train first: python run_pipeline.py --stage train --run {folder.parent}"
+        )
+    return folder / _read_index(index, "name a checkpoint file with --checkpoint PATH instead")["checkpoint"]
+
+
+def note_latest(folder: Path, path: Path) -> None:
+    """Point ``latest.json`` at the checkpoint ``path``."""
+    write_sealed(folder / "latest.json", {"checkpoint": path.name, "step": step_of(path)})
+
+
+def best_of(folder: Path) -> dict[str, Any] | None:
+    """The contents of ``best.json`` (checkpoint, step, top1), None before the first validation."""
+    path = folder / "best.json"
+    if not path.exists():
+        return None
+    return _read_index(
+        path, f"remove it and go on with: python run_pipeline.py --stage train --resume --run {folder.parent}"
+    )
+
+
+def note_best(folder: Path, path: Path, step: int, top1: float) -> None:
+    """Point ``best.json`` at ``path`` if its accuracy beats the best so far; ties keep the earlier one."""
+    best = best_of(folder)
+    # A run resumed from an older checkpoint validates the same epoch again: the entry of a later step is void.
+    if best is None or best["step"] >= step or top1 > best["top1"]:
+        write_sealed(folder / "best.json", {"checkpoint": path.name, "step": step, "top1": top1})
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints and the best one."""
+    best = best_of(folder)
+    for path in checkpoints(folder)[:-keep]:
+        if best is None or path.name != best["checkpoint"]:
+            remove(path)
+    for stray in folder.glob("*.tmp"):
+        remove(stray)
+    sync_folder(folder)
+
+
+def _read_index(path: Path, remedy: str) -> dict[str, Any]:
+    """The entry of ``latest.json`` or ``best.json``."""
+    entry = read_sealed(path, remedy)
+    name = entry.get("checkpoint")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or entry.get("step") != step_of(path.with_name(name)):
+        raise PipelineError(f"{path} names no checkpoint; {remedy}")
+    return entry
+
+
+def _canonical(header: dict[str, Any]) -> str:
+    return json.dumps(header, sort_keys=True, allow_nan=False)
+
+
+def _digest(header: dict[str, Any], arrays: Arrays) -> str:
+    digest = hashlib.sha256(_canonical(header).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename a folder to the first free ``<name>.old-N`` beside it and return that path."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    try:
+        os.rename(folder, target)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise write_error(target, error) from error
+    return target

@@ -1,0 +1,73 @@
+"""How long work shows itself: a progress bar on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Final
+
+from tqdm import tqdm
+
+LINE_SECONDS: Final = 5.0  # at most one plain line so often
+
+
+class Progress:
+    """Count ``total`` units of work on standard error.
+
+    On a terminal this is a tqdm bar with rate and remaining time; elsewhere a plain line every few seconds and one
+    at the end. Use as a context manager.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
+        self._title, self._total, self._unit = title, total, unit
+        self._first = self._done = self._told = done
+        self._start = self._last_line = time.monotonic()
+        self._fields = ""
+        terminal = sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=total, initial=done, desc=title, unit=f" {unit}", dynamic_ncols=True) if terminal else None
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._done > self._told:
+            self._line()
+
+    def advance(self, count: int, fields: str | None = None) -> None:
+        """Note ``count`` more units done; ``fields`` (such as "loss 2.31") stays shown until it is replaced."""
+        self._done += count
+        if fields is not None:
+            self._fields = fields
+        if self._bar is not None:
+            if fields is not None:
+                self._bar.set_postfix_str(fields, refresh=False)
+            self._bar.update(count)
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._line()
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _line(self) -> None:
+        self._last_line, self._told = time.monotonic(), self._done
+        rate = (self._done - self._first) / max(self._last_line - self._start, 1e-9)
+        left = (self._total - self._done) / rate if rate > 0 else 0.0
+        text = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:.3g}/s, {duration(left)} left"
+        print(f"{text}, {self._fields}" if self._fields else text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"

@@ -1,0 +1,208 @@
+"""The run directory: paths, the lock, and writing files so that they are complete or not there.
+
+Every file is written beside its final name, flushed to the disk, renamed, and the folder flushed too. A crash leaves
+either the old file or the new one, at worst with a stray ``*.tmp`` that the next writer removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.errors import PipelineError
+
+_SEAL = "sha256"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of a run. A plain value; nothing is created until :meth:`folder` or a writer is called."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def preprocess(self) -> Path:
+        return self.root / "preprocess"
+
+    @property
+    def train(self) -> Path:
+        return self.root / "train"
+
+    @property
+    def eval(self) -> Path:
+        return self.root / "eval"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+
+def make_folder(path: Path) -> Path:
+    """Create ``path`` and its parents; a plain sentence when that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from error
+    return path
+
+
+@contextlib.contextmanager
+def locked(run: RunDir) -> Iterator[None]:
+    """Hold the run directory's lock: one writer at a time.
+
+    The lock is the kernel's (``flock``), so a process that dies releases it; the file's text only tells others who
+    holds it.
+
+    Raises
+    ------
+    PipelineError
+        Another process holds it, or the directory cannot be written.
+    """
+    path = make_folder(run.root) / "lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+        except OSError as error:
+            raise write_error(path, error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise PipelineError(
+                f"{run.root} is in use by {holder}; wait for it to end, or give this run its own directory with --run"
+            ) from error
+        os.ftruncate(file.fileno(), 0)
+        try:
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            raise write_error(path, error) from error
+        yield
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Call ``write`` with a temporary file beside ``path``, then put it in place durably.
+
+    Raises
+    ------
+    PipelineError
+        The disk is full, the folder is read-only, and the like; the old file, if any, is untouched.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Flush a finished temporary file to the disk and rename it to ``path``."""
+    try:
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file that may be there."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries (a rename, a removal) durable."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()) and None)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object; ``remedy`` ends the sentence told when the file is missing or damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except FileNotFoundError as error:
+        raise PipelineError(f"{path} does not exist; {remedy}") from error
+    except OSError as error:
+        raise PipelineError(f"cannot read {path}: {error.strerror}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise PipelineError(f"{path} is damaged (not valid JSON); {remedy}") from error
+    if not isinstance(value, dict):
+        raise PipelineError(f"{path} is damaged (no JSON object); {remedy}")
+    return value
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object with the SHA-256 of its contents as its last entry, atomically."""
+    write_json(path, {**value, _SEAL: fingerprint(value)})
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """Read what :func:`write_sealed` wrote, without the checksum; any changed value is refused."""
+    value = read_json(path, remedy)
+    seal = value.pop(_SEAL, None)
+    if seal != fingerprint(value):
+        raise PipelineError(f"{path} does not match its own checksum: it was damaged or edited by hand; {remedy}")
+    return value
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_error(path: Path, error: OSError) -> PipelineError:
+    """One sentence for an operating-system error while writing ``path``."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return PipelineError(f"the disk is full: cannot write {path}; free some space and run the same command again")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return PipelineError(
+            f"no permission to write {path} ({error.strerror}); "
+            "choose a writable directory with --run or mend the permissions"
+        )
+    return PipelineError(f"cannot write {path}: {error.strerror or error}")
