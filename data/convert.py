@@ -1,0 +1,185 @@
+"""One shard from its pictures: read, decode, gather colour sums, write. This is what a worker process does.
+
+A worker's memory is the shard it fills (size^2 x 3 bytes a picture) and the picture it decodes, whatever the size of
+the set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from data.color import ColorSum
+from data.images import UnreadableError, read_square
+from data.listing import Listing, text
+from data.shards import Content, Layout, checksums, read_shard, shard_name, write_shard
+from pipeline.errors import PipelineError
+from pipeline.run_dir import hash_file
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A slice of the shuffled split, to become shard ``index`` in ``folder``.
+
+    ``devkit_ids`` int32 holds each class's devkit ID, -1 where not known. ``known`` is the SHA-256 of the finished
+    shard where one was written before. ``parent`` is the process that gave the task.
+    """
+
+    folder: Path
+    layout: Layout
+    index: int
+    pictures: Listing
+    devkit_ids: np.ndarray
+    known: str | None
+    parent: int
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished shard; ``temporary`` is the file to be put in place, None where the old one was kept."""
+
+    file: str
+    split: str
+    temporary: Path | None
+    sha256: str
+    bytes: int
+    content: Content  # without the pictures
+    seconds: float
+    peak_memory: int  # bytes, of the process
+
+
+def make_shard(task: ShardTask) -> ShardResult:
+    """Make a shard, or keep the one that is there where its hash is the known one.
+
+    Raises
+    ------
+    PipelineError
+        A picture's file or archive cannot be read any more, or the shard cannot be written.
+    """
+    if os.getpid() != task.parent:
+        # Ctrl-C on a terminal reaches every process; it is the parent who decides what it means.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _end_with_parent(task.parent)
+    start = time.perf_counter()
+    path = task.folder / shard_name(task.layout.split, task.index)
+    content = _kept(task, path)
+    if content is not None and task.known is not None:
+        return _result(task, path, None, task.known, content, start)
+    # Named after the process: a worker that outlives a killed parent must not touch its successor's file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        content = _convert(task)
+        write_shard(temporary, task.layout, task.index, content)
+        return _result(task, path, temporary, hash_file(temporary), content, start)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise PipelineError(f"cannot read back {temporary}: {error.strerror or error}") from error
+        raise
+
+
+@functools.cache  # one thread a process
+def _end_with_parent(parent: int) -> None:
+    """End this process soon after its parent: one that was killed could not end its workers, and nobody needs them."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _kept(task: ShardTask, path: Path) -> Content | None:
+    if task.known is None or not path.is_file():
+        return None
+    try:
+        return read_shard(path, task.layout) if hash_file(path) == task.known else None
+    except (PipelineError, OSError):
+        return None  # whatever is wrong with it, it is made again
+
+
+def _convert(task: ShardTask) -> Content:
+    pictures, size = task.pictures, task.layout.size
+    images = np.empty((len(pictures), size, size, 3), dtype=np.uint8)
+    rejects: dict[int, str] = {}
+    noted: Counter[str] = Counter()
+    color = ColorSum(size)
+    for row, data in _files(pictures):
+        try:
+            images[row] = read_square(data, size, task.layout.filter, noted)
+        except UnreadableError as error:
+            rejects[row] = str(error)
+        else:
+            color.add(images[row])
+    rows = np.array([row for row in range(len(pictures)) if row not in rejects], dtype=np.int64)
+    for place, row in enumerate(rows.tolist()):  # close the gaps in place: a copy would double the memory
+        if place != row:
+            images[place] = images[row]
+    return Content(
+        images=images[: len(rows)],
+        labels=pictures.label[rows],
+        devkit_id=task.devkit_ids[pictures.label[rows]],
+        source=pictures.name[rows],
+        crc=checksums(images[: len(rows)]),
+        total=color.picture,
+        moments=color.moments(),
+        rejects=[(text(pictures.name[row]), rejects[row]) for row in sorted(rejects)],
+        warnings=dict(noted),
+    )
+
+
+def _files(pictures: Listing) -> Iterator[tuple[int, bytes]]:
+    """Each row with its file's bytes, in the order they lie on the disk."""
+    container, handle = -1, -1
+    try:
+        for row in np.lexsort((pictures.offset, pictures.container)).tolist():
+            offset, length = int(pictures.offset[row]), int(pictures.size[row])
+            if offset < 0:
+                folder = pictures.containers[int(pictures.container[row])]
+                path = folder / os.fsdecode(pictures.name[row]).rpartition("/")[2]
+                yield row, path.read_bytes()
+                continue
+            path = pictures.containers[int(pictures.container[row])]
+            if pictures.container[row] != container:
+                if handle >= 0:
+                    os.close(handle)
+                    handle = -1
+                handle = os.open(path, os.O_RDONLY)
+                container = int(pictures.container[row])
+            data = os.pread(handle, length, offset)
+            if len(data) != length:
+                raise PipelineError(f"{path} is shorter than when it was listed; get it again")
+            yield row, data
+    except OSError as error:
+        raise PipelineError(f"cannot read {path}: {error.strerror or error}") from error
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _result(
+    task: ShardTask, path: Path, temporary: Path | None, sha256: str, content: Content, start: float
+) -> ShardResult:
+    return ShardResult(
+        file=path.name,
+        split=task.layout.split,
+        temporary=temporary,
+        sha256=sha256,
+        bytes=(temporary or path).stat().st_size,
+        content=replace(content, images=None),
+        seconds=time.perf_counter() - start,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )

@@ -1,0 +1,99 @@
+"""Pictures sorted into classes by folder or tar: ``train/<class>/*`` or ``train/<class>.tar``, the same for ``val/``.
+
+The class's name is the folder's or the tar's, a WNID where the pictures are ImageNet's. A split may mix both forms.
+Hidden files (``.DS_Store``, ``._x``) and folders inside a class's folder are left out.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from data import tar
+from data.listing import Listing, Reject, Rows
+from pipeline.errors import PipelineError
+
+
+def class_containers(folder: Path) -> dict[str, Path]:
+    """The classes of a split by sorted name, each with its folder or tar.
+
+    Raises
+    ------
+    PipelineError
+        The folder cannot be read, holds no class, or one class twice.
+    """
+    found: dict[str, Path] = {}
+    for entry in _entries(folder):
+        if entry.is_dir():
+            name = entry.name
+        elif entry.is_file() and entry.name.endswith(".tar"):
+            name = entry.name.removesuffix(".tar")
+        else:
+            continue
+        if name in found:
+            raise PipelineError(f"{folder} holds the class {name} twice, as a folder and as a tar; remove one of them")
+        found[name] = folder / entry.name
+    if not found:
+        raise PipelineError(f"{folder} holds no classes: neither folders <class>/ nor archives <class>.tar are there")
+    return dict(sorted(found.items()))
+
+
+def index(folder: Path, split: str, classes: list[str]) -> tuple[Listing, list[Reject]]:
+    """List a split; labels index ``classes``.
+
+    Raises
+    ------
+    PipelineError
+        A class that ``classes`` does not have, something that cannot be read, an archive that is cut short.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    rows = Rows(split)
+    for name, path in class_containers(folder).items():
+        if name not in labels:
+            raise PipelineError(
+                f"{path} is a class that the training pictures do not have; remove it, or add its training pictures"
+            )
+        if path.is_dir():
+            _index_folder(rows, path, name, labels[name])
+        else:
+            rows.containers.append(path)
+            with tar.opened(path) as (read, stop):
+                add_class_tar(rows, read, 0, stop, str(path), name, labels[name])
+    return rows.listing(), rows.rejects
+
+
+def add_class_tar(rows: Rows, read: tar.Read, start: int, stop: int, where: str, class_name: str, label: int) -> None:
+    """Add the pictures of a class's tar, which lies between bytes ``start`` and ``stop`` of the last container."""
+    for member in tar.members(read, start, stop, where):
+        name = member.name.rpartition(b"/")[2]
+        full = os.fsencode(class_name) + b"/" + name
+        if name.startswith(b"."):
+            continue
+        if member.kind != "file":
+            rows.reject(full, f"it is {member.kind}")
+        else:
+            rows.add(full, label, member.size, member.offset)
+
+
+def _index_folder(rows: Rows, folder: Path, class_name: str, label: int) -> None:
+    rows.containers.append(folder)
+    for entry in _entries(folder):
+        name = os.fsencode(f"{class_name}/{entry.name}")
+        try:
+            status = entry.stat()
+        except OSError as error:
+            rows.reject(name, f"its file cannot be reached ({error.strerror})")
+            continue
+        if stat.S_ISREG(status.st_mode):
+            rows.add(name, label, status.st_size)
+        elif not stat.S_ISDIR(status.st_mode):
+            rows.reject(name, "it is no regular file")
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise PipelineError(f"cannot read the folder {folder}: {error.strerror}") from error

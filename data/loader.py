@@ -1,0 +1,167 @@
+"""The prefetching worker: threads fill a ring of reused buffers with uint8 crops while the network computes.
+
+The ring has a fixed number of slots, allocated once. A worker takes the next batch number and a free slot, asks the
+``plan`` which crops make that batch, and copies them out of the memory-mapped shards. The consumer takes batches in
+order, whatever order the workers finish in, and gives each slot back when it is done with it. There is no fork and no
+shared-memory segment: copying crops releases Python's global lock, so threads suffice.
+
+An error in a worker is raised in the consumer, at the batch it belongs to.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from data.sampling import Crops
+
+Plan = Callable[[int], Crops]  # batch number -> its crops
+
+
+class Pictures(Protocol):
+    """What the loader needs of a split: its labels and one stored picture at a time."""
+
+    labels: np.ndarray
+
+    def row(self, index: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One filled slot of the ring.
+
+    ``arrays`` has ``images`` uint8 (N, crop, crop, 3) as stored (not yet mirrored), ``corner`` int32 (N, 2),
+    ``flip`` uint8 (N,), ``shift`` float32 (N, 3) and ``labels`` int32 (N,). They are views of the ring's buffers:
+    valid until the next batch is asked for. ``waited`` is the time in seconds the consumer had to wait.
+    """
+
+    number: int
+    arrays: dict[str, np.ndarray]
+    waited: float
+
+
+def load(
+    pictures: Pictures,
+    plan: Plan,
+    batches: range,
+    *,
+    crop: int,
+    largest: int,
+    slots: int,
+    threads: int,
+    allocate: Callable[[tuple[int, ...], type], np.ndarray] = np.empty,
+) -> Iterator[Batch]:
+    """Yield the batches numbered ``batches``, in order, reading ahead by up to ``slots`` batches.
+
+    Parameters
+    ----------
+    crop : int
+        Side of the crops in pixels.
+    largest : int
+        Crops in the largest batch.
+    allocate : callable
+        Makes a buffer from (shape, dtype); a GPU backend gives pinned memory.
+
+    The workers end with the generator, also when it is closed early (``contextlib.closing``) or left by an error.
+    """
+    ring = [_slot(largest, crop, allocate) for _ in range(slots)]
+    state = _Ring(deque(range(slots)), batches)
+    workers = [
+        threading.Thread(target=_work, args=(state, ring, pictures, plan, crop), name=f"loader-{i}", daemon=True)
+        for i in range(threads)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        for number in batches:
+            start = time.perf_counter()
+            slot, count, error = state.take(number)
+            if error is not None:
+                raise error
+            arrays = {name: buffer[:count] for name, buffer in ring[slot].items()}
+            yield Batch(number, arrays, time.perf_counter() - start)
+            state.give_back(slot)
+    finally:
+        state.close()
+        for worker in workers:
+            worker.join()
+
+
+def _slot(largest: int, crop: int, allocate: Callable[[tuple[int, ...], type], np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        "images": allocate((largest, crop, crop, 3), np.uint8),
+        "corner": allocate((largest, 2), np.int32),
+        "flip": allocate((largest,), np.uint8),
+        "shift": allocate((largest, 3), np.float32),
+        "labels": allocate((largest,), np.int32),
+    }
+
+
+class _Ring:
+    """Which slots are free, which batches are still to be filled, which are ready. All under one condition."""
+
+    def __init__(self, free: deque[int], todo: range) -> None:
+        self._free, self._todo = free, todo
+        self._ready: dict[int, tuple[int, int, BaseException | None]] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def next_job(self) -> tuple[int, int] | None:
+        """A batch number and a free slot for a worker, None when there is nothing left to do."""
+        with self._changed:
+            # A batch number is taken together with its slot, in order, so that the batch the consumer waits for
+            # always has one: no deadlock however the workers are scheduled.
+            self._changed.wait_for(lambda: self._closed or not self._todo or self._free)
+            if self._closed or not self._todo:
+                return None
+            number, self._todo = self._todo[0], self._todo[1:]
+            return number, self._free.popleft()
+
+    def put(self, number: int, slot: int, count: int, error: BaseException | None) -> None:
+        with self._changed:
+            self._ready[number] = slot, count, error
+            self._changed.notify_all()
+
+    def take(self, number: int) -> tuple[int, int, BaseException | None]:
+        with self._changed:
+            self._changed.wait_for(lambda: number in self._ready)
+            return self._ready.pop(number)
+
+    def give_back(self, slot: int) -> None:
+        with self._changed:
+            self._free.append(slot)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def _work(state: _Ring, ring: list[dict[str, np.ndarray]], pictures: Pictures, plan: Plan, crop: int) -> None:
+    while (job := state.next_job()) is not None:
+        number, slot = job
+        try:
+            count = _fill(ring[slot], pictures, plan(number), crop)
+        except BaseException as error:  # noqa: BLE001  whatever it is, the consumer must see it and not wait for ever
+            state.put(number, slot, 0, error)
+            return
+        state.put(number, slot, count, None)
+
+
+def _fill(slot: dict[str, np.ndarray], pictures: Pictures, crops: Crops, crop: int) -> int:
+    count = len(crops.index)
+    slot["corner"][:count] = crops.corner
+    slot["flip"][:count] = crops.flip
+    slot["shift"][:count] = crops.shift
+    slot["labels"][:count] = pictures.labels[crops.index]
+    images = slot["images"]
+    for i, (index, (top, left)) in enumerate(zip(crops.index.tolist(), crops.corner.tolist(), strict=True)):
+        images[i] = pictures.row(index)[top : top + crop, left : left + crop]
+    return count

@@ -1,0 +1,89 @@
+"""What preprocessing will make: which picture goes into which shard, and fingerprints of all that decides the bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.convert import ShardTask
+from data.images import RULE, decoder
+from data.listing import SPLITS, shuffled
+from data.shards import LABEL_ORDER, SCHEMA, Layout, is_manifest, shard_name
+from data.sources import Source
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+from pipeline.metrics import read_metrics
+from pipeline.run_dir import fingerprint, read_sealed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A source, how it is preprocessed, and fingerprints of both and of everything together."""
+
+    source: Source
+    source_fingerprint: str
+    settings_fingerprint: str
+    fingerprint: str
+    decoder: dict[str, str]
+    size: int
+    filter: str
+    seed: int
+    shard_images: int
+
+
+def make_plan(config: Config, source: Source) -> Plan:
+    pictures, settings, decoded_by = source.fingerprint(), settings_fingerprint(config), decoder()
+    return Plan(
+        source=source,
+        source_fingerprint=pictures,
+        settings_fingerprint=settings,
+        fingerprint=fingerprint([SCHEMA, RULE, LABEL_ORDER, pictures, settings, decoded_by]),
+        decoder=decoded_by,
+        size=config.preprocess.size,
+        filter=config.preprocess.filter,
+        seed=config.seed,
+        shard_images=config.preprocess.shard_images,
+    )
+
+
+def settings_fingerprint(config: Config) -> str:
+    """A hash of the settings that decide what the shards hold."""
+    return fingerprint([dataclasses.asdict(config.preprocess), config.seed])
+
+
+def shard_tasks(plan: Plan, folder: Path) -> list[ShardTask]:
+    """The splits, each shuffled once as a whole, cut into slices of ``shard_images``."""
+    known = _known_hashes(plan, folder)
+    ids = np.array([-1 if c.devkit_id is None else c.devkit_id for c in plan.source.classes], dtype=np.int32)
+    tasks = []
+    for split in SPLITS:
+        listing = plan.source.splits[split]
+        order = shuffled(len(listing), plan.seed, split)
+        layout = Layout(split, plan.fingerprint, plan.size, plan.filter)
+        for index, first in enumerate(range(0, len(order), plan.shard_images)):
+            pictures = listing.take(order[first : first + plan.shard_images])
+            hashed = known.get(shard_name(split, index))
+            tasks.append(ShardTask(folder, layout, index, pictures, ids, hashed, os.getpid()))
+    return tasks
+
+
+def _known_hashes(plan: Plan, folder: Path) -> dict[str, str]:
+    """The hash of each shard that was finished under this plan, as metrics.jsonl and the manifest have it."""
+    known = {
+        record["shard"]: record["sha256"]
+        for record in read_metrics(folder / "metrics.jsonl")
+        if record.get("plan") == plan.fingerprint
+        and isinstance(record.get("shard"), str)
+        and isinstance(record.get("sha256"), str)
+    }
+    with contextlib.suppress(PipelineError):
+        manifest = read_sealed(folder / "manifest.json", "")
+        if is_manifest(manifest) and manifest["plan"] == plan.fingerprint:
+            for split in SPLITS:
+                known |= {entry["file"]: entry["sha256"] for entry in manifest["splits"][split]["shards"]}
+    return known

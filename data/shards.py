@@ -1,0 +1,526 @@
+"""The HDF5 shard: its schema, its writer and its memory-mapped reader.
+
+A shard holds a slice of the shuffled split:
+
+==================  =======================  ==========================================================
+``images``          uint8 (N, size, size, 3)  RGB; contiguous and uncompressed, so that a memory map serves it
+``labels``          int32 (N,)               class, by sorted WNID
+``devkit_id``       int32 (N,)               the official devkit's class ID, -1 where not known
+``source``          bytes (N,)               the picture's name in the source
+``crc``             uint32 (N,)              CRC-32 of each picture, checked when a process first uses it
+``sum``             uint32 (size, size, 3)   sum of the pictures, for the mean picture
+``rejects``         uint8                    JSON: [name, reason] of each picture of the slice that is left out
+``warnings``        uint8                    JSON: the decoder's warnings by kind, with counts
+==================  =======================  ==========================================================
+
+and the attributes ``schema``, ``split``, ``index``, ``plan`` (fingerprint of everything that decides the bytes),
+``size``, ``filter``, ``resize``, ``label_order`` and ``moments`` (see data/color.py).
+
+Shards are data from elsewhere as far as the reader is concerned: links, filters, external or virtual storage, other
+types and shapes are refused before anything is read by them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import resource
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import h5py
+import numpy as np
+
+from data.images import RULE
+from data.listing import SPLITS
+from pipeline.errors import PipelineError
+from pipeline.run_dir import RunDir, hash_file, read_sealed, remove, write_error, write_json
+
+SCHEMA: Final = 1
+LABEL_ORDER: Final = "sorted WNID"
+
+_NOTE: Final = "damaged.json"
+_ALIGNMENT: Final = 4096  # a page: mapped pictures then start on one
+_LONGEST_JSON: Final = 64 << 20  # bytes of a shard's rejects or warnings
+_SHARD_NAME: Final = re.compile(r"(train|val)-\d{5}\.h5")
+# What h5py raises on files that are damaged.
+_DAMAGE: Final = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is the same in all shards of a split, and stands in their attributes."""
+
+    split: str
+    plan: str
+    size: int
+    filter: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """A shard's content; see the table above. ``images`` is None where it was not asked for."""
+
+    images: np.ndarray | None
+    labels: np.ndarray
+    devkit_id: np.ndarray
+    source: np.ndarray
+    crc: np.ndarray
+    total: np.ndarray
+    moments: np.ndarray
+    rejects: list[tuple[str, str]]
+    warnings: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The pictures of a split, mapped into memory and read only.
+
+    Attributes
+    ----------
+    images : list of uint8 (n_i, size, size, 3)
+        One memory map a shard.
+    starts : int64 (shards + 1,)
+        Row of each shard's first picture in the split; the last entry is the number of pictures.
+    labels : int32 (N,)
+        All labels.
+    crc : uint32 (N,)
+        CRC-32 of each picture.
+    checked : bool (N,)
+        Which pictures this process has compared with their CRC-32.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    images: list[np.ndarray]
+    starts: np.ndarray
+    labels: np.ndarray
+    crc: np.ndarray
+    checked: np.ndarray
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def row(self, index: int) -> np.ndarray:
+        """Picture ``index``, uint8 (size, size, 3), a view of the memory map.
+
+        Raises
+        ------
+        PipelineError
+            The picture is not the one that was written; found the first time it is used.
+        """
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        picture = self.images[shard][index - int(self.starts[shard])]
+        if not self.checked[index]:
+            if zlib.crc32(picture) != self.crc[index]:
+                path = self.folder / self.files[shard]
+                raise PipelineError(f"{path} is damaged in picture {index}: {_rebuild(path.parent.parent)}")
+            self.checked[index] = True
+        return picture
+
+    def sources(self) -> np.ndarray:
+        """The pictures' names in the source, bytes (N,); read from the shards on each call."""
+        names = []
+        for file in self.files:
+            with _opened(self.folder / file) as shard:
+                names.append(_dataset(shard, "source")[()])
+        return np.concatenate(names)
+
+
+def shard_name(split: str, index: int) -> str:
+    return f"{split}-{index:05d}.h5"
+
+
+def shard_bytes(images: int, size: int) -> int:
+    """About how many bytes a shard takes, for the disk that is needed."""
+    return images * (size * size * 3 + 300) + size * size * 12 + 3 * _ALIGNMENT
+
+
+def checksums(images: np.ndarray) -> np.ndarray:
+    """CRC-32 of each picture, uint32 (N,)."""
+    return np.array([zlib.crc32(image) for image in images], dtype=np.uint32)
+
+
+def index_hash(labels: np.ndarray, crc: np.ndarray) -> str:
+    """SHA-256 of a shard's labels and checksums, which the manifest holds: with it every label and pixel is sealed."""
+    return hashlib.sha256(labels.astype("<i4").tobytes() + crc.astype("<u4").tobytes()).hexdigest()
+
+
+def write_shard(path: Path, layout: Layout, index: int, content: Content) -> None:
+    """Write a shard to ``path``. The bytes depend on the arguments alone (and on the HDF5 library's version).
+
+    Raises
+    ------
+    PipelineError
+        The disk is full, the folder cannot be written, and the like.
+    """
+    images = content.images
+    assert images is not None
+    attributes = {
+        "schema": SCHEMA,
+        "split": layout.split,
+        "index": index,
+        "plan": layout.plan,
+        "size": layout.size,
+        "filter": layout.filter,
+        "resize": RULE,
+        "label_order": LABEL_ORDER,
+        "moments": content.moments,
+    }
+    small = {
+        "labels": content.labels.astype("<i4"),
+        "devkit_id": content.devkit_id.astype("<i4"),
+        "source": content.source,
+        "crc": content.crc.astype("<u4"),
+        "sum": content.total.astype("<u4"),
+        "rejects": _bytes(content.rejects),
+        "warnings": _bytes(content.warnings),
+    }
+    # HDF5 lays out the file in memory, with everything but the pictures, and plain writes put it on the disk: they tell
+    # a full disk as what it is, and the pictures need no second copy.
+    frame = _Frame()
+    with h5py.File(frame, "w", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT) as file:
+        for name, value in attributes.items():
+            file.attrs[name] = value
+        for name, array in small.items():
+            file.create_dataset(name, data=array, track_times=False)
+        offset = _reserve(file, images.shape)
+    try:
+        with open(path, "wb", buffering=0) as raw:
+            _write(raw, frame.getbuffer())
+            if offset is not None:
+                raw.seek(offset)
+                _write(raw, memoryview(np.ascontiguousarray(images)).cast("B"))
+            raw.truncate(frame.length)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+class _Frame(io.BytesIO):
+    """A file in memory in which HDF5 may set aside space at the end that it does not fill."""
+
+    length = 0
+
+    def truncate(self, size: int | None = None) -> int:
+        self.length = self.tell() if size is None else size
+        return self.length
+
+
+def _write(raw: io.FileIO, data: memoryview) -> None:
+    while data:
+        data = data[raw.write(data) :]
+
+
+def _reserve(file: h5py.File, shape: tuple[int, ...]) -> int | None:
+    """Create ``images`` with its space set aside but not written; its offset in the file, None where it is empty."""
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    creation.set_obj_track_times(False)
+    dataset = h5py.h5d.create(file.id, b"images", h5py.h5t.STD_U8LE, h5py.h5s.create_simple(shape), creation)
+    return dataset.get_offset()
+
+
+def read_shard(path: Path, layout: Layout | None = None) -> Content:
+    """Read everything but the pictures.
+
+    Raises
+    ------
+    PipelineError
+        The file is damaged, or no shard of this ``layout``.
+    """
+    with _opened(path) as file:
+        size = _whole(file, "size")
+        images = _images(file, size)
+        count = images.shape[0]
+        if layout is not None and _layout(file) != layout:
+            raise ValueError("it belongs to another split, source or configuration")
+        return Content(
+            images=None,
+            labels=_array(file, "labels", "<i4", (count,)),
+            devkit_id=_array(file, "devkit_id", "<i4", (count,)),
+            source=_names(file, count),
+            crc=_array(file, "crc", "<u4", (count,)),
+            total=_array(file, "sum", "<u4", (size, size, 3)),
+            moments=_moments(file),
+            rejects=[(str(name), str(reason)) for name, reason in _json(file, "rejects", list)],
+            warnings={str(kind): int(n) for kind, n in _json(file, "warnings", dict).items()},
+        )
+
+
+def read_layout(path: Path) -> Layout:
+    """The layout a shard was made with."""
+    with _opened(path) as file:
+        return _layout(file)
+
+
+def check_shard(path: Path, entry: dict[str, Any]) -> None:
+    """Compare a shard with its manifest entry, byte for byte by SHA-256.
+
+    Raises
+    ------
+    PipelineError
+        It is missing, or not the file the manifest describes.
+    """
+    try:
+        sound = path.stat().st_size == entry["bytes"] and hash_file(path) == entry["sha256"]
+    except OSError as error:
+        raise PipelineError(f"cannot read {path}: {error.strerror or error}; {_remedy(path.parent.parent)}") from error
+    if not sound:
+        raise PipelineError(
+            f"{path} is damaged: it is not the file that was written; remove it and {_remedy(path.parent.parent)}"
+        )
+
+
+def read_manifest(run: RunDir) -> dict[str, Any]:
+    """Read a run's manifest and check that all its files are there with their sizes.
+
+    Raises
+    ------
+    PipelineError
+        Preprocessing has not been done or not finished, or files are missing or replaced.
+    """
+    remedy = _remedy(run.root)
+    path = run.preprocess / "manifest.json"
+    manifest = read_sealed(path, f"remove it and {remedy}")
+    if not is_manifest(manifest):
+        raise PipelineError(f"{path} is damaged or from another version of this program; remove it and {remedy}")
+    for name, why in defects(run.preprocess, manifest).items():
+        raise PipelineError(f"{run.preprocess / name} {why}; {remedy}")
+    return manifest
+
+
+def defects(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """The files that are missing or changed, each with what is wrong; shards by size only, small files by hash."""
+    found: dict[str, str] = {}
+    sizes = {entry["file"]: entry["bytes"] for split in SPLITS for entry in manifest["splits"][split]["shards"]}
+    for name in (*sizes, *manifest["files"]):
+        try:
+            size = (folder / name).stat().st_size
+            changed = size != sizes[name] if name in sizes else hash_file(folder / name) != manifest["files"][name]
+        except OSError as error:
+            found[name] = f"is missing ({error.strerror})"
+            continue
+        if changed:
+            found[name] = "is not the file that was written"
+    return found
+
+
+def note_damage(folder: Path, names: list[str]) -> None:
+    """Note files that verification found damaged, for preprocessing to make them again."""
+    write_json(folder / _NOTE, {"damaged": sorted(names)})
+
+
+def is_damage_noted(folder: Path) -> bool:
+    """Whether verification found damage that has not been mended."""
+    return (folder / _NOTE).exists()
+
+
+def forget_damage(folder: Path) -> None:
+    """All has been compared with its checksum and made again where needed."""
+    remove(folder / _NOTE)
+
+
+def open_split(folder: Path, manifest: dict[str, Any], split: str) -> Split:
+    """Map a split's shards into memory.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's ``preprocess`` folder.
+    manifest : dict
+        As :func:`read_manifest` gave it.
+    split : str
+        "train" or "val".
+
+    Raises
+    ------
+    PipelineError
+        A shard is not what the manifest describes, or is laid out in a way that could not be mapped safely.
+    """
+    entries = manifest["splits"][split]["shards"]
+    layout = Layout(split, manifest["plan"], manifest["size"], manifest["filter"])
+    _allow_open_files(len(entries))
+    images, labels, crcs = [], [], []
+    for entry in entries:
+        path = folder / entry["file"]
+        with _opened(path) as file:
+            dataset = _images(file, layout.size)
+            if _layout(file) != layout or dataset.shape[0] != entry["images"]:
+                raise ValueError("it is not the shard the manifest describes")
+            shard_labels = _array(file, "labels", "<i4", (entry["images"],))
+            crc = _array(file, "crc", "<u4", (entry["images"],))
+            if index_hash(shard_labels, crc) != entry["index"]:
+                raise ValueError("its labels or checksums are not those that were written")
+            offset, shape = dataset.id.get_offset(), dataset.shape
+        if len(shard_labels) and not 0 <= shard_labels.min() <= shard_labels.max() < manifest["classes"]:
+            raise _damaged(path, "it has labels of classes that do not exist")
+        labels.append(shard_labels)
+        crcs.append(crc)
+        images.append(np.memmap(path, np.uint8, "r", offset, shape) if shape[0] else np.empty(shape, dtype=np.uint8))
+    counts = [len(part) for part in labels]
+    return Split(
+        folder=folder,
+        files=tuple(entry["file"] for entry in entries),
+        images=images,
+        starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        labels=np.concatenate(labels),
+        crc=np.concatenate(crcs),
+        checked=np.zeros(sum(counts), dtype=bool),
+    )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    """A shard opened for reading; whatever goes wrong inside is told as damage of this file."""
+    try:
+        if not path.is_file():
+            raise OSError("it does not exist")
+        with h5py.File(path, "r", locking=False) as file:
+            if _whole(file, "schema") != SCHEMA:
+                raise ValueError("it has another schema")
+            yield file
+    except _DAMAGE as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, why: str) -> PipelineError:
+    return PipelineError(f"{path} is not usable ({why[:200]}); remove it and {_remedy(path.parent.parent)}")
+
+
+def _rebuild(run: Path) -> str:
+    return f"run python run_pipeline.py --stage verify --run {run}, which finds all damage and says how to mend it"
+
+
+def _remedy(run: Path) -> str:
+    return f"run python run_pipeline.py --stage preprocess --run {run}"
+
+
+def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """A data set whose values lie in this file, as they are and in one piece."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{name} is missing or a link to elsewhere")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise ValueError(f"{name} is no data set")
+    creation = dataset.id.get_create_plist()
+    if creation.get_layout() != h5py.h5d.CONTIGUOUS or creation.get_external_count() or creation.get_nfilters():
+        raise ValueError(f"{name} is chunked, compressed, virtual or stored elsewhere")
+    if dataset.dtype.hasobject or dataset.dtype.kind not in "uiS":
+        raise ValueError(f"{name} has the type {dataset.dtype}")
+    offset = dataset.id.get_offset()
+    if dataset.size and (offset is None or offset + dataset.nbytes > os.stat(file.filename).st_size):
+        raise ValueError(f"{name} reaches beyond the end of the file")
+    return dataset
+
+
+def _images(file: h5py.File, size: int) -> h5py.Dataset:
+    images = _dataset(file, "images")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        raise ValueError(f"images has the type {images.dtype} and shape {images.shape}")
+    return images
+
+
+def _array(file: h5py.File, name: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    dataset = _dataset(file, name)
+    if dataset.dtype != np.dtype(kind) or dataset.shape != shape:
+        raise ValueError(f"{name} has the type {dataset.dtype} and shape {dataset.shape}")
+    return dataset[()]
+
+
+def _names(file: h5py.File, count: int) -> np.ndarray:
+    dataset = _dataset(file, "source")
+    if dataset.dtype.kind != "S" or dataset.shape != (count,):
+        raise ValueError(f"source has the type {dataset.dtype} and shape {dataset.shape}")
+    return dataset[()]
+
+
+def _layout(file: h5py.File) -> Layout:
+    if _text(file, "resize") != RULE or _text(file, "label_order") != LABEL_ORDER:
+        raise ValueError("it was made with another resize rule or label order")
+    return Layout(_text(file, "split"), _text(file, "plan"), _whole(file, "size"), _text(file, "filter"))
+
+
+def _attribute(file: h5py.File, name: str, largest: int) -> Any:
+    kind = file.attrs.get_id(name)
+    if kind.shape not in ((), (4, 4)) or kind.get_storage_size() > largest:
+        raise ValueError(f"its attribute {name} is damaged")
+    return file.attrs[name]
+
+
+def _whole(file: h5py.File, name: str) -> int:
+    value = _attribute(file, name, 8)
+    if not isinstance(value, np.integer):
+        raise ValueError(f"its attribute {name} is no whole number")
+    return int(value)
+
+
+def _text(file: h5py.File, name: str) -> str:
+    value = _attribute(file, name, 4096)
+    if not isinstance(value, str):
+        raise ValueError(f"its attribute {name} is no text")
+    return value
+
+
+def _moments(file: h5py.File) -> np.ndarray:
+    value = _attribute(file, "moments", 128)
+    if not isinstance(value, np.ndarray) or value.dtype != np.int64 or value.shape != (4, 4):
+        raise ValueError("its attribute moments is damaged")
+    return value
+
+
+def _bytes(value: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(value, sort_keys=True).encode(), dtype=np.uint8)
+
+
+def _json(file: h5py.File, name: str, kind: type) -> Any:
+    dataset = _dataset(file, name)
+    if dataset.dtype != np.uint8 or dataset.ndim != 1 or dataset.size > _LONGEST_JSON:
+        raise ValueError(f"{name} is no text")
+    value = json.loads(dataset[()].tobytes())
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is no {kind.__name__}")
+    return value
+
+
+def is_manifest(manifest: dict[str, Any]) -> bool:
+    """Whether all that later stages rely on is there, with the right types."""
+    try:
+        sound = (
+            manifest["schema"] == SCHEMA
+            and manifest["label_order"] == LABEL_ORDER
+            and manifest["resize"] == RULE
+            and all(isinstance(manifest[key], str) for key in ("plan", "source", "settings", "filter"))
+            and type(manifest["classes"]) is int
+            and type(manifest["size"]) is int
+            and all(isinstance(digest, str) and "/" not in name for name, digest in manifest["files"].items())
+            and sorted(manifest["splits"]) == sorted(SPLITS)
+        )
+        for split in SPLITS:
+            part = manifest["splits"][split]
+            for entry in part["shards"]:
+                sound = sound and _SHARD_NAME.fullmatch(entry["file"]) is not None
+                sound = sound and entry["file"].startswith(split) and isinstance(entry["sha256"], str)
+                sound = sound and isinstance(entry["index"], str)
+                sound = sound and type(entry["images"]) is int and type(entry["bytes"]) is int
+            sound = sound and part["images"] == sum(entry["images"] for entry in part["shards"]) > 0
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return bool(sound)
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the process's limit of open files: each memory map holds one, and 1024 is a common limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + count
+    if soft != resource.RLIM_INFINITY:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -1,0 +1,136 @@
+"""Where the pictures come from: which form each split has, which classes there are, and a fingerprint of it all.
+
+A source holds the three official archives, or folders ``train/`` and ``val/`` with a tar or a folder a class; each
+split may have its own form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import folders, ilsvrc
+from data.listing import SPLITS, Listing, Reject, digest, relabelled
+from pipeline.errors import PipelineError
+from pipeline.run_dir import fingerprint
+
+_ARCHIVE = {"train": ilsvrc.TRAIN, "val": ilsvrc.VAL}
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """A class: its WNID (or folder name), its names in words, the devkit's ID; ``None`` where not known."""
+
+    wnid: str
+    words: str | None
+    devkit_id: int | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """All pictures of a source, listed; classes in sorted order."""
+
+    root: Path
+    classes: tuple[ClassEntry, ...]
+    splits: dict[str, Listing]
+    rejects: tuple[Reject, ...]  # what could not be listed
+
+    def fingerprint(self) -> str:
+        """A hash of every picture's name, size and class; where the source lies does not matter."""
+        return fingerprint([[c.wnid for c in self.classes], {name: digest(s) for name, s in self.splits.items()}])
+
+
+def read_source(root: Path) -> Source:
+    """List the pictures under ``root``.
+
+    Raises
+    ------
+    PipelineError
+        Nothing usable is there, something is missing, damaged or cut short, or the parts do not belong together.
+    """
+    forms = _forms(root)
+    devkit = ilsvrc.read_devkit(root / ilsvrc.DEVKIT) if (root / ilsvrc.DEVKIT).exists() else None
+    by_devkit = sorted(devkit.ids) if devkit is not None else []
+    if forms["train"].is_file() and devkit is not None:
+        names = by_devkit
+    else:
+        names = list(folders.class_containers(forms["train"]))
+    number = {name: i for i, name in enumerate(names)}
+    splits: dict[str, Listing] = {}
+    rejects: list[Reject] = []
+    for split, path in forms.items():
+        if path.is_dir():
+            splits[split], left_out = folders.index(path, split, names)
+        else:
+            assert devkit is not None  # _forms refuses an official archive without it
+            read = ilsvrc.index_train if split == "train" else ilsvrc.index_val
+            listing, left_out = read(path, devkit)
+            for label in np.unique(listing.label).tolist():
+                if by_devkit[label] not in number:
+                    raise PipelineError(
+                        f"{path} holds pictures of the class {by_devkit[label]}, of which {forms['train']} has none; "
+                        "add its training pictures"
+                    )
+            splits[split] = relabelled(listing, np.array([number.get(name, -1) for name in by_devkit]))
+        rejects += left_out
+        if len(splits[split]) == 0:
+            raise PipelineError(f"{path} holds no pictures")
+    if forms["train"].is_dir():
+        _refuse_empty_class(forms["train"], names, splits["train"])
+    return Source(root, tuple(_class_entry(name, devkit) for name in names), splits, tuple(rejects))
+
+
+def stamp(root: Path) -> list[list[object]]:
+    """Names, sizes and times of the source's archives and class folders: equal stamps need no second listing."""
+    paths: list[Path] = []
+    for path in _forms(root).values():
+        paths += [path] if path.is_file() else list(folders.class_containers(path).values())
+    if (root / ilsvrc.DEVKIT).exists():
+        paths.append(root / ilsvrc.DEVKIT)
+    status = [(path, path.stat()) for path in paths]
+    return [[str(path.relative_to(root)), s.st_size, s.st_mtime_ns] for path, s in status]
+
+
+def _forms(root: Path) -> dict[str, Path]:
+    """Each split's archive or folder; a plain sentence where something is missing."""
+    if not root.is_dir():
+        raise PipelineError(f"the source {root} is not a folder; check --source")
+    archives = [name for name in (*_ARCHIVE.values(), ilsvrc.DEVKIT) if (root / name).exists()]
+    forms: dict[str, Path] = {}
+    for split in SPLITS:
+        if _ARCHIVE[split] in archives:
+            forms[split] = root / _ARCHIVE[split]
+        elif (root / split).is_dir():
+            forms[split] = root / split
+    missing = [split for split in SPLITS if split not in forms]
+    if len(missing) == 2 and not archives:
+        raise PipelineError(
+            f"{root} holds neither the ILSVRC-2012 archives ({ilsvrc.TRAIN}, {ilsvrc.VAL}, {ilsvrc.DEVKIT}) nor "
+            "folders train/ and val/; check --source"
+        )
+    if any(path.is_file() for path in forms.values()) or (missing and archives):
+        wanted = [_ARCHIVE[split] for split in missing]
+        if ilsvrc.DEVKIT not in archives:
+            wanted.append(ilsvrc.DEVKIT)
+        if wanted:
+            instead = f" (a folder {missing[0]}/ with a tar or folder a class would do as well)" if missing else ""
+            have = ", ".join(archives)
+            raise PipelineError(f"{root} has {have} but not {' and '.join(wanted)}; put it beside them{instead}")
+    if missing:
+        raise PipelineError(f"{root} has a folder {SPLITS[1 - SPLITS.index(missing[0])]}/ but no {missing[0]}/; add it")
+    return forms
+
+
+def _refuse_empty_class(folder: Path, names: list[str], listing: Listing) -> None:
+    counts = np.bincount(listing.label, minlength=len(names))
+    for name, count in zip(names, counts.tolist(), strict=True):
+        if count == 0:
+            raise PipelineError(f"the class {name} in {folder} holds no pictures; add some or remove it")
+
+
+def _class_entry(name: str, devkit: ilsvrc.Devkit | None) -> ClassEntry:
+    if devkit is None or name not in devkit.ids:
+        return ClassEntry(name, None, None)
+    return ClassEntry(name, devkit.words[name], devkit.ids[name])
