@@ -1,0 +1,112 @@
+"""AlexNet: eight layers with parameters, five convolutional and three fully connected (paper, sections 3 and 3.5).
+
+::
+
+    picture                     227 x 227 x   3
+    conv1  11x11, stride 4       55 x  55 x  96   ReLU, LRN, pool 3/2 ->  27 x 27 x  96
+    conv2  5x5, 2 groups         27 x  27 x 256   ReLU, LRN, pool 3/2 ->  13 x 13 x 256
+    conv3  3x3                   13 x  13 x 384   ReLU
+    conv4  3x3, 2 groups         13 x  13 x 384   ReLU
+    conv5  3x3, 2 groups         13 x  13 x 256   ReLU, pool 3/2      ->   6 x  6 x 256
+    fc6    9216 -> 4096                           ReLU, dropout
+    fc7    4096 -> 4096                           ReLU, dropout
+    fc8    4096 -> classes                        softmax (in the loss)
+
+The groups are the paper's two GPUs: conv2, conv4 and conv5 see only the maps of their own GPU, conv3 and the fully
+connected layers see all. 60,965,224 parameters at 1000 classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from net.layers import Conv, Dropout, Flatten, Layer, Linear, Lrn, MapNorm, MaxPool, Relu, Shape
+
+
+def alexnet(
+    classes: int,
+    *,
+    lrn_size: int = 5,
+    lrn_k: float = 2.0,
+    lrn_alpha: float = 1e-4,
+    lrn_alpha_over_n: bool = False,
+    lrn_beta: float = 0.75,
+    relu_before_lrn: bool = True,
+    map_norm: bool = False,
+    pool_size: int = 3,
+    pool_stride: int = 2,
+    final_relu: bool = False,
+    dropout_keep: float = 0.5,
+    dropout_scale_in_training: bool = False,
+) -> tuple[Layer, ...]:
+    """The network as a list of layers, from the picture to the classes' scores (before the softmax).
+
+    The options are the points in which the paper, its authors' code and its reimplementations differ; the defaults
+    are the paper's text. ``lrn_size`` 0 leaves LRN out, ``dropout_keep`` 1 leaves dropout out.
+    """
+    relu = Relu()
+    pool = MaxPool(pool_size, pool_stride)
+    alpha = lrn_alpha / lrn_size if lrn_size and lrn_alpha_over_n else lrn_alpha
+    lrn = [Lrn(lrn_size, lrn_k, alpha, lrn_beta)] if lrn_size else []
+    # The authors' code: 5x5 pixels, scale 0.001 divided by the 25 pixels of the window.
+    same_map = [MapNorm(5, 1.0, 0.001 / 25, 0.75)] if map_norm else []
+    after_conv1 = [relu, *lrn, pool] if relu_before_lrn else [*lrn, pool, relu]
+
+    def dropout(number: int) -> list[Layer]:
+        return [Dropout(number, dropout_keep, dropout_scale_in_training)] if dropout_keep < 1 else []
+
+    return (
+        Conv("conv1", 96, 11, stride=4),
+        *after_conv1,
+        Conv("conv2", 256, 5, pad=2, groups=2),
+        relu,
+        *lrn,
+        *same_map,
+        pool,
+        Conv("conv3", 384, 3, pad=1),
+        relu,
+        Conv("conv4", 384, 3, pad=1, groups=2),
+        relu,
+        Conv("conv5", 256, 3, pad=1, groups=2),
+        relu,
+        pool,
+        Flatten(),
+        Linear("fc6", 4096),
+        relu,
+        *dropout(6),
+        Linear("fc7", 4096),
+        relu,
+        *dropout(7),
+        Linear("fc8", classes),
+        *([relu] if final_relu else []),
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer with parameters in the network's table of sizes."""
+
+    name: str
+    output: Shape
+    parameters: int
+    multiply_adds: int  # of one image's forward pass
+
+
+def table(layers: tuple[Layer, ...], shape: Shape = (227, 227, 3)) -> list[Row]:
+    """Output shape, parameters and multiply-adds of each convolutional and fully connected layer."""
+    rows = []
+    for layer in layers:
+        output = layer.output_shape(shape)
+        if isinstance(layer, Conv | Linear):
+            sizes = {name[-1]: _product(s) for name, s in layer.parameter_shapes(shape).items()}
+            pixels = _product(output[:-1])
+            rows.append(Row(layer.name, output, sizes["w"] + sizes["b"], pixels * sizes["w"]))
+        shape = output
+    return rows
+
+
+def _product(values: Shape) -> int:
+    total = 1
+    for value in values:
+        total *= value
+    return total

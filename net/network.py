@@ -1,0 +1,161 @@
+"""A list of layers put to work: initial parameters, forward, backward, the training step, and prediction.
+
+Everything here goes through the operations of a backend (``ops``), so this file is the same for the textbook
+reference, the CPU and the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from net.layers import Array, Layer, Parameters, Run, Shape
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How uint8 crops become the network's input; the arguments of the backend's ``augment``."""
+
+    mean: Array | None  # on the backend's device
+    scale: float
+    bgr: bool
+    border: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The numbers of stochastic gradient descent that do not change from step to step (paper, section 5)."""
+
+    momentum: float
+    decay: dict[str, float]  # weight decay of each parameter
+
+
+def parameter_shapes(layers: Sequence[Layer], shape: Shape) -> dict[str, Shape]:
+    """Shapes of all parameters, in the order of the layers, for an input of (height, width, channels)."""
+    shapes: dict[str, Shape] = {}
+    for layer in layers:
+        shapes |= layer.parameter_shapes(shape)
+        shape = layer.output_shape(shape)
+    return shapes
+
+
+def initial_parameters(
+    shapes: dict[str, Shape], weight_std: Sequence[float], bias: Sequence[float], seed: int
+) -> dict[str, np.ndarray]:
+    """Draw the initial weights and set the initial biases (paper, section 5), as float32 NumPy arrays.
+
+    Weights are normal with mean 0 and the layer's standard deviation; where that is given as 0 it is
+    sqrt(2 / fan-in), which keeps the variance of ReLU activations from layer to layer (He et al., 2015). Each tensor
+    has its own random stream, so its values depend on the seed and its place alone.
+    """
+    parameters = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        layer = number // 2
+        if name.endswith(".b"):
+            parameters[name] = np.full(shape, bias[layer], dtype=np.float32)
+            continue
+        fan_in = int(np.prod(shape[:-1]))
+        std = weight_std[layer] or (2 / fan_in) ** 0.5
+        random = np.random.Generator(np.random.Philox(key=[seed, number]))
+        parameters[name] = random.standard_normal(shape, dtype=np.float32) * np.float32(std)
+    return parameters
+
+
+def forward(
+    ops: ModuleType, layers: Sequence[Layer], parameters: Parameters, x: Array, run: Run
+) -> tuple[Array, list[Any]]:
+    """Scores of a batch, and what each layer keeps for the backward pass (nothing unless ``run.training``)."""
+    tape = []
+    for layer in layers:
+        x, kept = layer.forward(ops, parameters, x, run)
+        if run.training:
+            tape.append(kept)
+    return x, tape
+
+
+def backward(
+    ops: ModuleType, layers: Sequence[Layer], parameters: Parameters, dz: Array, tape: list[Any]
+) -> Iterator[tuple[str, Array]]:
+    """From the gradient of the scores to the gradients of all parameters, last layer first.
+
+    A generator: each gradient is handed out as soon as it is known, with the gradient of the layer's input already
+    computed, so the receiver may update that parameter at once. ``tape`` is emptied on the way, which frees memory.
+    """
+    dy = dz
+    for number in reversed(range(len(layers))):
+        dy, gradients = layers[number].backward(ops, parameters, dy, tape.pop(), number > 0)
+        yield from gradients.items()
+
+
+def training_step(
+    ops: ModuleType,
+    layers: Sequence[Layer],
+    parameters: Parameters,
+    momenta: Parameters,
+    preparation: Preparation,
+    descent: Descent,
+    seed: int,
+) -> Callable[[dict[str, Array]], Array]:
+    """One step of training as a function of the batch: augment, forward, loss, backward, update.
+
+    The returned function takes device arrays ``images``, ``corner``, ``flip``, ``shift``, ``labels`` (see the
+    backend's ``augment`` and ``cross_entropy``), ``rates`` (the learning rate of each parameter, float32, in the
+    order of ``parameters``) and ``step`` (uint64, one element, the key of the dropout masks). It updates
+    ``parameters`` and ``momenta`` in place and returns each image's loss, float32 (N,).
+    """
+    position = {name: number for number, name in enumerate(parameters)}
+
+    def step(inputs: dict[str, Array]) -> Array:
+        x = prepare(ops, preparation, inputs)
+        scores, tape = forward(ops, layers, parameters, x, Run(training=True, seed=seed, step=inputs["step"]))
+        loss, dz = ops.cross_entropy(scores, inputs["labels"])
+        del x, scores
+        for name, gradient in backward(ops, layers, parameters, dz, tape):
+            rate = inputs["rates"][position[name] : position[name] + 1]
+            ops.sgd_update(
+                parameters[name],
+                momenta[name],
+                gradient,
+                lr=rate,
+                momentum=descent.momentum,
+                decay=descent.decay[name],
+            )
+        return loss
+
+    return ops.replayable(step) if hasattr(ops, "replayable") else step
+
+
+def prediction(
+    ops: ModuleType, layers: Sequence[Layer], parameters: Parameters, preparation: Preparation, views: int
+) -> Callable[[dict[str, Array]], Array]:
+    """Class probabilities of a batch as a function of its crops (paper, section 4.1).
+
+    The returned function takes the device arrays ``images``, ``corner``, ``flip``, ``shift``, the ``views`` crops of
+    a picture next to each other, and returns the softmax averaged over them, float32 (pictures, classes).
+    """
+
+    def predict(inputs: dict[str, Array]) -> Array:
+        x = prepare(ops, preparation, inputs)
+        scores, _ = forward(ops, layers, parameters, x, Run(training=False))
+        probabilities = ops.softmax(scores)
+        return probabilities.reshape(-1, views, probabilities.shape[1]).mean(axis=1)
+
+    return ops.replayable(predict) if hasattr(ops, "replayable") else predict
+
+
+def prepare(ops: ModuleType, preparation: Preparation, inputs: dict[str, Array]) -> Array:
+    """uint8 crops and their draws -> the network's input, float32 (N, height, width, 3)."""
+    return ops.augment(
+        inputs["images"],
+        inputs["corner"],
+        inputs["flip"],
+        inputs["shift"],
+        mean=preparation.mean,
+        scale=preparation.scale,
+        bgr=preparation.bgr,
+        border=preparation.border,
+    )

@@ -1,0 +1,48 @@
+"""The textbook backend: every operation of AlexNet in plain NumPy, one a file, and the oracle of every test.
+
+Each file opens with the formula, the shapes and the section of the paper (A. Krizhevsky, I. Sutskever, G. Hinton,
+"ImageNet Classification with Deep Convolutional Neural Networks", NIPS 2012), derives the backward pass, and then
+writes both down. What the other backends compute is defined here.
+
+All functions compute in the precision they are given: float32 in, float32 out, and float64 for checks.
+"""
+
+from net.reference.arrays import asarray, empty, host_empty, synchronize, to_host, upload
+from net.reference.augment import augment
+from net.reference.convolution import conv2d_backward, conv2d_forward
+from net.reference.cross_entropy import cross_entropy
+from net.reference.dropout import dropout_backward, dropout_forward
+from net.reference.linear import linear_backward, linear_forward
+from net.reference.lrn import lrn_backward, lrn_forward
+from net.reference.map_norm import map_norm_backward, map_norm_forward
+from net.reference.maxpool import maxpool_backward, maxpool_forward
+from net.reference.relu import relu_backward, relu_forward
+from net.reference.sgd import sgd_update
+from net.reference.softmax import softmax
+
+__all__ = [
+    "asarray",
+    "augment",
+    "conv2d_backward",
+    "conv2d_forward",
+    "cross_entropy",
+    "dropout_backward",
+    "dropout_forward",
+    "empty",
+    "host_empty",
+    "linear_backward",
+    "linear_forward",
+    "lrn_backward",
+    "lrn_forward",
+    "map_norm_backward",
+    "map_norm_forward",
+    "maxpool_backward",
+    "maxpool_forward",
+    "relu_backward",
+    "relu_forward",
+    "sgd_update",
+    "softmax",
+    "synchronize",
+    "to_host",
+    "upload",
+]

@@ -1,0 +1,38 @@
+"""Softmax and cross-entropy, the loss (paper, section 3.5: multinomial logistic regression).
+
+Shapes
+    z (N, classes), labels int (N,), loss (N,), dz (N, classes)
+
+Forward
+    With p = softmax(z), the loss of image n is the negative log-probability of its label t::
+
+        loss[n] = -log p[n, t] = log(sum_j exp(z[n, j])) - z[n, t]
+
+    The right-hand form never takes the logarithm of a probability that has been rounded to 0. As in ``softmax.py`` the
+    largest score m is subtracted first, from both terms. A network that knows nothing gives p = 1 / classes: a loss of
+    log(1000) = 6.908 for ImageNet.
+
+Backward
+    The batch's loss is the mean over its images, L = sum_n loss[n] / N. For one image::
+
+        ∂(log sum_j exp z[j]) / ∂z[c] = exp(z[c]) / sum_j exp(z[j]) = p[c]
+        ∂z[t] / ∂z[c] = 1 if c = t else 0
+
+    so ``dz[n, c] = (p[n, c] - [c = t]) / N``. This 1/N is the only one in the whole backward pass.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def cross_entropy(z: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """z (N, classes), labels (N,) -> loss of each image (N,), gradient of their mean dz (N, classes)."""
+    n = np.arange(len(z))
+    shifted = z - z.max(axis=1, keepdims=True)
+    e = np.exp(shifted)
+    total = e.sum(axis=1)
+    loss = np.log(total) - shifted[n, labels]
+    dz = e / total[:, np.newaxis]
+    dz[n, labels] -= 1
+    return loss, dz / len(z)

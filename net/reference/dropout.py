@@ -1,0 +1,49 @@
+"""Dropout (paper, section 4.2: keep = 0.5 in fc6 and fc7).
+
+Forward
+    ``y = x * mask * scale``, any shape, where mask is 1 with probability ``keep`` and 0 otherwise, each element on its
+    own. The paper trains with scale = 1 and multiplies by keep in test; Caffe trains with scale = 1 / keep and leaves
+    the test alone. Either way the expected value seen by the next layer is the same in training and test.
+
+Backward
+    mask and scale do not depend on x: ``dx = dy * mask * scale``.
+
+The mask is a pure function of ``key`` = (seed, step, layer) and of the element's place in C order, so it is drawn
+again in the backward pass instead of being kept, and is the same on every backend: element e uses word e % 4 of
+Philox4x32-10 (``philox.py``) with::
+
+    counter = (e // 4, layer, step mod 2³², step div 2³²)      key = (seed mod 2³², seed div 2³²)
+
+and is kept where that word, uniform on 0 .. 2³² - 1, is below floor(keep * 2³²).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from net.reference.philox import philox4x32
+
+Key = tuple[int, int | np.ndarray, int]  # seed, step (a number or an array of one), layer
+
+
+def dropout_forward(x: np.ndarray, *, keep: float, scale: float, key: Key) -> np.ndarray:
+    """x -> y of the same shape; keep the key."""
+    return x * dropout_mask(x.shape, keep, key) * scale
+
+
+def dropout_backward(dy: np.ndarray, *, keep: float, scale: float, key: Key) -> np.ndarray:
+    """dy -> dx of the same shape."""
+    return dy * dropout_mask(dy.shape, keep, key) * scale
+
+
+def dropout_mask(shape: tuple[int, ...], keep: float, key: Key) -> np.ndarray:
+    """Boolean mask, True where the element is kept."""
+    seed, step, layer = int(key[0]), int(np.asarray(key[1]).item()), int(key[2])
+    size = math.prod(shape)
+    blocks = np.arange(-(-size // 4))
+    words = philox4x32((blocks, layer, step % 2**32, step >> 32), (seed % 2**32, seed >> 32))
+    drawn = np.stack(words, axis=-1).reshape(-1)[:size]
+    # keep = 1 makes the bound 2**32, one more than fits 32 bits: every word is below it.
+    return (drawn.astype(np.uint64) < np.uint64(math.floor(keep * 2**32))).reshape(shape)

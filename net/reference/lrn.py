@@ -1,0 +1,56 @@
+"""Local response normalisation over neighbouring channels (paper, section 3.3).
+
+Shapes
+    x, s, y (N, H, W, C); every pixel on its own.
+
+Forward
+    With h = size // 2 (integer division, as in the paper's formula)::
+
+        s[i] = k + alpha * sum_{j = max(0, i - h)}^{min(C - 1, i + h)} x[j]²
+        y[i] = x[i] * s[i]^-beta
+
+    i and j count channels. size = 4 and size = 5 both give h = 2, five channels. ``alpha`` is what stands in front of
+    the sum. The paper says alpha = 1e-4 with n = 5; its authors' code divides that by n first, so its effective alpha
+    is 2e-5. That division is the caller's business; here alpha is taken as given.
+
+Backward
+    x[i] acts in two places: on its own y[i] as the factor in front, and on the s of every channel within h of i.
+    From the definitions::
+
+        dy[j] -> s[j]:   ∂y[j]/∂s[j] = -beta x[j] s[j]^(-beta - 1)
+        s[j] -> x[i]:    ∂s[j]/∂x[i] = 2 alpha x[i]   where |i - j| <= h, else 0
+
+    Both ways together, by the chain rule::
+
+        dx[i] = dy[i] s[i]^-beta - 2 alpha beta x[i] * sum_{|j - i| <= h} dy[j] x[j] s[j]^(-beta - 1)
+
+    The neighbourhood "within h" is symmetric, so the sum runs over the same clipped window as the forward pass, and
+    both passes use one function for it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def lrn_forward(x: np.ndarray, *, size: int, k: float, alpha: float, beta: float) -> tuple[np.ndarray, np.ndarray]:
+    """x (N, H, W, C) -> y, s of the same shape; keep x and s."""
+    s = k + alpha * _sum_over_window(x * x, size)
+    return x * s**-beta, s
+
+
+def lrn_backward(dy: np.ndarray, x: np.ndarray, s: np.ndarray, *, size: int, alpha: float, beta: float) -> np.ndarray:
+    """dy, x, s (N, H, W, C) -> dx."""
+    through_s = _sum_over_window(dy * x * s ** (-beta - 1), size)
+    return dy * s**-beta - 2 * alpha * beta * x * through_s
+
+
+def _sum_over_window(a: np.ndarray, size: int) -> np.ndarray:
+    """At each channel i the sum of a[i - h] .. a[i + h]; channels beyond the first and last count as 0."""
+    h = size // 2
+    channels = a.shape[-1]
+    padded = np.pad(a, ((0, 0), (0, 0), (0, 0), (h, h)))
+    total = np.zeros_like(a)
+    for offset in range(2 * h + 1):
+        total += padded[..., offset : offset + channels]
+    return total
