@@ -1,0 +1,142 @@
+"""Two-dimensional convolution, alone and together with what follows it.
+
+The formulas are in ``net/reference/convolution.py``. This file joins the parts: ``plan.py`` says which algorithm,
+``winograd.py`` and ``im2col.py`` are the algorithms, ``finish.py`` is bias, ReLU, LRN and pool.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import prange
+
+from net.cpu import im2col, plan, winograd
+from net.cpu.finish import NOTHING, Finish, Results, block, finish_all, finish_image, results, unfinish
+from net.cpu.jit import kernel
+from net.cpu.memory import contiguous, empty
+
+Lrn = tuple[int, float, float, float] | None
+Pool = tuple[int, int] | None
+
+
+def conv2d_forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, *, stride: int, pad: int, groups: int) -> np.ndarray:
+    """x (N, H, W, Cin), w (KH, KW, Cin/groups, Cout), b (Cout,) -> y (N, OH, OW, Cout); keep x."""
+    return _forward(contiguous(x), contiguous(w), contiguous(b), stride, pad, groups, NOTHING, keep=True).y
+
+
+def conv2d_backward(
+    dy: np.ndarray, x: np.ndarray, w: np.ndarray, *, stride: int, pad: int, groups: int, need_dx: bool = True
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """dy (N, OH, OW, Cout) -> dx like x or None, dw like w, db (Cout,)."""
+    dy, x, w = contiguous(dy), contiguous(x), contiguous(w)
+    db = empty(w.shape[3])
+    np.sum(dy.reshape(-1, w.shape[3]), axis=0, out=db)
+    return *_backward(dy, x, w, stride, pad, groups, need_dx), db
+
+
+def conv_block_forward(
+    x: np.ndarray,
+    w: np.ndarray,
+    b: np.ndarray,
+    *,
+    stride: int,
+    pad: int,
+    groups: int,
+    lrn: Lrn,
+    pool: Pool,
+    training: bool,
+) -> tuple[np.ndarray, Any]:
+    """Convolution, bias, ReLU, [LRN], [max pool] -> the block's output, and what its backward pass needs."""
+    x, finish = contiguous(x), block(lrn, pool)
+    got = _forward(x, contiguous(w), contiguous(b), stride, pad, groups, finish, keep=training)
+    y = got.y if finish.in_place else got.out
+    return y, (x, got.y, got.winner) if training else None
+
+
+def conv_block_backward(
+    dy: np.ndarray,
+    kept: Any,
+    w: np.ndarray,
+    *,
+    stride: int,
+    pad: int,
+    groups: int,
+    lrn: Lrn,
+    pool: Pool,
+    need_dx: bool,
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """dy of the block's output -> dx or None, dw, db."""
+    x, y, winner = kept
+    d, db = unfinish(contiguous(dy), y, winner, block(lrn, pool))
+    return *_backward(d, x, contiguous(w), stride, pad, groups, need_dx), db
+
+
+def _forward(
+    x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, pad: int, groups: int, finish: Finish, keep: bool
+) -> Results:
+    n, height, width, _ = x.shape
+    kh, kw, _, maps = w.shape
+    outputs = (n, _windows(height, kh, stride, pad), _windows(width, kw, stride, pad), maps)
+    if plan.forward(x.shape, w.shape, stride, groups) == "winograd":
+        to = results(outputs, finish, keep)
+        s = winograd.shape(x.shape, w.shape, stride, pad, groups, *outputs[1:3])
+        _convolve_and_finish(x, winograd.filters(w, s), b, s, winograd.workspace(s), finish, to)
+        return to
+    to = results(outputs, finish, keep=True)
+    im2col.forward(x, w, to.y, stride, pad, groups)
+    finish_all(to.y, b, finish, to, n)
+    return to
+
+
+def _backward(
+    dy: np.ndarray, x: np.ndarray, w: np.ndarray, stride: int, pad: int, groups: int, need_dx: bool
+) -> tuple[np.ndarray | None, np.ndarray]:
+    dw = empty(w.shape)
+    if plan.backward_weights(x.shape, w.shape, stride, groups) == "winograd":
+        s = winograd.shape(x.shape, w.shape, stride, pad, groups, *dy.shape[1:3])
+        winograd.gradient(dy, x, dw, s)
+    else:
+        im2col.backward_weights(dy, x, dw, stride, pad, groups)
+    if not need_dx:
+        return None, dw
+    if plan.backward_input(x.shape, w.shape, stride, pad, groups) == "winograd":
+        # dx is a convolution of dy; its padding makes the output as large as x.
+        other, none = winograd.turned(w, groups), np.zeros(x.shape[3], np.float32)
+        s = winograd.shape(dy.shape, other.shape, 1, w.shape[0] - 1 - pad, groups, *x.shape[1:3])
+        to = results(x.shape, NOTHING, keep=True)
+        _convolve_and_finish(dy, winograd.filters(other, s), none, s, winograd.workspace(s), NOTHING, to)
+        return to.y, dw
+    dx = empty(x.shape)
+    im2col.backward_input(dy, w, dx, stride, pad, groups)
+    return dx, dw
+
+
+@kernel
+def _convolve_and_finish(
+    x: np.ndarray,
+    u: np.ndarray,
+    b: np.ndarray,
+    s: winograd.Shape,
+    work: winograd.Workspace,
+    finish: Finish,
+    to: Results,
+) -> None:
+    together = s.mosaic_rows * s.mosaic_columns
+    # Where no map is padded, the maps of all groups lie side by side and are finished in one go.
+    groups, each = (1, s.groups * s.maps) if s.maps == s.maps_padded else (s.groups, s.maps_padded)
+    for mosaic in prange((x.shape[0] + together - 1) // together):
+        core = numba.get_thread_id()
+        first = mosaic * together
+        winograd.convolve(x, first, u, s, work, core)
+        outputs = work.outputs[core].reshape(s.tile_rows * s.m, s.tile_columns * s.m, groups, each)
+        for image in range(min(together, x.shape[0] - first)):
+            top = image // s.mosaic_columns * s.pitch_rows
+            left = image % s.mosaic_columns * s.pitch_columns
+            finish_image(outputs, top, left, b, finish, to, first + image, core)
+
+
+def _windows(length: int, kernel: int, stride: int, pad: int) -> int:
+    """Positions of a kernel along a padded side; what is left over at the end is not covered."""
+    return (length + 2 * pad - kernel) // stride + 1

@@ -1,0 +1,253 @@
+"""Fully connected layer, alone and with the ReLU after it: y = x w + b; dx = dy wᵀ, dw = xᵀ dy, db = sum of dy.
+
+The matrix w is large (fc6: 151 MB) and the batch small, so w and dw should pass through the cores once, in the order
+in which they lie in memory, while x and dy are small enough to be laid out as each product likes best:
+
+- y: a strip of w's columns is packed into panels, a few hundred rows at a time; both fit the second-level cache.
+- dx: computed as dxᵀ = w dyᵀ. The rows of w are the left operand just as they lie; dyᵀ is packed once.
+- y of a few images only is limited by reading w, and gains nothing from panels: w is read in long pieces of its rows.
+- dw: the rows of xᵀ are the left operand, dy packed into panels the right one; each element of dw is written once.
+  BLAS writes zeros first and then adds to them.
+
+Every element is one sum in a fixed order, so the results do not depend on the number of threads. BLAS's do.
+
+Gain: see docs/cpu.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numba
+import numpy as np
+from numba import prange
+
+from net.cpu.jit import kernel
+from net.cpu.memory import contiguous, empty
+from net.cpu.product import add_rows_times_panel, rows_times_panel
+from net.cpu.simd import BLOCK, PANEL, prefetch
+
+_FEW: Final = 4  # images up to which y is computed without panels
+_DEPTH: Final = 256  # rows of w at a time in y, columns in dx
+_STRIP: Final = 4 * PANEL  # columns of w at a time in y
+_ROWS: Final = 8 * BLOCK  # rows of w or dw at a time in dx and dw
+_GROUP: Final = 16  # panels of dy at a time in dw: with 128 images as many bytes as half a second-level cache
+_SHIFT: Final = 16  # floats in a cache line: keeps rows of a power of two apart in the cache
+
+
+def linear_forward(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """x (N, Cin), w (Cin, Cout), b (Cout,) -> y (N, Cout); keep x for the backward pass."""
+    return _forward(contiguous(x), contiguous(w), contiguous(b), relu=False)
+
+
+def linear_backward(
+    dy: np.ndarray, x: np.ndarray, w: np.ndarray, *, need_dx: bool = True
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """dy (N, Cout) -> dx (N, Cin) or None, dw (Cin, Cout), db (Cout,)."""
+    dy, x, w = contiguous(dy), contiguous(x), contiguous(w)
+    return _backward(dy, dy, x, w, False, need_dx)
+
+
+def linear_block_forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, *, training: bool) -> tuple[np.ndarray, Any]:
+    """Linear and ReLU -> y, and what the backward pass needs."""
+    x = contiguous(x)
+    y = _forward(x, contiguous(w), contiguous(b), relu=True)
+    return y, (x, y) if training else None
+
+
+def linear_block_backward(
+    dy: np.ndarray, kept: Any, w: np.ndarray, *, need_dx: bool
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """dy of the block's output -> dx or None, dw, db."""
+    x, y = kept
+    return _backward(contiguous(dy), y, x, contiguous(w), True, need_dx)
+
+
+def _forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool) -> np.ndarray:
+    n, depth = x.shape
+    y = empty((n, w.shape[1]))
+    if n <= _FEW:
+        # Pieces as long as they can be with one for each core; the sums are the same whatever their length.
+        piece = -(-w.shape[1] // (numba.get_num_threads() * PANEL)) * PANEL
+        _few_products(x, w, b, relu, min(piece, 2048), y)
+        return y
+    apart = empty((n, depth + _SHIFT))
+    np.copyto(apart[:, :depth], x)
+    _products(apart.reshape(-1), w, b, relu, y)
+    return y
+
+
+def _backward(
+    dy: np.ndarray, y: np.ndarray, x: np.ndarray, w: np.ndarray, relu: bool, need_dx: bool
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    n, maps = dy.shape
+    panels = -(-maps // PANEL)
+    dw, db = empty(w.shape), empty(maps)
+    by_map, by_image = empty(panels * n * PANEL), empty(-(-n // PANEL) * maps * PANEL)
+    _pack(dy, y, relu, by_map, by_image, db)
+    turned = empty((x.shape[1], n + _SHIFT))
+    np.copyto(turned[:, :n], x.T)
+    _weights(turned.reshape(-1), by_map, n, dw.reshape(-1), maps)
+    if not need_dx:
+        return None, dw, db
+    dx = empty(x.shape)
+    _inputs(w.reshape(-1), by_image, maps, dx)
+    return dx, dw, db
+
+
+@kernel
+def _products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, y: np.ndarray) -> None:
+    images, maps = y.shape
+    depth = w.shape[0]
+    row = depth + _SHIFT
+    flat = w.reshape(-1)
+    zero = np.float32(0)
+    for strip in prange((maps + _STRIP - 1) // _STRIP):
+        first = strip * _STRIP
+        columns = min(_STRIP, maps - first)
+        panels = (columns + PANEL - 1) // PANEL
+        products = panels * ((images + BLOCK - 1) // BLOCK)
+        ahead = (_DEPTH + products - 1) // products
+        packed = np.zeros(panels * _DEPTH * PANEL, np.float32)
+        sums = np.zeros(panels * images * PANEL, np.float32)
+        for start in range(0, depth, _DEPTH):
+            now = min(_DEPTH, depth - start)
+            for k in range(now):
+                for panel in range(columns // PANEL):
+                    at, column = (panel * _DEPTH + k) * PANEL, first + panel * PANEL
+                    for o in range(PANEL):
+                        packed[at + o] = w[start + k, column + o]
+                for o in range(columns // PANEL * PANEL, columns):  # the last, narrower panel
+                    packed[((panels - 1) * _DEPTH + k) * PANEL + o % PANEL] = w[start + k, first + o]
+            # The next rows of w are far apart in memory, where no hardware expects them: they are asked for a few at
+            # a time between the products, so that packing finds them in the cache.
+            following = start + _DEPTH
+            for panel in range(panels):
+                for i in range(0, images, BLOCK):
+                    for k in range(following, min(following + ahead, depth)):
+                        for o in range(0, columns, _SHIFT):
+                            prefetch(flat, k * maps + first + o)
+                    following += ahead
+                    add_rows_times_panel(
+                        x,
+                        i * row + start,
+                        row,
+                        packed,
+                        panel * _DEPTH * PANEL,
+                        sums,
+                        (panel * images + i) * PANEL,
+                        PANEL,
+                        min(BLOCK, images - i),
+                        now,
+                    )
+        for n in range(images):
+            for panel in range(panels):
+                at, column = (panel * images + n) * PANEL, first + panel * PANEL
+                for o in range(min(PANEL, columns - panel * PANEL)):
+                    v = sums[at + o] + b[column + o]
+                    y[n, column + o] = zero if relu and v < zero else v
+
+
+@kernel
+def _few_products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, piece: int, y: np.ndarray) -> None:
+    images, maps = y.shape
+    zero = np.float32(0)
+    for task in prange((maps + piece - 1) // piece):
+        first = task * piece
+        columns = min(piece, maps - first)
+        sums = np.zeros((images, columns), np.float32)
+        for k in range(x.shape[1]):
+            row = w[k, first : first + columns]
+            for n in range(images):
+                factor = x[n, k]
+                for o in range(columns):
+                    sums[n, o] += factor * row[o]
+        for n in range(images):
+            for o in range(columns):
+                v = sums[n, o] + b[first + o]
+                y[n, first + o] = zero if relu and v < zero else v
+
+
+@kernel
+def _pack(dy: np.ndarray, y: np.ndarray, relu: bool, by_map: np.ndarray, by_image: np.ndarray, db: np.ndarray) -> None:
+    """dy, where ReLU let it through, as panels of maps [panel][image] and of images [panel][map]; and its sums."""
+    images, maps = dy.shape
+    zero = np.float32(0)
+    image_panels = (images + PANEL - 1) // PANEL
+    for panel in prange((maps + PANEL - 1) // PANEL):
+        first = panel * PANEL
+        sums = np.zeros(PANEL, np.float32)
+        for n in range(image_panels * PANEL):
+            for o in range(PANEL):
+                v = zero
+                if n < images and first + o < maps and (y[n, first + o] > zero or not relu):
+                    v = dy[n, first + o]
+                if n < images:
+                    by_map[(panel * images + n) * PANEL + o] = v
+                if first + o < maps:
+                    by_image[(n // PANEL * maps + first + o) * PANEL + n % PANEL] = v
+                sums[o] += v
+        for o in range(min(PANEL, maps - first)):
+            db[first + o] = sums[o]
+
+
+@kernel
+def _weights(x: np.ndarray, dy: np.ndarray, images: int, dw: np.ndarray, maps: int) -> None:
+    """dw from xᵀ, rows ``images + _SHIFT`` long, and dy in panels of maps."""
+    row = images + _SHIFT
+    depth = dw.size // maps
+    whole = maps // PANEL
+    for block in prange((depth + _ROWS - 1) // _ROWS):
+        first = block * _ROWS
+        rows = min(_ROWS, depth - first)
+        last = np.empty(_ROWS * PANEL, np.float32)
+        for group in range(0, whole, _GROUP):
+            for i in range(0, rows, BLOCK):
+                for panel in range(group, min(group + _GROUP, whole)):
+                    rows_times_panel(
+                        x,
+                        (first + i) * row,
+                        row,
+                        dy,
+                        panel * images * PANEL,
+                        dw,
+                        (first + i) * maps + panel * PANEL,
+                        maps,
+                        min(BLOCK, rows - i),
+                        images,
+                    )
+        if whole * PANEL < maps:
+            rows_times_panel(x, first * row, row, dy, whole * images * PANEL, last, 0, PANEL, rows, images)
+            for i in range(rows):
+                for o in range(maps - whole * PANEL):
+                    dw[(first + i) * maps + whole * PANEL + o] = last[i * PANEL + o]
+
+
+@kernel
+def _inputs(w: np.ndarray, dy: np.ndarray, maps: int, dx: np.ndarray) -> None:
+    """dx from w and dy in panels of images."""
+    images, depth = dx.shape
+    panels = (images + PANEL - 1) // PANEL
+    for block in prange((depth + _ROWS - 1) // _ROWS):
+        first = block * _ROWS
+        rows = min(_ROWS, depth - first)
+        sums = np.zeros(panels * _ROWS * PANEL, np.float32)
+        for start in range(0, maps, _DEPTH):
+            now = min(_DEPTH, maps - start)
+            for i in range(0, rows, BLOCK):
+                for panel in range(panels):
+                    add_rows_times_panel(
+                        w,
+                        (first + i) * maps + start,
+                        maps,
+                        dy,
+                        (panel * maps + start) * PANEL,
+                        sums,
+                        (panel * _ROWS + i) * PANEL,
+                        PANEL,
+                        min(BLOCK, rows - i),
+                        now,
+                    )
+        for n in range(images):
+            for i in range(rows):
+                dx[n, first + i] = sums[(n // PANEL * _ROWS + i) * PANEL + n % PANEL]

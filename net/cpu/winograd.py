@@ -1,0 +1,596 @@
+"""Convolution with fewer multiplications: Winograd's tiles.
+
+What is computed is the convolution of ``net/reference/convolution.py``. A tile of m x m outputs of an r x r filter is
+computed from n x n inputs, n = m + r - 1, through the small matrices of ``cook_toom.py``::
+
+    y = Aᵀ [ sum_a (G w_a Gᵀ) * (B d_a Bᵀ) ] A                     a: input channels, *: element by element
+
+The sum over the channels at each of the n² places is what takes the time, and it is a matrix product: tiles times
+channels, times channels times maps. For 3x3 filters and 4x4 tiles these products have 36 multiplications where the
+convolution itself has 144; for 5x5 filters and 3x3 tiles 49 instead of 225.
+
+Backward
+    dx is a convolution of dy with the filters turned by 180 degrees and with inputs and maps exchanged: the same code.
+    dw is the derivative of the formula above with respect to w, which is the same three steps the other way round::
+
+        dw_a = Gᵀ [ sum_tiles (A dy Aᵀ) * (B d_a Bᵀ) ] G
+
+How the work is laid out
+    - **Canvas.** The input of a few images is copied into a zero-padded field first, so that no later step knows of
+      borders. Several images share one field, a *mosaic*, with common gutters of zeros: 13 x 13 outputs need 4 x 4
+      tiles of 4 an image, but only 7 x 7 for four images together, 23% fewer.
+    - **Stride.** A filter with stride s is a filter with stride 1 over the s² interleaved pictures of every s-th pixel:
+      the canvas is filled that way. conv1, 11x11x3 with stride 4, becomes 3x3x48: 2.25 x 48 multiplications an output
+      instead of 363.
+    - **One core, one mosaic.** Canvas, transformed tiles, products and outputs of a mosaic stay in the core's cache
+      from beginning to end; memory sees the input once and the output once.
+    - dw sums over all tiles of the batch. To have the same order of additions with any number of threads, a slab of
+      images is transformed first, each core taking some of the mosaics, and then multiplied, each core taking some of
+      the n² places.
+
+Layouts (flat arrays)
+    canvas    [row][column][group][channel]       channels padded to full vectors
+    tiles     [place][tile][channel]              transformed inputs: rows of a product, left operand
+    products  [place][panel][tile][PANEL maps]    transformed outputs: panels of a product, result or right operand
+    filters   [place][group][panel][channel][PANEL maps]
+Places are a cache line more than a whole number of pages apart, so that the n² values of one tile do not fall on the
+same lines of the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numba
+import numpy as np
+from numba import prange
+
+from net.cpu.cook_toom import G35, G43, Matrix
+from net.cpu.jit import inner, kernel
+from net.cpu.memory import empty
+from net.cpu.product import add_columns_times_panel, rows_times_panel
+from net.cpu.simd import BLOCK, LANES, PANEL, transform
+
+_SHIFT: Final = 16  # floats in a cache line: the distance that places are put further apart
+_SLAB: Final = 24 << 20  # bytes of transformed tiles in the gradient of the weights
+_NEAR: Final = 352 << 10  # bytes of transformed tiles that stay in a second-level cache, beside the rest
+_TILES: Final = 64  # tiles of a mosaic at least, where the batch has them: fewer make short products
+
+
+class Shape(NamedTuple):
+    """Everything a kernel must know about the geometry of one convolution, forward form."""
+
+    m: int  # outputs of a tile, in each direction
+    n: int  # inputs of a tile
+    stride: int
+    pad: int
+    height: int  # of the input
+    width: int
+    out_height: int
+    out_width: int
+    groups: int
+    channels: int  # a group, as stored
+    depth: int  # a group, on the canvas: channels times stride²
+    depth_padded: int  # in full vectors
+    maps: int  # a group
+    maps_padded: int  # in full panels
+    mosaic_rows: int  # images of a mosaic, below each other
+    mosaic_columns: int  # and side by side
+    pitch_rows: int  # from one image's outputs to the next one's
+    pitch_columns: int
+    tile_rows: int  # of a mosaic
+    tile_columns: int
+    block: int  # tiles that go through all steps together
+    strip: int  # panels of maps whose products exist at a time
+
+    @property
+    def images(self) -> int:
+        return self.mosaic_rows * self.mosaic_columns
+
+    @property
+    def tiles(self) -> int:
+        return self.tile_rows * self.tile_columns
+
+    @property
+    def canvas_size(self) -> int:
+        reach = self.n - self.m
+        rows, columns = self.tile_rows * self.m + reach, self.tile_columns * self.m + reach
+        return rows * columns * self.groups * self.depth_padded
+
+    @property
+    def output_size(self) -> int:
+        return self.tiles * self.m**2 * self.groups * self.maps_padded
+
+
+def applies(kernel_height: int, kernel_width: int, stride: int, groups: int) -> bool:
+    """Whether there are transforms for such filters."""
+    return kernel_height == kernel_width and _taps(kernel_height, stride) in _TILE and (stride == 1 or groups == 1)
+
+
+def shape(
+    x: tuple[int, ...], w: tuple[int, ...], stride: int, pad: int, groups: int, out_height: int, out_width: int
+) -> Shape:
+    """The geometry for inputs of shape x (N, H, W, C) and filters of shape w (KH, KW, C / groups, maps)."""
+    images, height, width, _ = x
+    taps = _taps(w[0], stride)
+    m = _TILE[taps]
+    depth = w[2] * stride**2
+    pitch_rows, pitch_columns = -(-(height + pad) // stride), -(-(width + pad) // stride)
+
+    def tiles(images: int, pitch: int, outputs: int) -> int:
+        return -(-((images - 1) * pitch + outputs) // m)
+
+    def cost(grid: tuple[int, int]) -> tuple[float, int]:
+        """Tiles an image; and among equals the smallest mosaic that still makes long products."""
+        total = tiles(grid[0], pitch_rows, out_height) * tiles(grid[1], pitch_columns, out_width)
+        count = grid[0] * grid[1]
+        return total * -(-images // count) / images * (1.05 if total < _TILES else 1.0), count
+
+    rows, columns = min(((a, b) for a in (1, 2, 4) for b in (1, 2, 4) if a * b <= max(images, 1)), key=cost)
+    tile_rows, tile_columns = tiles(rows, pitch_rows, out_height), tiles(columns, pitch_columns, out_width)
+    depth_padded, maps_padded = _up(depth, LANES), _up(w[3] // groups, PANEL)
+    block, strip = tile_rows * tile_columns, maps_padded // PANEL
+    fitting = _NEAR // (4 * (m + taps - 1) ** 2 * depth_padded)
+    if fitting >= 4 * BLOCK:
+        # Few channels: the transformed tiles stay in the second-level cache while one panel after another uses them.
+        pieces = -(-block // fitting)
+        block, strip = min(block, _up(-(-block // pieces), BLOCK)), 1
+    return Shape(
+        m=m,
+        n=m + taps - 1,
+        stride=stride,
+        pad=pad,
+        height=height,
+        width=width,
+        out_height=out_height,
+        out_width=out_width,
+        groups=groups,
+        channels=w[2],
+        depth=depth,
+        depth_padded=depth_padded,
+        maps=w[3] // groups,
+        maps_padded=maps_padded,
+        mosaic_rows=rows,
+        mosaic_columns=columns,
+        pitch_rows=pitch_rows,
+        pitch_columns=pitch_columns,
+        tile_rows=tile_rows,
+        tile_columns=tile_columns,
+        block=block,
+        strip=strip,
+    )
+
+
+def filters(w: np.ndarray, s: Shape) -> np.ndarray:
+    """G w Gᵀ for filters (KH, KW, channels, groups x maps), in the layout of the products' right operand."""
+    u = empty(s.n**2 * s.groups * s.depth * s.maps_padded)
+    _filters(w, u, _doubles(_G[s.n - s.m + 1]), s)
+    return u
+
+
+def turned(w: np.ndarray, groups: int) -> np.ndarray:
+    """The filters of dx: turned by 180 degrees, inputs and maps exchanged (within each group)."""
+    kh, kw, channels, maps = w.shape
+    grouped = w[::-1, ::-1].reshape(kh, kw, channels, groups, maps // groups)
+    other = empty((kh, kw, maps // groups, groups * channels))
+    np.copyto(other.reshape(kh, kw, maps // groups, groups, channels), grouped.transpose(0, 1, 4, 3, 2))
+    return other
+
+
+class Workspace(NamedTuple):
+    """What one core needs for one mosaic; the first axis counts the cores."""
+
+    canvas: np.ndarray
+    tiles: np.ndarray
+    products: np.ndarray
+    outputs: np.ndarray
+
+
+def workspace(s: Shape) -> Workspace:
+    threads = numba.get_num_threads()
+    places = s.n**2
+    canvas = empty((threads, s.canvas_size))
+    canvas[...] = 0
+    return Workspace(
+        canvas=canvas,
+        tiles=empty((threads, places * (s.block * s.depth_padded + _SHIFT))),
+        products=empty((threads, places * (s.block * s.strip * PANEL + _SHIFT))),
+        outputs=empty((threads, s.output_size)),
+    )
+
+
+@inner
+def convolve(x: np.ndarray, first: int, u: np.ndarray, s: Shape, work: Workspace, core: int) -> None:
+    """The mosaic of the images from ``first`` on, into ``work.outputs[core]``, without bias."""
+    canvas, tiles, products, outputs = work.canvas[core], work.tiles[core], work.products[core], work.outputs[core]
+    places, panels = s.n * s.n, s.maps_padded // PANEL
+    tiles_step, products_step = s.block * s.depth_padded + _SHIFT, s.block * s.strip * PANEL + _SHIFT
+    scratch = np.empty(8 * 8 * LANES, np.float32)
+    fill_canvas(x, first, s, canvas)
+    for first_tile in range(0, s.tile_rows * s.tile_columns, s.block):
+        count = min(s.block, s.tile_rows * s.tile_columns - first_tile)
+        for group in range(s.groups):
+            _transform_inputs(
+                canvas, group * s.depth_padded, first_tile, count, s, tiles, 0, tiles_step, s.depth_padded, scratch
+            )
+            for first_panel in range(0, panels, s.strip):
+                now = min(s.strip, panels - first_panel)
+                for place in range(places):
+                    for panel in range(now):
+                        filter_panel = (place * s.groups + group) * panels + first_panel + panel
+                        rows_times_panel(
+                            tiles,
+                            place * tiles_step,
+                            s.depth_padded,
+                            u,
+                            filter_panel * s.depth * PANEL,
+                            products,
+                            place * products_step + panel * count * PANEL,
+                            PANEL,
+                            count,
+                            s.depth,
+                        )
+                map_ = group * s.maps_padded + first_panel * PANEL
+                _transform_outputs(products, products_step, first_tile, count, now, map_, s, outputs, scratch)
+
+
+@inner
+def fill_canvas(x: np.ndarray, first: int, s: Shape, canvas: np.ndarray) -> None:
+    """Copy the images of a mosaic into a field of zeros; with a stride, its interleaved pictures side by side.
+
+    The zeros around the images are there already. Images that the last mosaic lacks become zeros too.
+    """
+    columns = s.tile_columns * s.m + s.n - s.m
+    rows = s.tile_rows * s.m + s.n - s.m
+    pixel = s.groups * s.depth_padded
+    run = s.stride * s.channels  # floats of one picture row that one pixel of the canvas takes, with a stride
+    for image in range(s.mosaic_rows * s.mosaic_columns):
+        top = image // s.mosaic_columns * s.pitch_rows
+        left = image % s.mosaic_columns * s.pitch_columns
+        there = first + image < x.shape[0]
+        for p in range(s.height):
+            row = top + (p + s.pad) // s.stride
+            if row >= rows:
+                break  # a ragged edge that no window covers
+            source = x[min(first + image, x.shape[0] - 1), p].reshape(-1)
+            if s.stride > 1:
+                at = (row * columns + left) * pixel + (p + s.pad) % s.stride * run
+                for column in range(min(columns - left, (s.pad + s.width + s.stride - 1) // s.stride)):
+                    start = column * run - s.pad * s.channels
+                    for i in range(max(0, -start), min(run, source.size - start)):
+                        canvas[at + column * pixel + i] = source[start + i] if there else np.float32(0)
+            elif not there or pixel == source.size // s.width:
+                at = (row * columns + left + s.pad) * pixel
+                for i in range(min(s.width, columns - left - s.pad) * pixel):
+                    canvas[at + i] = source[i] if there else np.float32(0)
+            else:
+                for q in range(min(s.width, columns - left - s.pad)):
+                    at = (row * columns + left + s.pad + q) * pixel
+                    for group in range(s.groups):
+                        for a in range(s.channels):
+                            canvas[at + group * s.depth_padded + a] = source[(q * s.groups + group) * s.channels + a]
+
+
+@inner
+def _transform_inputs(
+    canvas: np.ndarray,
+    channel: int,
+    first: int,
+    count: int,
+    s: Shape,
+    tiles: np.ndarray,
+    tiles_at: int,
+    tiles_step: int,
+    tile_row: int,
+    scratch: np.ndarray,
+) -> None:
+    """B d Bᵀ for ``count`` tiles of a mosaic from ``first`` on, and the channels of a group from ``channel`` on."""
+    pixel = s.groups * s.depth_padded
+    canvas_row = (s.tile_columns * s.m + s.n - s.m) * pixel
+    for tile in range(count):
+        row, column = (first + tile) // s.tile_columns, (first + tile) % s.tile_columns
+        corner = row * s.m * canvas_row + column * s.m * pixel + channel
+        for lane in range(0, s.depth_padded, LANES):
+            to = tiles_at + tile * tile_row + lane
+            if s.n == 6:
+                for j in range(6):
+                    transform("input 4,3", canvas, corner + j * pixel + lane, canvas_row, scratch, j * LANES, 6 * LANES)
+                for i in range(6):
+                    transform("input 4,3", scratch, i * 6 * LANES, LANES, tiles, to + i * 6 * tiles_step, tiles_step)
+            else:
+                for j in range(7):
+                    transform("input 3,5", canvas, corner + j * pixel + lane, canvas_row, scratch, j * LANES, 7 * LANES)
+                for i in range(7):
+                    transform("input 3,5", scratch, i * 7 * LANES, LANES, tiles, to + i * 7 * tiles_step, tiles_step)
+
+
+@inner
+def _transform_outputs(
+    products: np.ndarray,
+    products_step: int,
+    first: int,
+    count: int,
+    panels: int,
+    map_: int,
+    s: Shape,
+    outputs: np.ndarray,
+    scratch: np.ndarray,
+) -> None:
+    """Aᵀ p A for ``count`` tiles of a mosaic from ``first`` on, and some panels of maps from ``map_`` on."""
+    pixel = s.groups * s.maps_padded
+    output_row = s.tile_columns * s.m * pixel
+    for tile in range(count):
+        row, column = (first + tile) // s.tile_columns, (first + tile) % s.tile_columns
+        corner = row * s.m * output_row + column * s.m * pixel + map_
+        for lane in range(0, panels * PANEL, LANES):
+            at = (lane // PANEL * count + tile) * PANEL + lane % PANEL
+            to = corner + lane
+            if s.n == 6:
+                for j in range(6):
+                    transform(
+                        "output 4,3",
+                        products,
+                        at + j * products_step,
+                        6 * products_step,
+                        scratch,
+                        j * LANES,
+                        6 * LANES,
+                    )
+                for i in range(4):
+                    transform("output 4,3", scratch, i * 6 * LANES, LANES, outputs, to + i * output_row, pixel)
+            else:
+                for j in range(7):
+                    transform(
+                        "output 3,5",
+                        products,
+                        at + j * products_step,
+                        7 * products_step,
+                        scratch,
+                        j * LANES,
+                        7 * LANES,
+                    )
+                for i in range(3):
+                    transform("output 3,5", scratch, i * 7 * LANES, LANES, outputs, to + i * output_row, pixel)
+
+
+def gradient(dy: np.ndarray, x: np.ndarray, dw: np.ndarray, s: Shape) -> None:
+    """dw for the convolution of geometry ``s``: dy (N, OH, OW, groups x maps), x (N, H, W, groups x channels)."""
+    places = s.n**2
+    mosaics = -(-len(x) // s.images)
+    bytes_each = 4 * places * s.tiles * s.groups * (s.depth_padded + s.maps_padded)
+    slab = max(1, min(mosaics, _SLAB // bytes_each))
+    count = slab * s.tiles
+    tiles = empty(places * (count * s.groups * s.depth_padded + _SHIFT))
+    products = empty(places * (count * s.groups * s.maps_padded + _SHIFT))
+    du = empty(places * s.groups * s.depth * s.maps_padded)
+    threads = numba.get_num_threads()
+    outputs, canvas = empty((threads, s.output_size)), empty((threads, s.canvas_size))
+    for zeros in (outputs, canvas, du):
+        zeros[...] = 0
+    for start in range(0, mosaics, slab):
+        now = min(slab, mosaics - start)
+        _transform_both(x, dy, start * s.images, now, count, s, canvas, outputs, tiles, products)
+        _multiply_all(tiles, products, du, now * s.tiles, count, s)
+    _weights(du, dw, _doubles(_G[s.n - s.m + 1]), s)
+
+
+@kernel
+def _transform_both(
+    x: np.ndarray,
+    dy: np.ndarray,
+    first: int,
+    mosaics: int,
+    count: int,
+    s: Shape,
+    canvas: np.ndarray,
+    outputs: np.ndarray,
+    tiles: np.ndarray,
+    products: np.ndarray,
+) -> None:
+    """B d Bᵀ and A dy Aᵀ of some mosaics, side by side in arrays that have room for ``count`` tiles."""
+    each = s.tile_rows * s.tile_columns
+    row = s.groups * s.depth_padded
+    tiles_step = count * row + _SHIFT
+    products_step = count * s.groups * s.maps_padded + _SHIFT
+    for mosaic in prange(mosaics):
+        core = numba.get_thread_id()
+        scratch = np.empty(8 * 8 * LANES, np.float32)
+        image = first + mosaic * s.mosaic_rows * s.mosaic_columns
+        fill_canvas(x, image, s, canvas[core])
+        for group in range(s.groups):
+            _transform_inputs(
+                canvas[core],
+                group * s.depth_padded,
+                0,
+                each,
+                s,
+                tiles,
+                mosaic * each * row + group * s.depth_padded,
+                tiles_step,
+                row,
+                scratch,
+            )
+        _fill_outputs(dy, image, s, outputs[core])
+        for group in range(s.groups):
+            at = (group * s.maps_padded // PANEL * count + mosaic * each) * PANEL
+            _transform_gradients(outputs[core], group, s, products, at, products_step, count, scratch)
+
+
+@inner
+def _fill_outputs(dy: np.ndarray, first: int, s: Shape, outputs: np.ndarray) -> None:
+    """Copy dy of a mosaic's images to where its outputs lie in a field of zeros."""
+    columns = s.tile_columns * s.m
+    pixel = s.groups * s.maps_padded
+    for image in range(s.mosaic_rows * s.mosaic_columns):
+        top = image // s.mosaic_columns * s.pitch_rows
+        left = image % s.mosaic_columns * s.pitch_columns
+        there = first + image < dy.shape[0]
+        for p in range(s.out_height):
+            source = dy[min(first + image, dy.shape[0] - 1), p].reshape(-1)
+            at = ((top + p) * columns + left) * pixel
+            if not there or s.maps == s.maps_padded:
+                for i in range(s.out_width * pixel):
+                    outputs[at + i] = source[i] if there else np.float32(0)
+            else:
+                for q in range(s.out_width):
+                    for group in range(s.groups):
+                        for a in range(s.maps):
+                            outputs[at + q * pixel + group * s.maps_padded + a] = source[
+                                (q * s.groups + group) * s.maps + a
+                            ]
+
+
+@inner
+def _transform_gradients(
+    outputs: np.ndarray,
+    group: int,
+    s: Shape,
+    products: np.ndarray,
+    products_at: int,
+    products_step: int,
+    count: int,
+    scratch: np.ndarray,
+) -> None:
+    """A dy Aᵀ for all tiles of a mosaic and one group's maps."""
+    pixel = s.groups * s.maps_padded
+    row = s.tile_columns * s.m * pixel
+    for tile in range(s.tile_rows * s.tile_columns):
+        corner = tile // s.tile_columns * s.m * row + tile % s.tile_columns * s.m * pixel + group * s.maps_padded
+        for lane in range(0, s.maps_padded, LANES):
+            to = products_at + (lane // PANEL * count + tile) * PANEL + lane % PANEL
+            if s.n == 6:
+                for j in range(4):
+                    transform("gradient 4,3", outputs, corner + lane + j * pixel, row, scratch, j * LANES, 4 * LANES)
+                for i in range(6):
+                    transform(
+                        "gradient 4,3",
+                        scratch,
+                        i * 4 * LANES,
+                        LANES,
+                        products,
+                        to + i * 6 * products_step,
+                        products_step,
+                    )
+            else:
+                for j in range(3):
+                    transform("gradient 3,5", outputs, corner + lane + j * pixel, row, scratch, j * LANES, 3 * LANES)
+                for i in range(7):
+                    transform(
+                        "gradient 3,5",
+                        scratch,
+                        i * 3 * LANES,
+                        LANES,
+                        products,
+                        to + i * 7 * products_step,
+                        products_step,
+                    )
+
+
+@kernel
+def _multiply_all(tiles: np.ndarray, products: np.ndarray, du: np.ndarray, used: int, count: int, s: Shape) -> None:
+    """du += tilesᵀ products at every place, over the first ``used`` tiles."""
+    panels = s.maps_padded // PANEL
+    row = s.groups * s.depth_padded
+    tiles_step = count * row + _SHIFT
+    products_step = count * s.groups * s.maps_padded + _SHIFT
+    for task in prange(s.n * s.n * s.groups):
+        place, group = task // s.groups, task % s.groups
+        for panel in range(panels):
+            add_columns_times_panel(
+                tiles,
+                place * tiles_step + group * s.depth_padded,
+                row,
+                products,
+                place * products_step + (group * panels + panel) * count * PANEL,
+                du,
+                task * s.depth * s.maps_padded + panel * PANEL,
+                s.maps_padded,
+                s.depth,
+                used,
+            )
+
+
+@kernel
+def _filters(w: np.ndarray, u: np.ndarray, g: np.ndarray, s: Shape) -> None:
+    n, taps = g.shape
+    panels = s.maps_padded // PANEL
+    size = w.shape[0]
+    for task in prange(s.groups * s.depth):
+        group, a = task // s.depth, task % s.depth
+        channel, phase = a % s.channels, a // s.channels
+        row, column = phase // s.stride, phase % s.stride
+        taken = np.zeros((taps, taps, PANEL))
+        half = np.zeros((n, taps, PANEL))
+        total = np.zeros(PANEL)
+        for panel in range(panels):
+            width = min(PANEL, s.maps - panel * PANEL)
+            for i in range(taps):
+                for j in range(taps):
+                    p, q = i * s.stride + row, j * s.stride + column
+                    for o in range(PANEL):
+                        inside = p < size and q < size and o < width
+                        taken[i, j, o] = w[p, q, channel, group * s.maps + panel * PANEL + o] if inside else 0
+            for i in range(n):
+                for j in range(taps):
+                    half[i, j] = 0
+                    for k in range(taps):
+                        for o in range(PANEL):
+                            half[i, j, o] += g[i, k] * taken[k, j, o]
+            for i in range(n):
+                for j in range(n):
+                    total[:] = 0
+                    for k in range(taps):
+                        for o in range(PANEL):
+                            total[o] += g[j, k] * half[i, k, o]
+                    at = ((((i * n + j) * s.groups + group) * panels + panel) * s.depth + a) * PANEL
+                    for o in range(PANEL):
+                        u[at + o] = total[o]
+
+
+@kernel
+def _weights(du: np.ndarray, dw: np.ndarray, g: np.ndarray, s: Shape) -> None:
+    """dw = Gᵀ du G, and back from interleaved pictures to the filter's own taps."""
+    n, taps = g.shape
+    size = dw.shape[0]
+    for task in prange(s.groups * s.depth):
+        group, a = task // s.depth, task % s.depth
+        channel, phase = a % s.channels, a // s.channels
+        row, column = phase // s.stride, phase % s.stride
+        half = np.zeros((taps, n, PANEL))
+        total = np.zeros(PANEL)
+        for first in range(0, s.maps, PANEL):
+            width = min(PANEL, s.maps - first)
+            half[:] = 0
+            for k in range(n):
+                for j in range(n):
+                    at = (((k * n + j) * s.groups + group) * s.depth + a) * s.maps_padded + first
+                    for i in range(taps):
+                        for o in range(PANEL):
+                            half[i, j, o] += g[k, i] * du[at + o]
+            for i in range(taps):
+                for j in range(taps):
+                    p, q = i * s.stride + row, j * s.stride + column
+                    if p < size and q < size:
+                        total[:] = 0
+                        for k in range(n):
+                            for o in range(PANEL):
+                                total[o] += g[k, j] * half[i, k, o]
+                        for o in range(width):
+                            dw[p, q, channel, group * s.maps + first + o] = total[o]
+
+
+_TILE: Final = {3: 4, 5: 3}  # outputs of a tile for a number of taps
+_G: Final = {3: G43, 5: G35}
+
+
+def _taps(size: int, stride: int) -> int:
+    """Taps of a filter over every stride-th pixel."""
+    return -(-size // stride)
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def _doubles(matrix: Matrix) -> np.ndarray:
+    return np.array([[float(v) for v in row] for row in matrix])
