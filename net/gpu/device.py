@@ -1,0 +1,125 @@
+"""The GPU: whether it can be used, and what is set up once when it is.
+
+Nothing here runs at import: ``cupy`` is imported by :func:`availability` and :func:`start`, so the package can be
+imported, and asked why it cannot be used, on any machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from net.backend import BackendUnavailableError
+
+PRECISIONS: Final = ("fp32", "tf32", "bf16")
+INSTALL: Final = "python -m pip install '.[gpu]' (or '.[gpu13]' for CUDA 13, which needs driver 580 or newer)"
+
+_PROBE: Final = 'extern "C" __global__ void __launch_bounds__(32) probe() {}'
+
+
+@dataclass(frozen=True)
+class Device:
+    """What :func:`start` sets up: the module ``cupy``, the stream everything is queued on, and the arithmetic."""
+
+    cupy: Any
+    stream: Any
+    name: str
+    memory: int  # bytes on the device
+    precision: str  # "fp32", "tf32" or "bf16": of the matrix products
+    storage: str  # dtype of pictures between layers: "float32", or "uint16" that holds the bits of bfloat16
+
+
+_device: Device | None = None
+
+
+def availability() -> str | None:
+    """None where a GPU can be used, else one sentence that says why not and what mends it."""
+    try:
+        import cupy
+    except ImportError as error:
+        if getattr(error, "name", None) == "cupy":
+            return f"CuPy is not installed: {INSTALL}"
+        return f"CuPy is installed but cannot be loaded ({_first_line(error)}): {INSTALL}"
+    if not cupy.cuda.is_available():
+        return "no NVIDIA GPU with a working driver was found: nvidia-smi shows what the driver sees"
+    try:
+        cupy.cuda.nvrtc.getVersion()
+        from net.gpu import cublas
+
+        cublas.load_library()
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"the CUDA libraries NVRTC and cuBLAS cannot be loaded ({_first_line(error)}): {INSTALL}"
+    try:
+        cupy.cuda.Device().use()
+        capability = int(cupy.cuda.Device().compute_capability)
+    except RuntimeError as error:
+        return f"the GPU cannot be used ({_first_line(error)}): nvidia-smi shows what the driver sees"
+    if capability < 70:
+        return f"the GPU is too old (compute capability {capability / 10}, 7.0 is needed): use --device cpu"
+    try:
+        # CuPy needs the toolkit's headers for every kernel and looks for them when it compiles the first.
+        cupy.RawModule(code=_PROBE).get_function("probe")
+    except RuntimeError as error:
+        return f"CuPy cannot compile kernels ({_first_line(error)}): {INSTALL}"
+    return None
+
+
+def start(precision: str = "fp32") -> None:
+    """Set the GPU up for ``precision``, once per process; later calls may only change the precision.
+
+    Raises
+    ------
+    BackendUnavailableError
+        No driver, no CuPy, a missing CUDA library, or a precision the GPU does not have.
+    """
+    global _device
+    if precision not in PRECISIONS:
+        raise BackendUnavailableError(f"the GPU computes in {', '.join(PRECISIONS)}, not in {precision!r}")
+    reason = availability()
+    if reason is not None:
+        raise BackendUnavailableError(reason)
+    import cupy
+
+    device = cupy.cuda.Device()
+    if precision != "fp32" and int(device.compute_capability) < 80:
+        raise BackendUnavailableError(
+            f"this GPU (compute capability {int(device.compute_capability) / 10}) has no {precision} arithmetic, "
+            "which needs 8.0: use --precision fp32"
+        )
+    stream = _device.stream if _device is not None else cupy.cuda.Stream(non_blocking=True)
+    stream.use()
+    properties = cupy.cuda.runtime.getDeviceProperties(device.id)
+    name = properties["name"]
+    _device = Device(
+        cupy=cupy,
+        stream=stream,
+        name=name.decode() if isinstance(name, bytes) else name,
+        memory=int(properties["totalGlobalMem"]),
+        precision=precision,
+        storage="uint16" if precision == "bf16" else "float32",
+    )
+    from net.gpu import cublas
+
+    cublas.start()
+
+
+def current() -> Device:
+    """The device that :func:`start` set up."""
+    if _device is None:
+        raise RuntimeError("the GPU backend has not been started; use net.backend.load('gpu', precision)")
+    return _device
+
+
+def describe() -> str:
+    """One line for the log: the card and the arithmetic."""
+    device = current()
+    arithmetic = {
+        "fp32": "float32",
+        "tf32": "TF32 tensor cores, float32 sums and weights",
+        "bf16": "bfloat16 tensor cores and pictures, float32 sums, statistics and weights",
+    }[device.precision]
+    return f"{device.name}, {device.memory / 2**30:.0f} GiB, {device.precision} ({arithmetic})"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,114 @@
+"""How much of the device's memory a batch needs, and plain words where it does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Final
+
+from net.gpu.arrays import Array
+from net.gpu.convolution import Shape
+from net.gpu.cublas import WORKSPACE
+from net.gpu.device import Device, current
+from net.layers import Conv, ConvBlock, Dropout, Flatten, Layer, Linear, LinearBlock, fuse
+
+CONTEXT: Final = 600 * 2**20  # bytes: CUDA context, libraries and kernels
+SLACK: Final = 1.1  # a pool of blocks of many sizes leaves gaps
+
+
+def bytes_needed(layers: Sequence[Layer], shape: tuple[int, int, int], batch: int, *, training: bool) -> int:
+    """Estimated device memory, in bytes, of a training step or a forward pass on pictures of ``shape``."""
+    return _bytes_needed(layers, shape, batch, training, current())
+
+
+def largest_batch(layers: Sequence[Layer], shape: tuple[int, int, int], *, training: bool) -> int:
+    """The largest batch whose estimate fits into the device's memory; 0 if none does."""
+    low, high = 0, 65536
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = bytes_needed(layers, shape, middle, training=training) <= current().memory
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def check_memory(layers: Sequence[Layer], shape: tuple[int, int, int], batch: int, *, training: bool) -> None:
+    """Refuse a batch that cannot fit, before anything is allocated.
+
+    Raises
+    ------
+    MemoryError
+        One plain sentence: what is needed, what there is, the largest batch that fits.
+    """
+    device = current()
+    needed = bytes_needed(layers, shape, batch, training=training)
+    if needed <= device.memory:
+        return
+    largest = largest_batch(layers, shape, training=training)
+    key = "train.batch_size" if training else "eval.batch_size"
+    raise MemoryError(
+        f"a batch of {batch} needs about {_gib(needed)} and {device.name} has {_gib(device.memory)}; "
+        + (f"the largest batch that fits is {largest}: --set {key}={largest}" if largest else "not even one fits")
+    )
+
+
+@contextmanager
+def plainly(inputs: dict[str, Array]) -> Iterator[None]:
+    """Turn CuPy's out-of-memory error into one plain sentence about this batch."""
+    try:
+        yield
+    except MemoryError as error:
+        batch = max((a.shape[0] for a in inputs.values()), default=0)
+        device = current()
+        free, total = device.cupy.cuda.runtime.memGetInfo()
+        raise MemoryError(
+            f"the GPU's memory does not suffice for a batch of {batch}: {error}; {_gib(free)} of {_gib(total)} are "
+            "free; choose a smaller batch or end the other programs that nvidia-smi lists"
+        ) from error
+
+
+def _bytes_needed(
+    layers: Sequence[Layer], shape: tuple[int, int, int], batch: int, training: bool, device: Device
+) -> int:
+    import net.gpu
+
+    picture = 2 if device.precision == "bf16" else 4
+    parameters = largest = 0
+    current_shape: tuple[int, ...] = shape
+    total = batch * prod(shape) * picture
+    for layer in fuse(layers, net.gpu):
+        output = layer.output_shape(current_shape)
+        values = sum(prod(s) for s in layer.parameter_shapes(current_shape).values())
+        parameters += values
+        item = picture if len(output) == 3 else 4
+        own, passing = batch * prod(output) * item, batch * prod(current_shape) * item
+        if isinstance(layer, Conv | ConvBlock):
+            conv = layer.conv if isinstance(layer, ConvBlock) else layer
+            sizes = _conv_shape(conv, current_shape, batch)
+            result = batch * sizes.pixels * sizes.maps * picture
+            piece = sizes.images_at_once(device.memory, picture)
+            columns = piece * sizes.pixels * sizes.row * picture
+            if training and piece == batch and isinstance(layer, ConvBlock):
+                own += columns
+            passing += columns + result
+            if isinstance(layer, ConvBlock) and layer.pool:
+                own += result + batch * prod(output)
+        if isinstance(layer, Linear | LinearBlock) and picture == 2:
+            own += values * picture
+        if isinstance(layer, Flatten) or (isinstance(layer, Dropout) and not training):
+            own = 0
+        total += own if training else 0
+        largest = max(largest, own + passing + values * 4)
+        current_shape = output
+    states = parameters * 4 * (2 if training else 1)
+    inputs = 4 * batch * prod(shape)  # three slots of uint8 pictures, and the recording's own
+    return int(SLACK * (total + largest + states + inputs)) + WORKSPACE + CONTEXT
+
+
+def _conv_shape(conv: Conv, shape: tuple[int, ...], batch: int) -> Shape:
+    height, width, channels = shape
+    return Shape(batch, height, width, channels, conv.size, conv.size, conv.maps, conv.stride, conv.pad, conv.groups)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
