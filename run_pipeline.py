@@ -1,0 +1,212 @@
+#!/usr/bin/env python
+"""AlexNet by hand: flags -> configuration -> stages in order.
+
+python run_pipeline.py                      every stage in order, on the built-in demo set where no data are found
+python run_pipeline.py --stage preprocess   pictures -> shards
+python run_pipeline.py --stage train        shards -> checkpoints
+python run_pipeline.py --stage eval         a checkpoint -> accuracy
+python run_pipeline.py --stage predict IMAGE...   the five most probable classes of pictures of your own
+python run_pipeline.py --stage report       one HTML page about a run
+python run_pipeline.py --stage X --help     the flags of one stage, with examples
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from pipeline.checkpoint import checkpoints
+from pipeline.command_line import IN_ORDER, parse
+from pipeline.config import Config, from_dict, load_config, override, to_dict
+from pipeline.errors import PipelineError, StoppedError
+from pipeline.run_dir import RunDir, locked, read_sealed, write_sealed
+
+_CONFIGURED = frozenset(("preprocess", "train", "eval"))
+_READING = frozenset(("predict", "watch"))
+_BESIDE = frozenset(("export", "report"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stages the command line asks for; returns the exit status."""
+    options = parse(arguments)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        _run(options)
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signum
+    except KeyboardInterrupt:
+        print("interrupted; everything finished so far is kept", file=sys.stderr)
+        return 130
+    except _plain_errors() as error:
+        if options.debug:
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """Outside the loops that save before they stop: leave as after Ctrl-C, temporary files removed."""
+    raise StoppedError(signum, "terminated; everything finished so far is kept")
+
+
+def _run(options: argparse.Namespace) -> None:
+    run = RunDir(Path(options.run))
+    stages = [options.stage] if options.stage else list(IN_ORDER)
+    source = _source(options.source, must_exist="preprocess" in stages)
+    # The other stages find their configuration in a checkpoint.
+    config = _config(options, run, demo=source is None) if _CONFIGURED.intersection(stages) else None
+    with _lock(options.stage, run):
+        for stage in stages:
+            _stage(stage, options, config, run, source)
+    if not options.stage and config is not None:
+        _summary(run, config)
+
+
+def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[None]:
+    """One writer at a time; what only reads, or writes beside the run's own files, need not wait for training."""
+    if stage in _READING | _BESIDE | {"verify"} and not run.root.is_dir():
+        raise PipelineError(f"there is no run {run.root}; name one with --run, or train first")
+    if stage in _READING:
+        return contextlib.nullcontext()
+    return locked(RunDir(run.root / stage) if stage in _BESIDE else run)
+
+
+def _stage(stage: str, options: argparse.Namespace, config: Config | None, run: RunDir, source: Path | None) -> None:
+    # Each stage is imported when it runs: preprocessing needs no network, and none should wait for the others' imports.
+    if stage == "import":
+        from stages import import_weights
+
+        def change(recipe: Config) -> Config:
+            return override(recipe, options.config, options.set, options.seed)
+
+        import_weights.run(run, Path(options.files[0]), mean=options.mean, recipe=options.recipe, change=change)
+        return
+    if stage == "verify":
+        from stages import verify
+
+        verify.run(run)
+        return
+    if stage == "preprocess":
+        from stages import preprocess
+
+        preprocess.run(config, run, source=source, jobs=options.jobs or os.cpu_count() or 1)
+        if not checkpoints(run.train):  # what a network was trained with stays
+            write_sealed(run.config, to_dict(config))
+        return
+    if stage == "watch":
+        from stages import watch
+
+        watch.run(run)
+        return
+    if stage == "report" and options.compare:
+        from stages import report
+
+        report.compare([run, *(RunDir(Path(other)) for other in options.compare)])
+        return
+    from net.backend import choose, load
+
+    device, why = choose(options.device)
+    ops = load(device, options.precision)
+    name = device.upper() if device != "reference" else device
+    # predict's standard output belongs to its results
+    where = sys.stderr if stage == "predict" else sys.stdout
+    print(f"computing on the {name} in {options.precision} ({why})", file=where)
+    if stage == "train":
+        from stages import train
+
+        goal = train.Goal(options.steps, options.epochs)
+        train.run(
+            config,
+            run,
+            ops,
+            resume=options.resume,
+            restart=options.restart,
+            goal=goal,
+            device=device,
+            tensorboard=options.tensorboard,
+        )
+    elif stage == "eval":
+        from stages import eval as evaluation
+
+        evaluation.run(config, run, ops, checkpoint=options.checkpoint, views=options.views)
+    elif stage == "predict":
+        from stages import predict
+
+        as_json = options.json
+        predict.run(run, ops, files=options.files, checkpoint=options.checkpoint, views=options.views, as_json=as_json)
+    elif stage == "report":
+        from stages import report
+
+        report.run(run, ops, checkpoint=options.checkpoint)
+    elif stage == "export":
+        from stages import export
+
+        export.run(run, ops, checkpoint=options.checkpoint, format=options.format)
+
+
+def _source(named: str | None, *, must_exist: bool) -> Path | None:
+    """The pictures' folder: as named, else $ILSVRC2012_ROOT, else datasets/ilsvrc2012, else None for the demo set."""
+    if named is not None:
+        path, origin = Path(named), "--source"
+    elif "ILSVRC2012_ROOT" in os.environ:
+        path, origin = Path(os.environ["ILSVRC2012_ROOT"]), "the environment variable ILSVRC2012_ROOT"
+    else:
+        path = Path("datasets/ilsvrc2012")
+        return path if path.exists() else None
+    if must_exist and not path.is_dir():
+        raise PipelineError(f"{origin} names {path}, which is not a folder; check the path")
+    return path
+
+
+def _config(options: argparse.Namespace, run: RunDir, *, demo: bool) -> Config:
+    """The recipe named, else the run's own configuration, else the default for its data; then the changes."""
+    if options.recipe is None and run.config.exists():
+        values = read_sealed(run.config, "name the recipe with --recipe and changes with --set, which writes it anew")
+        config = from_dict(values, str(run.config))
+    else:
+        config = load_config(options.recipe or ("demo" if demo else "seed"))
+    return override(config, options.config, options.set, options.seed)
+
+
+def _summary(run: RunDir, config: Config) -> None:
+    metrics = json.loads((run.eval / "metrics.json").read_text())
+    print(
+        f"\nAll stages are done. In {run.root}:\n"
+        f"  preprocess/  the pictures as HDF5 shards, their colour statistics and what was rejected\n"
+        f"  train/       checkpoints and metrics.jsonl, {metrics['step']} steps of recipe {config.recipe}\n"
+        f"  eval/        metrics.json, per_class.csv, predictions.npz\n"
+        f"  report/      index.html, a page about this run to open in a browser\n"
+        f"The network names {metrics['top1']:.1%} of {metrics['images']} pictures it never saw correctly "
+        f"(top-1, {metrics['views']} views); the right class is among its first five for {metrics['top5']:.1%}.\n"
+        f"Next: train on with   python run_pipeline.py --stage train --resume --epochs 1 --run {run.root}\n"
+        f"or on ILSVRC-2012:    python run_pipeline.py --source DIR --run runs/ilsvrc"
+    )
+
+
+def _plain_errors() -> tuple[type[Exception], ...]:
+    from net.backend import BackendUnavailableError
+
+    return PipelineError, BackendUnavailableError, OSError, MemoryError
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory ({error}); lower train.batch_size, eval.batch_size or --jobs"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}; --debug shows where this happened"
+    return str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

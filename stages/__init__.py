@@ -1,0 +1,1 @@
+"""One file a stage, each with ``run(config, run_dir, ...)``."""

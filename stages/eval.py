@@ -1,0 +1,187 @@
+"""Evaluation: every validation picture once, by its centre or by ten views (paper, section 4.1)."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from data.loader import load
+from data.sampling import steps_per_epoch, view_crops
+from data.shards import Split
+from net.layers import fuse
+from net.network import prediction
+from pipeline.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from pipeline.config import Config, from_dict
+from pipeline.errors import PipelineError
+from pipeline.progress import Progress
+from pipeline.run_dir import RunDir, make_folder, write_atomic, write_json
+from stages.setup import MEAN, Dataset, network_layers, open_dataset, preparation, require_size, shapes
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network says of each picture of a split.
+
+    ``top`` int32 (N, 5) are the most probable classes, best first, ``probability`` float32 (N, 5) theirs; with fewer
+    than five classes there are as many columns as classes. ``loss`` float64 (N,) is -ln of the true class's
+    probability, ``labels`` int32 (N,) the true classes.
+    """
+
+    labels: np.ndarray
+    top: np.ndarray
+    probability: np.ndarray
+    loss: np.ndarray
+    seconds: float
+
+    @property
+    def top1(self) -> float:
+        return float(np.mean(self.top[:, 0] == self.labels))
+
+    @property
+    def top5(self) -> float:
+        return float(np.mean(np.any(self.top == self.labels[:, None], axis=1)))
+
+
+def run(config: Config, run_dir: RunDir, ops: ModuleType, *, checkpoint: str, views: int | None) -> dict[str, Any]:
+    """Evaluate a checkpoint on the validation split and write ``<run>/eval/``."""
+    dataset = open_dataset(run_dir)
+    saved = load_checkpoint(find_checkpoint(run_dir.train, checkpoint))
+    network_config = checkpoint_config(saved, dataset)
+    require_size(network_config, dataset, run_dir)
+    views = views or config.eval.views
+    parameters = {name: ops.asarray(saved.arrays[name]) for name in parameter_names(saved)}
+    mean = saved.arrays.get(MEAN, dataset.mean)
+    predict = predictor(network_config, len(dataset.classes), mean, ops, parameters, views)
+    with Progress("evaluate", len(dataset.val), "images") as progress:
+        result = evaluate(ops, predict, dataset.val, network_config, config.eval.batch_size, views, progress)
+    metrics = {
+        "images": len(result.labels),
+        "loss": float(result.loss.mean()),
+        "top1": result.top1,
+        "top5": result.top5,
+        "views": views,
+        "images_per_second": len(result.labels) / result.seconds,
+        "checkpoint": saved.path.name,
+        "step": saved.header["step"],
+    }
+    _write(make_folder(run_dir.eval), dataset, result, metrics)
+    print(
+        f"evaluated {saved.path.name} on {metrics['images']} pictures, {views} view{'s' if views > 1 else ''}: "
+        f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, loss {metrics['loss']:.4f}, "
+        f"{metrics['images_per_second']:.1f} images/s; written to {run_dir.eval}"
+    )
+    return metrics
+
+
+def predictor(
+    config: Config, classes: int, mean: np.ndarray, ops: ModuleType, parameters: dict[str, Any], views: int
+) -> Callable[[dict[str, Any]], Any]:
+    """The network of a configuration as a function from crops to class probabilities."""
+    layers = fuse(network_layers(config, classes), ops)
+    return prediction(ops, layers, parameters, preparation(config, mean, ops, jittered=False), views)
+
+
+def evaluate(
+    ops: ModuleType,
+    predict: Callable[[dict[str, Any]], Any],
+    split: Split,
+    config: Config,
+    batch_size: int,
+    views: int,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Run ``predict`` over a whole split, each picture once, the last partial batch included."""
+    count = len(split)
+    batches = range(steps_per_epoch(count, batch_size))
+    tops, probabilities, losses = [], [], []
+
+    def plan(batch: int) -> Any:
+        first = batch * batch_size
+        return view_crops(first, min(first + batch_size, count), views, config.preprocess.size, config.input.crop)
+
+    start = time.perf_counter()
+    batches_of = load(
+        split,
+        plan,
+        batches,
+        crop=config.input.crop,
+        largest=min(batch_size, count) * views,
+        slots=2,
+        threads=1,
+        allocate=ops.host_empty,
+    )
+    with contextlib.closing(batches_of) as loader:
+        for batch in loader:
+            p = ops.to_host(predict(ops.upload(batch.arrays)))
+            if not np.all(np.isfinite(p)):
+                raise PipelineError("the network's output is not finite; this checkpoint cannot be used")
+            # A stable sort of the negated probabilities: of equal ones the class with the smaller number comes first.
+            top = np.argsort(-p, axis=1, kind="stable")[:, :TOP].astype(np.int32)
+            tops.append(top)
+            probabilities.append(np.take_along_axis(p, top, axis=1))
+            true = p[np.arange(len(p)), batch.arrays["labels"][::views]].astype(np.float64)
+            losses.append(-np.log(np.maximum(true, np.finfo(np.float32).tiny)))
+            if progress is not None:
+                progress.advance(len(p))
+    seconds = time.perf_counter() - start
+    return Evaluation(
+        split.labels, np.concatenate(tops), np.concatenate(probabilities), np.concatenate(losses), seconds
+    )
+
+
+def parameter_names(saved: Checkpoint) -> list[str]:
+    return [name for name in saved.arrays if name != MEAN and not name.startswith("momentum/")]
+
+
+def checkpoint_config(saved: Checkpoint, dataset: Dataset) -> Config:
+    """The configuration a checkpoint was trained with, after checking that it fits the data and itself."""
+    values = saved.header.get("config")
+    if not isinstance(values, dict):
+        raise PipelineError(f"{saved.path} holds no configuration; choose a checkpoint written by --stage train")
+    config = from_dict(values, str(saved.path))
+    classes = len(dataset.classes)
+    if saved.header.get("classes") != classes:
+        raise PipelineError(
+            f"{saved.path} was trained on {saved.header.get('classes')} classes, but the data have {classes}; "
+            "choose the run directory it belongs to with --run"
+        )
+    wnids = saved.header.get("wnids")
+    if wnids is not None and wnids != [entry["wnid"] for entry in dataset.classes]:
+        raise PipelineError(
+            f"{saved.path} was trained on other classes than the data have; "
+            "choose the run directory it belongs to with --run"
+        )
+    expected = shapes(network_layers(config, classes), config)
+    found = {name: saved.arrays[name].shape for name in parameter_names(saved)}
+    if found != expected:
+        raise PipelineError(f"{saved.path} holds other arrays than its configuration says; choose another checkpoint")
+    return config
+
+
+def _write(folder: Path, dataset: Dataset, result: Evaluation, metrics: dict[str, Any]) -> None:
+    predictions = io.BytesIO()
+    np.savez(predictions, labels=result.labels, top=result.top, probability=result.probability, loss=result.loss)
+    write_atomic(folder / "predictions.npz", lambda file: file.write(predictions.getbuffer()) and None)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["class", "wnid", "words", "images", "top1", "top5"])
+    hit1 = result.top[:, 0] == result.labels
+    hit5 = np.any(result.top == result.labels[:, None], axis=1)
+    for number, entry in enumerate(dataset.classes):
+        mine = result.labels == number
+        images = int(mine.sum())
+        rates = [f"{hit[mine].mean():.6f}" if images else "" for hit in (hit1, hit5)]
+        writer.writerow([number, entry["wnid"], entry["words"], images, *rates])
+    write_atomic(folder / "per_class.csv", lambda file: file.write(table.getvalue().encode()) and None)
+    write_json(folder / "metrics.json", metrics)

@@ -1,0 +1,125 @@
+"""Export: a checkpoint as safetensors, in PyTorch's layout, or as an ONNX model (``docs/formats.md``)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+
+from data.shards import open_split, read_manifest
+from net.layers import Run, fuse
+from net.network import forward, prepare
+from net.weights.layout import to_torch
+from net.weights.tensors import to_bytes
+from pipeline.config import to_dict
+from pipeline.errors import PipelineError
+from pipeline.run_dir import RunDir, make_folder, write_atomic
+from stages.setup import MEAN, input_shape
+from stages.trained import Trained, load_trained
+
+FILES: Final = {
+    "safetensors": "alexnet.safetensors",
+    "torch": "alexnet.torch.safetensors",
+    "onnx": "alexnet.onnx",
+}
+TOLERANCE: Final = 1e-5  # of the largest score, between this network and the exported one
+_PICTURES: Final = 8  # that an ONNX model is compared on
+
+
+def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str, format: str) -> Path:
+    """Write ``<run>/export/<name>`` and return its path.
+
+    Raises
+    ------
+    PipelineError
+        No usable checkpoint; a package is missing; an ONNX model does not give this network's scores.
+    """
+    trained = load_trained(run_dir, checkpoint)
+    metadata = {
+        "config": json.dumps(to_dict(trained.config)),
+        "classes": json.dumps([{key: entry.get(key, "") for key in ("wnid", "words")} for entry in trained.classes]),
+    }
+    note = ""
+    if format == "onnx":
+        data, note = _onnx(trained, run_dir, ops, metadata)
+    elif format == "torch":
+        data = to_bytes(_torch(trained), metadata)
+    else:
+        mean = {} if trained.mean is None else {MEAN: trained.mean}
+        data = to_bytes({**trained.parameters, **mean}, metadata)
+    path = make_folder(run_dir.root / "export") / FILES[format]
+    write_atomic(path, lambda file: file.write(data) and None)
+    print(f"exported {trained.path.name} to {path} ({len(data) / 1e6:.0f} MB){note}")
+    return path
+
+
+def _torch(trained: Trained) -> dict[str, np.ndarray]:
+    tensors = to_torch(trained.layers, input_shape(trained.config), trained.parameters)
+    return {**tensors, MEAN: _centre(trained)}
+
+
+def _centre(trained: Trained) -> np.ndarray:
+    """What is subtracted from a centre crop, float32 (crop, crop, 3)."""
+    crop = trained.config.input.crop
+    if trained.mean is None:
+        return np.zeros((crop, crop, 3), np.float32)
+    first = (trained.mean.shape[0] - crop) // 2
+    return np.ascontiguousarray(trained.mean[first : first + crop, first : first + crop])
+
+
+def _onnx(trained: Trained, run_dir: RunDir, ops: ModuleType, metadata: dict[str, str]) -> tuple[bytes, str]:
+    """The model's bytes, after onnxruntime has given this network's scores with them."""
+    try:
+        import onnxruntime
+
+        from net.weights.onnx_graph import onnx_model
+    except ImportError as error:
+        raise PipelineError(f"the ONNX export needs the package {error.name}: pip install '.[export]'") from error
+    from net import reference
+
+    crop = trained.config.input.crop
+    data = onnx_model(
+        trained.layers, trained.parameters, trained.preparation(reference), crop, metadata
+    ).SerializeToString()
+    crops, which = _crops(run_dir, trained)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    scores, _ = session.run(None, {"crops": crops})
+    wanted = _scores(trained, ops, crops)
+    difference, largest = float(np.abs(scores - wanted).max()), float(np.abs(wanted).max())
+    if not difference <= TOLERANCE * max(1.0, largest):
+        raise PipelineError(
+            f"onnxruntime's scores differ from this network's by {difference:.2g} (the largest is {largest:.3g}); "
+            "nothing was written. Try --device reference; if that fails too, please report it"
+        )
+    return data, f"; onnxruntime's scores of {which} differ by at most {difference:.1e} (largest {largest:.3g})"
+
+
+def _crops(run_dir: RunDir, trained: Trained) -> tuple[np.ndarray, str]:
+    """Centre crops to compare on, uint8: of validation pictures, or noise where there are no shards."""
+    crop = trained.config.input.crop
+    if not (run_dir.preprocess / "manifest.json").exists():
+        noise = np.random.default_rng(0).integers(0, 256, (2, crop, crop, 3), dtype=np.uint8)
+        return noise, "2 pictures of noise"
+    split = open_split(run_dir.preprocess, read_manifest(run_dir), "val")
+    first = (trained.config.preprocess.size - crop) // 2
+    count = min(_PICTURES, len(split))
+    crops = [split.row(index)[first : first + crop, first : first + crop] for index in range(count)]
+    return np.stack(crops), f"{count} validation pictures"
+
+
+def _scores(trained: Trained, ops: ModuleType, crops: np.ndarray) -> np.ndarray:
+    """This network's scores of centre crops, float32 (N, classes)."""
+    count = len(crops)
+    corner = (trained.config.preprocess.size - trained.config.input.crop) // 2
+    inputs: dict[str, Any] = {
+        "images": np.ascontiguousarray(crops),
+        "corner": np.full((count, 2), corner, np.int32),
+        "flip": np.zeros(count, np.uint8),
+        "shift": np.zeros((count, 3), np.float32),
+    }
+    parameters = {name: ops.asarray(value) for name, value in trained.parameters.items()}
+    x = prepare(ops, trained.preparation(ops), ops.upload(inputs))
+    return ops.to_host(forward(ops, fuse(trained.layers, ops), parameters, x, Run(training=False))[0])

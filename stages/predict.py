@@ -1,0 +1,204 @@
+"""Prediction: the five most probable classes of one's own pictures.
+
+Pictures go the way of the shards (``data.images``): decoded to RGB, short side to 256, centre square, and from that
+the views of the evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
+
+from data.images import UnreadableError, read_square
+from data.sampling import view_crops
+from net.layers import fuse
+from net.network import prediction
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+from pipeline.run_dir import RunDir
+from stages.trained import Trained, load_trained
+
+TOP: Final = 5
+STDIN: Final = "-"
+LARGEST_FILE: Final = 256 << 20  # bytes
+_CROPS: Final = 40  # computed at a time
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one picture: its most probable classes with their probabilities, or why it could not be read."""
+
+    name: str
+    top: list[tuple[int, float]]
+    error: str | None = None
+
+
+def run(
+    run_dir: RunDir, ops: ModuleType, *, files: Sequence[str], checkpoint: str, views: int | None, as_json: bool
+) -> None:
+    """Print the top-5 of each picture on standard output.
+
+    Parameters
+    ----------
+    files : names of pictures and folders (searched with their subfolders); ``-`` is standard input
+    views : 1, 10 or None for the recipe's number
+    as_json : one JSON object a line instead of bars
+
+    Raises
+    ------
+    PipelineError
+        No usable checkpoint; or, after all others have been shown, some pictures could not be read.
+    """
+    trained = load_trained(run_dir, checkpoint)
+    views = views or trained.config.eval.views
+    show = _json_line if as_json else _bars
+    total = failed = 0
+    for answer in predict(trained, ops, _expand(files), views):
+        total += 1
+        failed += answer.error is not None
+        show(answer, trained)
+    if failed:
+        raise PipelineError(f"{failed} of {total} pictures could not be read; the reasons are above")
+    if not total:
+        raise PipelineError(f"there is no picture in {', '.join(files)}")
+
+
+def predict(trained: Trained, ops: ModuleType, names: Iterator[str], views: int) -> Iterator[Answer]:
+    """The answers for pictures, in their order; some at a time go through the network."""
+    parameters = {name: ops.asarray(value) for name, value in trained.parameters.items()}
+    network = prediction(ops, fuse(trained.layers, ops), parameters, trained.preparation(ops), views)
+    while chunk := list(islice(names, max(1, _CROPS // views))):
+        squares, errors = _read_all(chunk, trained.config)
+        rows = iter(_probabilities(network, ops, squares, views, trained.config.input.crop) if squares else ())
+        for name in chunk:
+            if name in errors:
+                yield Answer(name, [], errors[name])
+                continue
+            p = next(rows)
+            top = np.argsort(-p, kind="stable")[:TOP]
+            yield Answer(name, [(int(number), float(p[number])) for number in top])
+
+
+def _probabilities(
+    network: Callable[[dict[str, Any]], Any], ops: ModuleType, squares: list[np.ndarray], views: int, crop: int
+) -> np.ndarray:
+    """float32 (pictures, classes), averaged over the views."""
+    crops = view_crops(0, len(squares), views, squares[0].shape[0], crop)
+    cut = [
+        squares[index][row : row + crop, column : column + crop]
+        for index, (row, column) in zip(crops.index.tolist(), crops.corner.tolist(), strict=True)
+    ]
+    inputs = {"images": np.stack(cut), "corner": crops.corner, "flip": crops.flip, "shift": crops.shift}
+    p = ops.to_host(network(ops.upload(inputs)))
+    if not np.all(np.isfinite(p)):
+        raise PipelineError("the network's output is not finite; this checkpoint cannot be used")
+    return p
+
+
+def _read_all(names: list[str], config: Config) -> tuple[list[np.ndarray], dict[str, str]]:
+    """The stored squares of the readable pictures, uint8 (size, size, 3), and the reasons of the others."""
+    squares, errors = [], {}
+    for name in names:
+        try:
+            data = _contents(name)
+            squares.append(
+                read_square(data, config.preprocess.size, config.preprocess.filter, Counter(), formats=_formats())
+            )
+        except (UnreadableError, OSError) as error:
+            errors[name] = getattr(error, "strerror", None) or str(error)
+    return squares, errors
+
+
+def _contents(name: str) -> bytes:
+    if name == STDIN:
+        data = sys.stdin.buffer.read(LARGEST_FILE + 1)
+    else:
+        with open(name, "rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+    if len(data) > LARGEST_FILE:
+        raise UnreadableError(f"it is larger than {LARGEST_FILE >> 20} MiB")
+    return data
+
+
+def _formats() -> tuple[str, ...]:
+    """All that Pillow reads by itself; EPS it hands to Ghostscript, which runs programs."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - {"EPS"}))
+
+
+def _expand(files: Sequence[str]) -> Iterator[str]:
+    """Files as named; of folders the files below them that have a picture's name, sorted."""
+    for name in files:
+        folder = Path(name)
+        if name == STDIN or not folder.is_dir():
+            yield name
+            continue
+        Image.init()
+        inside = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        pictures = [path for path in inside if path.suffix.lower() in Image.registered_extensions()]
+        yield from map(str, pictures)
+        if len(pictures) < len(inside):
+            others = len(inside) - len(pictures)
+            print(
+                f"{folder}: {others} of {len(inside)} files are no pictures by their names; left out", file=sys.stderr
+            )
+
+
+def _json_line(answer: Answer, trained: Trained) -> None:
+    if answer.error is not None:
+        print(json.dumps({"file": answer.name, "error": answer.error}), flush=True)
+        return
+    top = [
+        {
+            "class": number,
+            "wnid": trained.classes[number].get("wnid", ""),
+            "words": trained.classes[number].get("words", ""),
+            "probability": round(probability, 6),
+        }
+        for number, probability in answer.top
+    ]
+    print(json.dumps({"file": answer.name, "top": top}), flush=True)
+
+
+def _bars(answer: Answer, trained: Trained) -> None:
+    """The picture's name, and below it a line a class: probability, bar, name."""
+    title = "standard input" if answer.name == STDIN else _printable(answer.name)
+    if answer.error is not None:
+        print(f"{title}: {answer.error}", file=sys.stderr, flush=True)
+        return
+    width = max(40, min(shutil.get_terminal_size().columns, 100))
+    names = [trained.label(number) for number, _ in answer.top]
+    name_width = min(max(map(len, names)), width // 2)
+    bar_width = width - name_width - 12
+    print(title)
+    for name, (_, probability) in zip(names, answer.top, strict=True):
+        short = _printable(name if len(name) <= name_width else name[: name_width - 2] + "..")
+        print(f"  {short:<{name_width}}  {probability:6.1%}  {bar(probability, bar_width)}".rstrip())
+    print(flush=True)
+
+
+def _printable(text: str) -> str:
+    """The text with what the terminal cannot show replaced; file names may hold any bytes."""
+    encoding = sys.stdout.encoding or "ascii"
+    return text.encode(encoding, errors="replace").decode(encoding)
+
+
+def bar(share: float, width: int) -> str:
+    """``share`` of ``width`` columns filled, to an eighth of a column where the terminal can show it."""
+    try:
+        "█▏".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return "#" * round(share * width)
+    eighths = round(share * width * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

@@ -1,0 +1,241 @@
+"""Preprocessing: pictures in archives or folders become shuffled HDF5 shards with their colour statistics.
+
+The split's pictures are listed, shuffled once, and cut into slices of ``preprocess.shard_images``; each slice becomes
+a shard in one of ``jobs`` worker processes. What a shard holds depends on the plan alone (source, settings, decoder),
+so neither the number of jobs nor the order they finish in changes a byte. A shard is put in place when it is complete
+and noted in metrics.jsonl with its hash; a run that is started again keeps every shard whose hash is the noted one.
+The manifest is written last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import joblib
+from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from data import demo
+from data.convert import ShardResult, ShardTask, make_shard
+from data.listing import SPLITS
+from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
+from data.shards import defects, forget_damage, is_damage_noted, is_manifest, read_layout, shard_bytes, shard_name
+from data.sources import read_source, stamp
+from data.tally import Tally
+from pipeline.config import Config
+from pipeline.errors import PipelineError, StoppedError
+from pipeline.metrics import MetricsLog, read_metrics
+from pipeline.progress import Progress
+from pipeline.run_dir import RunDir, make_folder, put_in_place, read_sealed
+from pipeline.signals import StopRequest
+
+_WORDS: Final = {"train": "training", "val": "validation"}
+
+
+def run(config: Config, run: RunDir, *, source: Path | None, jobs: int) -> None:
+    """Fill ``<run>/preprocess``, or say that there is nothing to do.
+
+    Parameters
+    ----------
+    source : Path or None
+        Folder with the official archives or class folders; None draws the built-in demo set into ``<run>/demo``.
+    jobs : int
+        Worker processes; 1 works in this process.
+
+    Raises
+    ------
+    PipelineError
+        The source or the settings differ from those of the shards that are there; the source is incomplete or damaged;
+        a class has no readable picture; the disk is too small.
+    StoppedError
+        SIGINT or SIGTERM came; finished shards are kept.
+    """
+    folder = make_folder(run.preprocess)
+    if _finished(config, folder, source):
+        print(f"preprocess: nothing to do, {folder} is complete")
+        return
+    root = source if source is not None else _draw_demo(run)
+    start = time.perf_counter()
+    plan = make_plan(config, read_source(root))
+    tasks = shard_tasks(plan, folder)
+    _check_place(plan, folder, tasks)
+    tally = Tally(plan)
+    with StopRequest() as stop, MetricsLog(folder / "metrics.jsonl") as log:
+        with Progress("preprocess", sum(len(task.pictures) for task in tasks), "images") as progress:
+            for result in _results(tasks, jobs, folder, stop):
+                if result.temporary is not None:
+                    # Waiting for the disk here, not in the workers, lets them decode on.
+                    put_in_place(result.temporary, folder / result.file)
+                tally.add(result)
+                log.write(_record(tally, result, start))
+                log.sync()
+                progress.advance(len(result.content.labels) + len(result.content.rejects))
+        manifest = tally.write(folder)
+        forget_damage(folder)
+        log.write(_last_record(tally, jobs, root, start))
+    _summary(tally, manifest, folder, time.perf_counter() - start)
+
+
+def _finished(config: Config, folder: Path, source: Path | None) -> bool:
+    """Whether the manifest is there, matches and describes what is there; refuses where it does not match."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return False
+    try:
+        manifest = read_sealed(path, "")
+    except PipelineError:
+        manifest = {}
+    if not is_manifest(manifest):
+        print(f"preprocess: {path} is damaged; making it again")
+        return False
+    if manifest["settings"] != settings_fingerprint(config):
+        raise _other_plan(folder, "with other settings (preprocess.* or seed)")
+    same = source is None or _same_stamp(folder, source) or read_source(source).fingerprint() == manifest["source"]
+    if not same:
+        raise _other_plan(folder, f"from other pictures than {source} holds")
+    wrong = defects(folder, manifest)
+    if wrong:
+        print(f"preprocess: making again what is missing or damaged in {folder}: {', '.join(wrong)}")
+    elif is_damage_noted(folder):
+        print(f"preprocess: verification found damage in {folder}; comparing every shard with its checksum")
+    return not wrong and not is_damage_noted(folder)
+
+
+def _same_stamp(folder: Path, source: Path) -> bool:
+    last = [record for record in read_metrics(folder / "metrics.jsonl") if "stamp" in record]
+    return bool(last) and last[-1]["stamp"] == stamp(source)
+
+
+def _draw_demo(run: RunDir) -> Path:
+    folder = run.root / "demo"
+    if not folder.exists():
+        print(f"preprocess: no pictures were named, so the built-in demo set is drawn into {folder}")
+        demo.draw(folder)
+    return folder
+
+
+def _check_place(plan: Plan, folder: Path, tasks: list[ShardTask]) -> None:
+    """Refuse a folder with another plan's shards or a disk that is too small; clear what a crash left over."""
+    needed = 0
+    for task in tasks:
+        path = folder / shard_name(task.layout.split, task.index)
+        if not path.is_file():
+            needed += shard_bytes(len(task.pictures), plan.size)
+            continue
+        try:
+            layout = read_layout(path)
+        except PipelineError:
+            continue  # damaged: it is made again in its place
+        if layout.plan != plan.fingerprint:
+            raise _other_plan(folder, "from other pictures, with other settings or with another version of Pillow")
+    _remove_stray(folder)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise PipelineError(
+            f"the disk of {folder} has {_size(free)} free, but the shards need {_size(needed)}; "
+            "free some space or choose another place with --run"
+        )
+    if needed:
+        print(f"preprocess: the shards need {_size(needed)} in {folder}; {_size(free)} are free")
+
+
+def _other_plan(folder: Path, how: str) -> PipelineError:
+    return PipelineError(
+        f"{folder} holds shards made {how}; give this run a directory of its own with --run, "
+        f"or remove {folder} to make them anew"
+    )
+
+
+def _remove_stray(folder: Path) -> None:
+    for path in folder.glob("*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _results(tasks: list[ShardTask], jobs: int, folder: Path, stop: StopRequest) -> Iterator[ShardResult]:
+    """Finished shards as they come. Whatever happens, no worker and no temporary file is left behind.
+
+    After a signal no shard is begun, and those under way are finished.
+    """
+    begun = (joblib.delayed(make_shard)(task) for task in tasks if stop.signum is None)
+    results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=jobs)(begun)
+    done = 0
+    try:
+        for result in results:
+            yield result
+            done += 1
+    except TerminatedWorkerError as error:
+        if stop.signum is None:  # else the signal was for the workers as well
+            raise PipelineError(
+                "a worker process was killed, most likely because memory ran out; run the same command with fewer "
+                f"--jobs; the finished shards in {folder} are kept"
+            ) from error
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # joblib warns where not all results were wanted
+            results.close()
+        if jobs > 1:
+            get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=done < len(tasks))
+        _remove_stray(folder)
+    if stop.signum is not None and done < len(tasks):
+        raise StoppedError(
+            stop.signum, f"stopped; the finished shards in {folder} are kept, the same command goes on from there"
+        )
+
+
+def _record(tally: Tally, result: ShardResult, start: float) -> dict[str, Any]:
+    """A line of metrics.jsonl; the hash in it is what lets a run that was cut off keep the shard."""
+    return {
+        "shard": result.file,
+        "plan": tally.plan.fingerprint,
+        "sha256": result.sha256,
+        "images": len(result.content.labels),
+        "rejects": len(result.content.rejects),
+        "kept": result.temporary is None,
+        "seconds": round(result.seconds, 3),
+        "images_done": tally.images,
+        "images_per_second": round(tally.made / (time.perf_counter() - start), 2),
+        "time": round(time.time(), 3),
+    }
+
+
+def _last_record(tally: Tally, jobs: int, root: Path, start: float) -> dict[str, Any]:
+    seconds = time.perf_counter() - start
+    return {
+        "finished": tally.plan.fingerprint,
+        "source": str(root),
+        "stamp": stamp(root),
+        "jobs": jobs,
+        "images_done": tally.images,
+        "images_made": tally.made,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(tally.made / seconds, 2),
+        "peak_memory_bytes": tally.peak_memory,
+        "time": round(time.time(), 3),
+    }
+
+
+def _summary(tally: Tally, manifest: dict[str, Any], folder: Path, seconds: float) -> None:
+    counts = " and ".join(f"{manifest['splits'][split]['images']} {_WORDS[split]}" for split in SPLITS)
+    rejects = sum(manifest["splits"][split]["rejects"] for split in SPLITS)
+    size = _size(sum(entry["bytes"] for entry in tally.entries.values()))
+    kept = f", {tally.kept} of them from before" if tally.kept else ""
+    where = f", see {folder / 'rejects.jsonl'}" if rejects else ""
+    print(
+        f"preprocess: {counts} pictures of {manifest['classes']} classes are in {folder}: "
+        f"{len(tally.entries)} shards{kept}, {size}\n"
+        f"preprocess: {rejects} rejected{where}; "
+        f"{tally.made / seconds:.0f} images/s, {seconds:.1f} s, peak memory {_size(tally.peak_memory)} a process"
+    )
+    for kind, count in manifest["decoder_warnings"].items():
+        print(f"preprocess: the decoder warned {count} times: {kind}")
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

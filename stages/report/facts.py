@@ -1,0 +1,269 @@
+"""What a run's files say, as plain numbers: metrics, evaluation, data, weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Final
+
+import numpy as np
+
+from data.sampling import steps_per_epoch
+from data.shards import read_manifest
+from pipeline.config import RECIPES, Config
+from pipeline.errors import PipelineError
+from pipeline.metrics import read_metrics
+from pipeline.run_dir import RunDir, hash_file, read_json
+from stages.trained import Trained, label
+
+MOST_REJECTS: Final = 100  # rows shown
+MOST_PAIRS: Final = 15
+_PACKAGES: Final = ("numpy", "scipy", "numba", "pillow", "h5py", "safetensors", "cupy-cuda12x", "cupy-cuda13x")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run in numbers.
+
+    ``steps`` are the training lines of metrics.jsonl, ``validations`` those with accuracies; ``evaluation`` is
+    eval/metrics.json, ``predictions`` the arrays beside it, both None before the first evaluation.
+    """
+
+    run: RunDir
+    config: Config
+    step: int
+    checkpoint: str
+    classes: list[dict[str, Any]]
+    manifest: dict[str, Any]
+    steps: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+    predictions: dict[str, np.ndarray] | None
+
+    @property
+    def name(self) -> str:
+        return self.run.root.name
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.manifest["splits"]["train"]["images"], self.config.train.batch_size)
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after ``step`` steps."""
+        return step / self.steps_per_epoch
+
+    @property
+    def rate(self) -> float | None:
+        """Median of the images trained on in a second."""
+        rates = [record["images_per_second"] for record in self.steps]
+        return float(np.median(rates)) if rates else None
+
+
+def read_facts(run: RunDir, trained: Trained) -> Facts:
+    """Read what there is of a run; what has not been made yet is left empty."""
+    records = read_metrics(run.train / "metrics.jsonl")
+    evaluation, predictions = _evaluation(run, len(trained.classes))
+    return Facts(
+        run=run,
+        config=trained.config,
+        step=trained.step,
+        checkpoint=trained.path.name,
+        classes=trained.classes,
+        manifest=read_manifest(run),
+        steps=[r for r in records if _has_numbers(r, "step", "loss", "lr", "images_per_second", "data_wait")],
+        validations=[r for r in records if _has_numbers(r, "step", "top1", "top5", "validation_loss")],
+        evaluation=evaluation,
+        predictions=predictions,
+    )
+
+
+def _has_numbers(record: dict[str, Any], *names: str) -> bool:
+    return all(isinstance(record.get(name), int | float) for name in names)
+
+
+def _evaluation(run: RunDir, classes: int) -> tuple[dict[str, Any] | None, dict[str, np.ndarray] | None]:
+    path = run.eval / "metrics.json"
+    if not path.exists():
+        return None, None
+    remedy = f"make it again: python run_pipeline.py --stage eval --run {run.root}"
+    evaluation = read_json(path, remedy)
+    try:
+        with np.load(run.eval / "predictions.npz", allow_pickle=False) as file:
+            predictions = {name: file[name] for name in ("labels", "top", "probability", "loss")}
+        count = len(predictions["labels"])
+        sound = (
+            _has_numbers(evaluation, "images", "loss", "top1", "top5", "views", "step")
+            and evaluation["images"] == count
+            and all(len(array) == count for array in predictions.values())
+            and predictions["top"].shape == predictions["probability"].shape == (count, min(5, classes))
+            and all(a.min() >= 0 and a.max() < classes for a in (predictions["labels"], predictions["top"]))
+        )
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise PipelineError(f"{run.eval / 'predictions.npz'} cannot be read ({error}); {remedy}") from error
+    if not sound:
+        raise PipelineError(f"{run.eval} is damaged: its files do not fit together; {remedy}")
+    return evaluation, predictions
+
+
+def per_class(facts: Facts) -> list[dict[str, Any]]:
+    """A row a class that has pictures: accuracy, and the class it is most often taken for."""
+    if facts.predictions is None:
+        return []
+    labels, top = facts.predictions["labels"], facts.predictions["top"]
+    rows = []
+    for number in np.unique(labels).tolist():
+        mine = labels == number
+        first = top[mine, 0]
+        wrong = Counter(first[first != number].tolist()).most_common(1)
+        rows.append(
+            {
+                "name": label(facts.classes[number], number),
+                "words": facts.classes[number].get("words") or "",
+                "wnid": facts.classes[number].get("wnid") or "",
+                "images": int(mine.sum()),
+                "top1": float(np.mean(first == number)),
+                "top5": float(np.mean(np.any(top[mine] == number, axis=1))),
+                "taken_for": label(facts.classes[wrong[0][0]], wrong[0][0]) if wrong else "",
+                "taken_for_count": wrong[0][1] if wrong else 0,
+            }
+        )
+    return rows
+
+
+def confusions(facts: Facts) -> list[dict[str, Any]]:
+    """The pairs (class, what it is taken for) that happen most often, most first."""
+    if facts.predictions is None:
+        return []
+    labels, first = facts.predictions["labels"], facts.predictions["top"][:, 0]
+    wrong = labels != first
+    pairs = Counter(zip(labels[wrong].tolist(), first[wrong].tolist(), strict=True))
+    sizes = np.bincount(labels, minlength=len(facts.classes))
+    ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:MOST_PAIRS]
+    return [
+        {
+            "true": label(facts.classes[true], true),
+            "said": label(facts.classes[said], said),
+            "count": count,
+            "share": count / int(sizes[true]),
+            "back": pairs.get((said, true), 0),
+        }
+        for (true, said), count in ordered
+    ]
+
+
+def confident(facts: Facts, *, right: bool, most: int) -> list[int]:
+    """Rows of the validation split the network was most sure of, surest first.
+
+    Of the right ones at most one a class, since often one easy class fills all places; of the wrong ones all.
+    """
+    if facts.predictions is None:
+        return []
+    labels = facts.predictions["labels"]
+    hit = facts.predictions["top"][:, 0] == labels
+    order = np.argsort(-facts.predictions["probability"][:, 0], kind="stable")
+    rows = order[hit[order] == right]
+    if right:
+        firsts = np.unique(labels[rows], return_index=True)[1]
+        rows = rows[np.sort(firsts)]
+    return rows[:most].tolist()
+
+
+def norms(trained: Trained) -> list[dict[str, Any]]:
+    """A row a layer: mean |w|, mean |dw| of the last update, their ratio, for weights and biases.
+
+    The diagnostic the authors' code prints; dw is the momentum v, which the update adds to w.
+    """
+    rows = []
+    for name in trained.parameters:
+        if not name.endswith(".w"):
+            continue
+        row: dict[str, Any] = {"layer": name[:-2]}
+        for kind in ("w", "b"):
+            value, update = trained.parameters[f"{name[:-2]}.{kind}"], trained.momenta.get(f"{name[:-2]}.{kind}")
+            size = float(np.mean(np.abs(value), dtype=np.float64))
+            change = float(np.mean(np.abs(update), dtype=np.float64)) if update is not None else None
+            row[kind] = {
+                "size": size,
+                "change": change,
+                "ratio": change / size if change is not None and size else None,
+            }
+        rows.append(row)
+    return rows
+
+
+def rejects(facts: Facts) -> list[dict[str, Any]]:
+    """The pictures that preprocessing left out, each with split, name and reason."""
+    return read_metrics(facts.run.preprocess / "rejects.jsonl")
+
+
+def settings(config: Config) -> list[dict[str, Any]]:
+    """Every setting, and what the recipe has where this run differs."""
+    standard = dict(_flat(dataclasses.asdict(RECIPES[config.recipe]))) if config.recipe in RECIPES else {}
+    return [
+        {"key": key, "value": value, "recipe": standard.get(key), "changed": key in standard and standard[key] != value}
+        for key, value in _flat(dataclasses.asdict(config))
+    ]
+
+
+def commands(facts: Facts) -> list[str]:
+    """The command lines that make this run again."""
+    changed = [s for s in settings(facts.config) if s["changed"] and s["key"] != "seed"]
+    options = "".join(f" --set {shlex.quote(s['key'] + '=' + setting_text(s['value']))}" for s in changed)
+    if facts.config.seed:
+        options = f" --seed {facts.config.seed}{options}"
+    started = [r["source"] for r in read_metrics(facts.run.preprocess / "metrics.jsonl") if "source" in r]
+    own = not started or started[-1].startswith(str(facts.run.root))
+    source = "" if own else f" --source {shlex.quote(str(started[-1]))}"
+    where = f" --run {shlex.quote(str(facts.run.root))}"
+    lines = [
+        f"python run_pipeline.py --stage preprocess{source}{where} --recipe {facts.config.recipe}{options}",
+        f"python run_pipeline.py --stage train --steps {facts.step}{where}",
+    ]
+    if facts.evaluation is not None:
+        lines.append(f"python run_pipeline.py --stage eval --views {facts.evaluation['views']}{where}")
+    return [*lines, f"python run_pipeline.py --stage report{where}"]
+
+
+def setting_text(value: Any) -> str:
+    """A setting's value as ``--set`` takes it."""
+    return "none" if value is None else json.dumps(value) if not isinstance(value, str) else value
+
+
+def versions(trained: Trained) -> list[tuple[str, str]]:
+    """Packages at work now, and what the checkpoint says it was trained with."""
+    installed = []
+    for package in _PACKAGES:
+        try:
+            installed.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            continue
+    known = [
+        (f"trained with {key}", str(trained.header[key]))
+        for key in ("device", "python", "numpy")
+        if key in trained.header
+    ]
+    return [*known, *installed]
+
+
+def hashes(facts: Facts, trained: Trained) -> list[tuple[str, str]]:
+    """Fingerprints that tell whether two runs had the same pictures, settings and weights."""
+    manifest = facts.manifest
+    return [
+        ("pictures (fingerprint of the source)", manifest["source"]),
+        ("preprocessing settings", manifest["settings"]),
+        ("shards (pictures, settings, decoder)", manifest["plan"]),
+        (f"{trained.path.name} (SHA-256 of the file)", hash_file(trained.path)),
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,189 @@
+"""From a configuration and a preprocessed run to what training, evaluation and prediction work with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+
+from data.sampling import Augmentation, Crops, epoch_order, steps_per_epoch, training_crops
+from data.shards import Split, open_split, read_manifest
+from net.alexnet import alexnet
+from net.layers import Layer, Shape
+from net.network import Preparation, parameter_shapes
+from pipeline.config import Config, at_epoch
+from pipeline.errors import PipelineError
+from pipeline.run_dir import RunDir, read_json
+
+MEAN: Final = "mean"  # name of a mean picture among a checkpoint's arrays: only imported weights bring their own
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The preprocessed pictures and what was measured on them."""
+
+    manifest: dict[str, Any]
+    classes: list[dict[str, Any]]
+    train: Split
+    val: Split
+    mean: np.ndarray  # float32 (size, size, 3), the training pictures' mean, 0..255
+    directions: np.ndarray  # float64 (3, 3): eigenvector times standard deviation, a row each, 0..255
+
+
+def open_dataset(run: RunDir) -> Dataset:
+    """Open the shards of a run; refuses, with the command that mends it, what is missing or does not match."""
+    manifest = read_manifest(run)
+    remedy = f"make it again: python run_pipeline.py --stage preprocess --run {run.root}"
+    return Dataset(
+        manifest=manifest,
+        classes=_read_classes(run.preprocess / "classes.json", manifest["classes"], remedy),
+        train=open_split(run.preprocess, manifest, "train"),
+        val=open_split(run.preprocess, manifest, "val"),
+        mean=_read_mean(run.preprocess / "mean.npy", manifest["size"], remedy),
+        directions=_read_directions(run.preprocess / "color.json", remedy),
+    )
+
+
+def require_size(config: Config, dataset: Dataset, run: RunDir) -> None:
+    """Refuse a configuration made for stored pictures of another size."""
+    stored = dataset.manifest["size"]
+    if config.preprocess.size != stored:
+        raise PipelineError(
+            f"the pictures in {run.preprocess} have {stored} pixels a side, but preprocess.size is "
+            f"{config.preprocess.size}; leave it as it is, or preprocess into a new run (--run)"
+        )
+
+
+def _read_classes(path: Path, count: int, remedy: str) -> list[dict[str, Any]]:
+    entries = read_json(path, remedy).get("classes")
+    if (
+        not isinstance(entries, list)
+        or len(entries) != count
+        or not all(isinstance(e, dict) and isinstance(e.get("wnid"), str) and "words" in e for e in entries)
+    ):
+        raise PipelineError(f"{path} does not describe {count} classes; {remedy}")
+    return entries
+
+
+def _read_mean(path: Path, size: int, remedy: str) -> np.ndarray:
+    try:
+        mean = np.load(path, allow_pickle=False, mmap_mode="r")  # a claimed shape allocates nothing
+        if mean.dtype != np.float32 or mean.shape != (size, size, 3):
+            raise ValueError(f"its type is {mean.dtype}, its shape {mean.shape}")
+    except (OSError, ValueError, EOFError) as error:
+        raise PipelineError(f"cannot read {path} ({error}); {remedy}") from error
+    return np.array(mean)
+
+
+def _read_directions(path: Path, remedy: str) -> np.ndarray:
+    """Eigenvector times standard deviation, a row each, 0..255."""
+    color = read_json(path, remedy)
+    try:
+        values, vectors = (np.array(color[key], dtype=np.float64) for key in ("eigenvalues", "eigenvectors"))
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
+        raise PipelineError(f"{path} holds no eigenvalues and eigenvectors; {remedy}") from error
+    if values.shape != (3,) or vectors.shape != (3, 3) or not np.isfinite(values).all() & np.isfinite(vectors).all():
+        raise PipelineError(f"{path} holds other than three eigenvalues and eigenvectors; {remedy}")
+    return vectors * (np.sqrt(np.maximum(values, 0)) * 255)[:, None]
+
+
+def network_layers(config: Config, classes: int) -> tuple[Layer, ...]:
+    """The recipe's network as a plain list of layers (``net.layers.fuse`` adapts it to a backend)."""
+    options = {k: v for k, v in vars(config.network).items() if k not in ("weight_std", "bias")}
+    layers = alexnet(classes, **options)
+    shape = input_shape(config)
+    for layer in layers:
+        shape = layer.output_shape(shape)
+        if min(shape) < 1:
+            raise PipelineError(
+                "input.crop is too small for this network: nothing is left of the picture after the last pool"
+            )
+    return layers
+
+
+def shapes(layers: Sequence[Layer], config: Config) -> dict[str, Shape]:
+    """The shapes of all parameters."""
+    return parameter_shapes(layers, input_shape(config))
+
+
+def preparation(config: Config, mean: np.ndarray, ops: ModuleType, *, jittered: bool) -> Preparation:
+    """How the backend turns crops into input; ``jittered`` is whether colour shifts are being drawn."""
+    inp = config.input
+    if inp.mean == "none":
+        device_mean = None
+    elif inp.mean == "image":
+        device_mean = ops.asarray(mean)
+    else:
+        first = (mean.shape[0] - inp.crop) // 2
+        centre = mean[first : first + inp.crop, first : first + inp.crop]
+        device_mean = ops.asarray(np.ascontiguousarray(centre))
+    scale = inp.scale / (1 + inp.jitter) if jittered and inp.jitter_rescale else inp.scale
+    return Preparation(device_mean, scale, inp.bgr, inp.border)
+
+
+def jittered(config: Config, epoch: int) -> bool:
+    """Whether training in this epoch draws colour shifts."""
+    inp = config.input
+    return inp.jitter > 0 and (inp.jitter_epochs is None or epoch < inp.jitter_epochs)
+
+
+class TrainingPlan:
+    """Which crops make the training batch of a given step; safe to ask from several loader threads."""
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        self._config = config
+        self._pictures = len(dataset.train)
+        self.steps_per_epoch = steps_per_epoch(self._pictures, config.train.batch_size)
+        inp = config.input
+        self._how = Augmentation(
+            config.preprocess.size, inp.crop, inp.random_crop, inp.flip, inp.jitter, dataset.directions
+        )
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __call__(self, step: int) -> Crops:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        size = self._config.train.batch_size
+        first, last = place * size, min((place + 1) * size, self._pictures)
+        how = self._how if jittered(self._config, epoch) else replace(self._how, jitter=0.0)
+        return training_crops(self._order(epoch), first, last, self._config.seed, epoch, how)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        order = self._orders.get(epoch)
+        if order is None:
+            order = epoch_order(self._pictures, self._config.seed, epoch)
+            # Two epochs at most are under way at a time. Replacing the dictionary is one atomic assignment; two
+            # threads that both come here compute the same order.
+            self._orders = {epoch: order, **{e: o for e, o in self._orders.items() if e == epoch - 1}}
+        return order
+
+
+def learning_rates(config: Config, names: Sequence[str], epoch: int) -> np.ndarray:
+    """The learning rate of each parameter in this epoch, float32."""
+    train = config.train
+    weights = at_epoch(train.lr, epoch)
+    biases = at_epoch(train.bias_lr, epoch)
+    conv1 = at_epoch(train.conv1_lr, epoch)
+    assert weights is not None  # checked when the configuration was read
+    if biases is None:
+        biases = weights * train.bias_lr_factor
+    rates = [
+        conv1 if conv1 is not None and n.startswith("conv1.") else (biases if n.endswith(".b") else weights)
+        for n in names
+    ]
+    return np.array(rates, dtype=np.float32)
+
+
+def decays(config: Config, names: Sequence[str]) -> dict[str, float]:
+    """The weight decay of each parameter."""
+    train = config.train
+    return {n: train.weight_decay if n.endswith(".w") or train.bias_decay else 0.0 for n in names}
+
+
+def input_shape(config: Config) -> Shape:
+    """(height, width, channels) of the network's input."""
+    side = config.input.crop + sum(config.input.border)
+    return side, side, 3

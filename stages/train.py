@@ -1,0 +1,435 @@
+"""Training: stochastic gradient descent over shuffled epochs, with checkpoints that resume to the last bit."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from data.loader import Batch, load
+from net.layers import fuse
+from net.network import Descent, initial_parameters, prediction, training_step
+from pipeline.checkpoint import (
+    Checkpoint,
+    checkpoints,
+    move_aside,
+    newest_sound,
+    note_best,
+    note_latest,
+    prune,
+    save_checkpoint,
+    step_of,
+)
+from pipeline.config import Config, at_epoch, difference, from_dict, to_dict
+from pipeline.errors import PipelineError, StoppedError
+from pipeline.metrics import MetricsLog, cut_back, read_metrics
+from pipeline.progress import Progress
+from pipeline.run_dir import RunDir, fingerprint, make_folder, write_sealed
+from pipeline.signals import StopRequest
+from pipeline.tensorboard import events
+from stages.eval import evaluate
+from stages.setup import (
+    Dataset,
+    TrainingPlan,
+    decays,
+    jittered,
+    learning_rates,
+    network_layers,
+    open_dataset,
+    preparation,
+    require_size,
+    shapes,
+)
+
+# Settings that may differ between the run so far and its continuation: they change no weight.
+_FREE = ("epochs", "checkpoint_every", "log_every", "keep_checkpoints", "plateau_steps")
+
+
+@dataclass
+class State:
+    """The numbers training changes: steps done, parameters and momenta (on the backend's device)."""
+
+    step: int
+    parameters: dict[str, Any]
+    momenta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How far to train: to the recipe's end, or so many steps or epochs more."""
+
+    steps: int | None = None
+    epochs: int | None = None
+
+    def last_step(self, config: Config, done: int, steps_per_epoch: int) -> int:
+        if self.steps is not None:
+            return done + self.steps
+        if self.epochs is not None:
+            return done + self.epochs * steps_per_epoch
+        return max(done, config.train.epochs * steps_per_epoch)
+
+
+def run(
+    config: Config,
+    run_dir: RunDir,
+    ops: ModuleType,
+    *,
+    resume: bool,
+    restart: bool,
+    goal: Goal,
+    device: str,
+    tensorboard: bool = False,
+) -> None:
+    """Train from the beginning or from the newest sound checkpoint, and write ``<run>/train/``.
+
+    ``tensorboard`` writes the metrics as event files too, to ``<run>/train/tensorboard/``.
+    """
+    dataset = open_dataset(run_dir)
+    require_size(config, dataset, run_dir)
+    layers = network_layers(config, len(dataset.classes))
+    header = _header(config, dataset, device)
+    state = _begin(config, run_dir, ops, layers, header, resume=resume, restart=restart)
+    # Only now: a run that is refused keeps its configuration, and --resume with it.
+    write_sealed(run_dir.config, to_dict(config))
+    plan = TrainingPlan(config, dataset)
+    last = goal.last_step(config, state.step, plan.steps_per_epoch)
+    if state.step >= last:
+        print(f"nothing to train: {state.step} steps are done; add --epochs N or --steps N to train on")
+        return
+    fused = fuse(layers, ops)
+    print(
+        f"train {len(dataset.train)} pictures, {len(dataset.classes)} classes, recipe {config.recipe}: "
+        f"step {state.step} to {last}, {plan.steps_per_epoch} steps an epoch, batch {config.train.batch_size}",
+        flush=True,
+    )
+    path = run_dir.train / "metrics.jsonl"
+    with contextlib.ExitStack() as stack:
+        mirror = None
+        if tensorboard:
+            mirror = stack.enter_context(events(run_dir.train / "tensorboard", read_metrics(path)))
+        log = stack.enter_context(MetricsLog(path, mirror))
+        stop = stack.enter_context(StopRequest())
+        with Progress("train", last, "steps", done=state.step) as progress:
+            trainer = _Trainer(config, dataset, ops, fused, state, log, progress, plan.steps_per_epoch)
+            _loop(config, run_dir, dataset, ops, plan, trainer, header, last, stop)
+    print(f"trained to step {state.step}; checkpoints and metrics are in {run_dir.train}")
+
+
+def _loop(
+    config: Config,
+    run_dir: RunDir,
+    dataset: Dataset,
+    ops: ModuleType,
+    plan: TrainingPlan,
+    trainer: _Trainer,
+    header: dict[str, Any],
+    last: int,
+    stop: StopRequest,
+) -> None:
+    """From batch to batch: step, and at the epoch's end, every so many steps, or when asked to stop, save."""
+    batches = load(
+        dataset.train,
+        plan,
+        range(trainer.state.step, last),
+        crop=config.input.crop,
+        largest=config.train.batch_size,
+        slots=config.loader.slots,
+        threads=config.loader.threads,
+        allocate=ops.host_empty,
+    )
+    with contextlib.closing(batches) as loader:
+        for batch in loader:
+            trainer.step(batch)
+            done = trainer.state.step
+            epoch_ends = done % plan.steps_per_epoch == 0
+            if epoch_ends or done == last or done % config.train.checkpoint_every == 0 or stop.signum is not None:
+                trainer.settle()
+                validation = trainer.validate() if epoch_ends else None
+                _save(run_dir, ops, trainer, {**header, "validation": validation}, config.train.keep_checkpoints)
+            if stop.signum is not None and done < last:
+                raise StoppedError(
+                    stop.signum,
+                    f"stopped at step {done}, everything is saved; go on with: "
+                    f"python run_pipeline.py --stage train --resume --run {run_dir.root}",
+                )
+
+
+class _Trainer:
+    """One step after another, with its metrics."""
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        ops: ModuleType,
+        layers: tuple[Any, ...],
+        state: State,
+        log: MetricsLog,
+        progress: Progress,
+        steps_per_epoch: int,
+    ) -> None:
+        self.state = state
+        self._config, self._dataset, self._ops, self._layers = config, dataset, ops, layers
+        self._log, self._progress = log, progress
+        self._steps_per_epoch = steps_per_epoch
+        self._names = list(state.parameters)
+        self._descent = Descent(config.train.momentum, decays(config, self._names))
+        self._function: Callable[[dict[str, Any]], Any] | None = None
+        self._jittered: bool | None = None
+        self._pending: tuple[int, int, Any] | None = None
+        self._plateau = Plateau(len(dataset.classes), config.train.plateau_steps)
+        self._restart_clock()
+
+    def step(self, batch: Batch) -> None:
+        """Start the step of this batch, then note the loss of the one before."""
+        epoch = batch.number // self._steps_per_epoch
+        inputs = self._ops.upload(
+            {
+                **batch.arrays,
+                "rates": learning_rates(self._config, self._names, epoch),
+                "step": np.array([batch.number], dtype=np.uint64),
+            }
+        )
+        loss = self._step_function(epoch)(inputs)
+        self.settle()
+        self._waited += batch.waited
+        self._images += len(batch.arrays["labels"])
+        self.state.step = batch.number + 1
+        # On a device of its own, reading a loss makes the host wait: only the losses that are logged are read, each
+        # after the next step has been started. On the host every loss is there to look at.
+        on_host = isinstance(loss, np.ndarray)
+        if on_host or self.state.step % self._config.train.log_every == 0:
+            self._pending = self.state.step, epoch, loss
+        if on_host:
+            self.settle()
+        self._progress.advance(1)
+
+    def settle(self) -> None:
+        """Look at the loss that is still pending: stop on NaN, warn of a plateau, write the metrics line."""
+        if self._pending is None:
+            return
+        step, epoch, loss_each = self._pending
+        self._pending = None
+        loss = float(np.mean(self._ops.to_host(loss_each), dtype=np.float64))
+        if not math.isfinite(loss):
+            raise PipelineError(
+                f"the loss is {loss} at step {step}: training has diverged; the last good checkpoint is kept. "
+                "Lower train.lr (--set train.lr=...) or look at the weights' start, in a new run (--run)"
+            )
+        if self._plateau.stays(step, loss):
+            self._progress.say(self._plateau.advice(loss))
+        if step % self._config.train.log_every == 0:
+            self._write_line(step, epoch, loss)
+
+    def validate(self) -> dict[str, float]:
+        """Accuracy and loss on the validation pictures, centre view, at the end of an epoch."""
+        ops, config = self._ops, self._config
+        prepared = preparation(config, self._dataset.mean, ops, jittered=False)
+        predict = prediction(ops, self._layers, self.state.parameters, prepared, views=1)
+        result = evaluate(ops, predict, self._dataset.val, config, config.eval.batch_size, 1)
+        epochs = self.state.step // self._steps_per_epoch
+        scores = {"top1": result.top1, "top5": result.top5, "validation_loss": float(result.loss.mean())}
+        self._log.write({"step": self.state.step, "epochs_done": epochs, **scores, "seconds": result.seconds})
+        self._progress.say(
+            f"epoch {epochs} done: validation top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%}, "
+            f"loss {scores['validation_loss']:.4f}"
+        )
+        self._restart_clock()
+        return scores
+
+    def sync_metrics(self) -> None:
+        self._log.sync()
+
+    def _step_function(self, epoch: int) -> Callable[[dict[str, Any]], Any]:
+        now = jittered(self._config, epoch)
+        if self._function is None or now != self._jittered:
+            self._jittered = now
+            prepared = preparation(self._config, self._dataset.mean, self._ops, jittered=now)
+            self._function = training_step(
+                self._ops,
+                self._layers,
+                self.state.parameters,
+                self.state.momenta,
+                prepared,
+                self._descent,
+                self._config.seed,
+            )
+        return self._function
+
+    def _write_line(self, step: int, epoch: int, loss: float) -> None:
+        elapsed = max(time.perf_counter() - self._clock, 1e-9)
+        rate, wait = self._images / elapsed, min(self._waited / elapsed, 1.0)
+        self._log.write(
+            {
+                "step": step,
+                "epoch": epoch,
+                "loss": loss,
+                "lr": at_epoch(self._config.train.lr, epoch),
+                "images_per_second": round(rate, 2),
+                "data_wait": round(wait, 5),
+            }
+        )
+        self._progress.advance(0, f"loss {loss:.4f}, {rate:.1f} images/s, waiting for data {wait:.1%}")
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._clock = time.perf_counter()
+        self._images, self._waited = 0, 0.0
+
+
+class Plateau:
+    """Notices a loss that stays at ln(classes), what a network scores that says the same of every picture."""
+
+    WIDTH = 0.02
+
+    def __init__(self, classes: int, patience: int) -> None:
+        self._level, self._patience = math.log(classes), patience
+        self._since: int | None = None
+        self._told = False
+
+    def stays(self, step: int, loss: float) -> bool:
+        """True once, when the loss has been within 0.02 of ln(classes) for ``patience`` steps."""
+        if abs(loss - self._level) > self.WIDTH:
+            self._since = None
+            return False
+        if self._since is None:
+            self._since = step
+        if self._told or step - self._since < self._patience:
+            return False
+        self._told = True
+        return True
+
+    def advice(self, loss: float) -> str:
+        return (
+            f"warning: the loss has stayed at {loss:.3f}, which is ln(classes) = {self._level:.3f}, for "
+            f"{self._patience} steps: the network says the same of every picture. Known causes are initial biases of "
+            "1 together with weights of standard deviation 0.01 everywhere (the paper's text); try "
+            "--recipe original or --recipe caffe, --set network.weight_std=[0,0,0,0,0,0,0,0] (He's rule), or another "
+            "--seed, each in a new run (--run)"
+        )
+
+
+def _begin(
+    config: Config,
+    run_dir: RunDir,
+    ops: ModuleType,
+    layers: tuple[Any, ...],
+    header: dict[str, Any],
+    *,
+    resume: bool,
+    restart: bool,
+) -> State:
+    """The state to train on from: the newest sound checkpoint when resuming, fresh parameters otherwise."""
+    folder = run_dir.train
+    expected = shapes(layers, config)
+    if checkpoints(folder) and not resume and not restart:
+        raise PipelineError(
+            f"{folder} holds checkpoints up to step {step_of(checkpoints(folder)[-1])}; add --resume to go on from "
+            "there, or --restart to start over (the old ones are moved aside, not deleted)"
+        )
+    if restart and checkpoints(folder):
+        print(f"started over; the old checkpoints and metrics are in {move_aside(folder)}")
+    if resume:
+        saved, complaints = newest_sound(folder)
+        for complaint in complaints:
+            print(f"warning: {complaint}")
+        if saved is not None:
+            return _resume(saved, config, run_dir, ops, header, expected)
+        if complaints:
+            raise PipelineError(
+                f"no checkpoint in {folder} can be read; start over with --restart (the old ones are moved aside)"
+            )
+        print(f"there is nothing to resume in {folder}: training starts from the beginning")
+    make_folder(folder)
+    cut_back(folder / "metrics.jsonl", 0)
+    start = initial_parameters(expected, config.network.weight_std, config.network.bias, config.seed)
+    parameters = {name: ops.asarray(value) for name, value in start.items()}
+    momenta = {name: ops.asarray(np.zeros_like(value)) for name, value in start.items()}
+    return State(0, parameters, momenta)
+
+
+def _resume(
+    saved: Checkpoint,
+    config: Config,
+    run_dir: RunDir,
+    ops: ModuleType,
+    header: dict[str, Any],
+    expected: dict[str, tuple[int, ...]],
+) -> State:
+    folder, step = run_dir.train, saved.header["step"]
+    if saved.header.get("data") != header["data"]:
+        raise PipelineError(
+            f"{saved.path} was trained on other data than {run_dir.preprocess} holds now; "
+            "restore that data, or start a new run with --run"
+        )
+    before = from_dict(saved.header["config"], str(saved.path))
+    differing = difference(_without_free(before), _without_free(config))
+    if differing:
+        raise PipelineError(
+            f"{saved.path} was trained with other settings: {'; '.join(differing)}. "
+            "Resume with the settings of the run (leave out --recipe, --config, --set and --seed), "
+            "or start a new run with --run"
+        )
+    names = {f"{prefix}{name}": shape for prefix in ("", "momentum/") for name, shape in expected.items()}
+    if {name: array.shape for name, array in saved.arrays.items()} != names:
+        raise PipelineError(f"{saved.path} holds other arrays than this network has; start a new run with --run")
+    cut_back(folder / "metrics.jsonl", step)
+    # What a crash between a checkpoint and its indexes left undone.
+    note_latest(folder, saved.path)
+    validation = saved.header.get("validation")
+    if validation is not None:
+        note_best(folder, saved.path, step, validation["top1"])
+    print(f"resumed from {saved.path}, step {step}")
+    if saved.header.get("device") != header["device"]:
+        print(
+            f"note: so far it was trained on the {saved.header.get('device')} backend, from here on the "
+            f"{header['device']} backend; the two round differently"
+        )
+    parameters = {name: ops.asarray(saved.arrays[name]) for name in expected}
+    momenta = {name: ops.asarray(saved.arrays[f"momentum/{name}"]) for name in expected}
+    return State(step, parameters, momenta)
+
+
+def _save(run_dir: RunDir, ops: ModuleType, trainer: _Trainer, header: dict[str, Any], keep: int) -> None:
+    state = trainer.state
+    arrays = {name: np.asarray(ops.to_host(value)) for name, value in state.parameters.items()}
+    broken = [name for name, value in arrays.items() if not np.all(np.isfinite(value))]
+    if broken:
+        raise PipelineError(
+            f"{broken[0]} is not finite at step {state.step}: training has diverged; the last good checkpoint is kept. "
+            "Lower train.lr in a new run (--run)"
+        )
+    arrays |= {f"momentum/{name}": np.asarray(ops.to_host(value)) for name, value in state.momenta.items()}
+    trainer.sync_metrics()
+    path = save_checkpoint(run_dir.train, state.step, header, arrays)
+    if header["validation"] is not None:
+        note_best(run_dir.train, path, state.step, header["validation"]["top1"])
+    prune(run_dir.train, keep)
+
+
+def _header(config: Config, dataset: Dataset, device: str) -> dict[str, Any]:
+    """What a checkpoint says of the run it belongs to."""
+    return {
+        "schema": 1,
+        "config": to_dict(config),
+        "data": fingerprint(dataset.manifest),
+        "classes": len(dataset.classes),
+        "wnids": [entry["wnid"] for entry in dataset.classes],
+        "device": device,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _without_free(config: Config) -> Config:
+    """The configuration with the settings that change no weight set to fixed values."""
+    standard = type(config.train)()
+    train = replace(config.train, **{name: getattr(standard, name) for name in _FREE})
+    return replace(config, train=train, eval=type(config.eval)(), loader=type(config.loader)())

@@ -1,0 +1,124 @@
+"""A checkpoint with all that is needed to use it: configuration, layers, parameters, mean picture, class names.
+
+Unlike ``stages.setup.open_dataset`` this asks for no shards: a checkpoint that was imported, or whose shards have been
+removed, can still predict and be exported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+
+from net.layers import Layer
+from net.network import Preparation
+from pipeline.checkpoint import Arrays, find_checkpoint, load_checkpoint
+from pipeline.config import Config, from_dict
+from pipeline.errors import PipelineError
+from pipeline.run_dir import RunDir, read_json
+from stages.setup import MEAN, network_layers, preparation, shapes
+
+_MOMENTUM: Final = "momentum/"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network that has been trained, on the host.
+
+    ``layers`` are plain (not fused); ``momenta`` is empty for an imported network; ``mean`` is float32 (M, M, 3),
+    None where the recipe subtracts none. Each entry of ``classes`` has ``wnid`` and ``words``, in the order of the
+    scores.
+    """
+
+    path: Path
+    step: int
+    header: dict[str, Any]
+    config: Config
+    classes: list[dict[str, Any]]
+    layers: tuple[Layer, ...]
+    parameters: Arrays
+    momenta: Arrays
+    mean: np.ndarray | None
+
+    def preparation(self, ops: ModuleType) -> Preparation:
+        """How crops become input outside of training."""
+        mean = np.zeros((0, 0, 3), np.float32) if self.mean is None else self.mean  # not looked at when it is None
+        return preparation(self.config, mean, ops, jittered=False)
+
+    def label(self, number: int) -> str:
+        """The class as a person knows it: its first word, else its WordNet ID, else its number."""
+        return label(self.classes[number], number)
+
+
+def label(entry: dict[str, Any], number: int) -> str:
+    words = str(entry.get("words") or "").split(",")[0].strip()
+    return words or str(entry.get("wnid") or f"class {number}")
+
+
+def load_trained(run_dir: RunDir, checkpoint: str) -> Trained:
+    """Read the checkpoint that ``latest``, ``best`` or a path stands for.
+
+    Raises
+    ------
+    PipelineError
+        It is missing or damaged, does not fit its own configuration, or belongs to other classes than the run's.
+    """
+    saved = load_checkpoint(find_checkpoint(run_dir.train, checkpoint))
+    values, count = saved.header.get("config"), saved.header.get("classes")
+    if not isinstance(values, dict) or not isinstance(count, int):
+        raise PipelineError(f"{saved.path} holds no configuration; choose a checkpoint written by --stage train")
+    config = from_dict(values, str(saved.path))
+    layers = network_layers(config, count)
+    parameters = {n: a for n, a in saved.arrays.items() if n != MEAN and not n.startswith(_MOMENTUM)}
+    if {name: array.shape for name, array in parameters.items()} != shapes(layers, config):
+        raise PipelineError(f"{saved.path} holds other arrays than its configuration says; choose another checkpoint")
+    momenta = {n.removeprefix(_MOMENTUM): a for n, a in saved.arrays.items() if n.startswith(_MOMENTUM)}
+    return Trained(
+        path=saved.path,
+        step=saved.header["step"],
+        header=saved.header,
+        config=config,
+        classes=_classes(run_dir, saved.path, saved.header, count),
+        layers=layers,
+        parameters=parameters,
+        momenta=momenta,
+        mean=None if config.input.mean == "none" else _mean(run_dir, saved.arrays.get(MEAN), config),
+    )
+
+
+def _classes(run_dir: RunDir, path: Path, header: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The run's class names, where they are those of the checkpoint; else what the checkpoint itself knows."""
+    wnids = header.get("wnids")
+    listed = run_dir.preprocess / "classes.json"
+    if listed.exists():
+        classes = read_json(listed, "make it again: run --stage preprocess")["classes"]
+        if len(classes) == count and wnids in (None, [entry["wnid"] for entry in classes]):
+            return classes
+        raise PipelineError(
+            f"{path} was trained on other classes than {listed} names; "
+            "choose the run directory it belongs to with --run"
+        )
+    words = header.get("words") or [""] * count
+    return [{"wnid": wnid, "words": text} for wnid, text in zip(wnids or [""] * count, words, strict=True)]
+
+
+def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.ndarray:
+    path = run_dir.preprocess / "mean.npy"
+    if imported is None:
+        try:
+            imported = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise PipelineError(
+                f"the recipe subtracts the training pictures' mean, and {path} cannot be read ({error}); "
+                "run --stage preprocess, or import the weights with --mean"
+            ) from error
+    sides = (config.preprocess.size, config.input.crop)
+    if imported.shape not in [(side, side, 3) for side in sides]:
+        raise PipelineError(
+            f"the mean picture has shape {imported.shape}, which fits neither the stored pictures ({sides[0]}) nor the "
+            f"crops ({sides[1]})"
+        )
+    return imported.astype(np.float32, copy=False)

@@ -1,0 +1,131 @@
+"""Watching a run in progress from another terminal: last metrics, remaining time, and the loss as a curve."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from data.sampling import steps_per_epoch
+from data.shards import read_manifest
+from pipeline.config import Config, from_dict
+from pipeline.errors import PipelineError
+from pipeline.metrics import read_metrics
+from pipeline.progress import duration
+from pipeline.run_dir import RunDir, read_sealed
+
+SECONDS: Final = 2.0  # between two looks
+_RATES: Final = 10  # last logged lines whose mean speed tells the remaining time
+_CLEAR: Final = "\x1b[H\x1b[J"
+
+
+def run(run_dir: RunDir) -> None:
+    """Show the run's state; on a terminal again and again until Ctrl-C, elsewhere once.
+
+    Raises
+    ------
+    PipelineError
+        The run has not been preprocessed, or never trained.
+    """
+    remedy = f"start it: python run_pipeline.py --stage train --run {run_dir.root}"
+    config = from_dict(read_sealed(run_dir.config, remedy), str(run_dir.config))
+    per_epoch = steps_per_epoch(read_manifest(run_dir)["splits"]["train"]["images"], config.train.batch_size)
+    path = run_dir.train / "metrics.jsonl"
+    if not path.exists():
+        raise PipelineError(f"{path} does not exist: nothing has been trained; {remedy}")
+    if not sys.stdout.isatty():
+        print(screen(run_dir.root, config, per_epoch, read_metrics(path), path.stat().st_mtime, 80, 24))
+        return
+    try:
+        while True:
+            size = shutil.get_terminal_size()
+            written = path.stat().st_mtime
+            text = screen(run_dir.root, config, per_epoch, read_metrics(path), written, size.columns, size.lines)
+            print(f"{_CLEAR}{text}\nCtrl-C ends the view, not the run", end="", flush=True)
+            time.sleep(SECONDS)
+    except KeyboardInterrupt:
+        print()
+
+
+def screen(
+    root: Path,
+    config: Config,
+    per_epoch: int,
+    records: Sequence[dict[str, Any]],
+    written: float,
+    width: int,
+    height: int,
+) -> str:
+    """What is shown of a run: some lines of text, then the training loss as a curve in the rest of the screen.
+
+    ``written`` is when the last record came, in seconds since 1970.
+    """
+    steps = [r for r in records if "loss" in r and "images_per_second" in r]
+    validations = [r for r in records if "top1" in r]
+    total = config.train.epochs * per_epoch
+    if not steps:
+        return f"{root}  recipe {config.recipe}: no step has been logged yet"
+    last = steps[-1]
+    done = max(record["step"] for record in records)
+    rates = [r["images_per_second"] for r in steps[-_RATES:]]
+    rate = sum(rates) / len(rates)
+    left = max(0, total - done) * config.train.batch_size / rate if rate > 0 else 0.0
+    lines = [
+        f"{root}  recipe {config.recipe}",
+        f"step {done:,} of {total:,}  epoch {done / per_epoch:.2f} of {config.train.epochs}",
+        f"loss {last['loss']:.4f}  lr {last['lr']:.4g}  {rate:.1f} images/s  waiting for data {last['data_wait']:.1%}",
+        f"{duration(left)} left to the recipe's end at this speed; last line {duration(time.time() - written)} ago",
+    ]
+    if validations:
+        best = max(validations, key=lambda record: record["top1"])
+        newest = validations[-1]
+        lines.append(
+            f"validation top-1 {newest['top1']:.2%}  top-5 {newest['top5']:.2%}  loss {newest['validation_loss']:.4f}  "
+            f"best top-1 {best['top1']:.2%} (step {best['step']:,})"
+        )
+    points = [(r["step"] / per_epoch, r["loss"]) for r in steps]
+    if not _can_show("⠿"):
+        return "\n".join(line[:width] for line in lines)
+    curve = braille(points, max(20, width - 10), max(4, min(16, height - len(lines) - 5)))
+    return "\n".join([*(line[:width] for line in lines), "", "training loss by epoch", *curve])
+
+
+def _can_show(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def braille(points: Sequence[tuple[float, float]], columns: int, rows: int) -> list[str]:
+    """A curve in braille characters, each two dots wide and four high; with the range of both axes."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    wide, tall = columns * 2, rows * 4
+    cells = [[0] * columns for _ in range(rows)]
+    bits = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+    before: tuple[int, int] | None = None
+    for x, y in points:
+        here = (
+            round((x - left) / ((right - left) or 1) * (wide - 1)),
+            round((high - y) / ((high - low) or 1) * (tall - 1)),
+        )
+        for column, row in _between(before or here, here):
+            cells[row // 4][column // 2] |= bits[row % 4][column % 2]
+        before = here
+    text = ["".join(chr(0x2800 + cell) for cell in row) for row in cells]
+    names = [f"{high:8.3f}", *[" " * 8] * (rows - 2), f"{low:8.3f}"]
+    ends = f"{left:.2f}".ljust(columns - 8) + f"{right:.2f}".rjust(8)
+    return [*(f"{name} {line}" for name, line in zip(names, text, strict=True)), f"{'':8} {ends}"]
+
+
+def _between(a: tuple[int, int], b: tuple[int, int]) -> list[tuple[int, int]]:
+    """The dots of a straight line from a to b."""
+    count = max(abs(b[0] - a[0]), abs(b[1] - a[1]), 1)
+    return [
+        (round(a[0] + (b[0] - a[0]) * i / count), round(a[1] + (b[1] - a[1]) * i / count)) for i in range(count + 1)
+    ]
