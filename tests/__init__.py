@@ -1,0 +1,1 @@
+"""Tests; run them from the project root with `python -m pytest`."""

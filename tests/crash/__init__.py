@@ -1,0 +1,1 @@
+"""Kills, damage and failing disks: what a run survives. The long form: ``python -m tests.crash --help``."""

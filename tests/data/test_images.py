@@ -1,0 +1,226 @@
+"""Decoding and the square: against Pillow's plain sequence, and against files that are odd, damaged or hostile."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.images import UnreadableError, decode, read_square, square
+from tests.data.archives import encoded, jpeg, picture
+
+
+def plain(image: Image.Image, size: int, resample: Image.Resampling) -> np.ndarray:
+    """torchvision's Resize(size) and CenterCrop(size) on a PIL image, written as its source has them."""
+    w, h = image.size
+    short, long = (w, h) if w <= h else (h, w)
+    new_short, new_long = size, int(size * long / short)
+    new_w, new_h = (new_short, new_long) if w <= h else (new_long, new_short)
+    resized = image.resize((new_w, new_h), resample)
+    top, left = round((new_h - size) / 2.0), round((new_w - size) / 2.0)
+    return np.array(resized.crop((left, top, left + size, top + size)))
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [
+        (500, 375),
+        (375, 500),
+        (333, 500),
+        (501, 334),
+        (256, 256),
+        (256, 400),
+        (227, 227),
+        (64, 61),
+        (300, 256),
+        (1, 9),
+        (300, 500),
+        (500, 300),
+        (256, 259),
+        (259, 256),
+    ],
+)
+def test_the_square_is_torchvisions_to_the_last_bit(width, height):
+    image = picture(width * height, width, height)
+    found = square(image, 256, "bicubic")
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, plain(image, 256, Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(
+    ("name", "resample"),
+    [("bilinear", Image.Resampling.BILINEAR), ("box", Image.Resampling.BOX), ("lanczos", Image.Resampling.LANCZOS)],
+)
+def test_the_filter_is_the_one_that_was_named(name, resample):
+    image = picture(1, 101, 77)
+    found = square(image, 33, name)
+    np.testing.assert_array_equal(found, plain(image, 33, resample))
+    assert (found != plain(image, 33, Image.Resampling.BICUBIC)).any()
+
+
+def test_a_jpeg_goes_through_unchanged():
+    data = jpeg(5, 90, 70)
+    expected = plain(Image.open(io.BytesIO(data)).convert("RGB"), 64, Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(read_square(data, 64, "bicubic", Counter()), expected)
+
+
+def test_a_png_is_read_whatever_it_is_called():
+    image = picture(2)
+    np.testing.assert_array_equal(np.array(decode(encoded(image, "PNG"))), np.array(image))
+
+
+def test_cmyk_as_adobe_writes_it_comes_out_upright():
+    colours = Image.new("RGB", (32, 32), (200, 40, 60))
+    found = np.array(decode(encoded(colours.convert("CMYK"), quality=95)))
+    assert np.abs(found.astype(int) - (200, 40, 60)).max() < 12  # inverted it would be near (55, 215, 195)
+
+
+def test_grey_becomes_three_equal_channels():
+    image = picture(3).convert("L")
+    found = np.array(decode(encoded(image, "PNG")))
+    np.testing.assert_array_equal(found, np.array(image)[..., None].repeat(3, axis=2))
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    values = np.array([[0, 128, 129, 255, 256, 257, 32768, 65280, 65535]], dtype=np.uint16)
+    found = np.array(decode(encoded(Image.fromarray(values), "PNG")))[0, :, 0]
+    assert found.tolist() == [0, 0, 1, 1, 1, 1, 128, 254, 255]
+
+
+def test_sixteen_bit_colour_is_read():
+    rows = np.array([[[0, 32768, 65535]] * 4] * 4, dtype=">u2")
+    scan = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
+    found = np.array(decode(data + chunk(b"IDAT", scan) + chunk(b"IEND", b"")))
+    assert found.shape == (4, 4, 3)
+    assert found[0, 0].tolist() == [0, 128, 255]
+
+
+def test_a_palette_is_looked_up_and_its_transparency_dropped():
+    image = picture(4).quantize(16)
+    expected = np.array(image.convert("RGB"))
+    data = encoded(image, "PNG", transparency=bytes([0, 128] + [255] * 14))
+    with pytest.warns(UserWarning, match="Palette images with Transparency"):
+        found = np.array(decode(data))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_alpha_is_dropped_as_convert_does():
+    image = picture(5)
+    image.putalpha(Image.fromarray(np.arange(1200, dtype=np.uint32).astype(np.uint8).reshape(30, 40)))
+    np.testing.assert_array_equal(np.array(decode(encoded(image, "PNG"))), np.array(image)[..., :3])
+    grey = picture(6).convert("LA")
+    np.testing.assert_array_equal(np.array(decode(encoded(grey, "PNG")))[..., 0], np.array(grey)[..., 0])
+
+
+def test_black_and_white_becomes_0_and_255():
+    image = picture(7).convert("1")
+    assert set(np.unique(np.array(decode(encoded(image, "PNG"))))) == {0, 255}
+
+
+def test_exif_orientation_is_ignored():
+    image = picture(8, 48, 32)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    assert decode(encoded(image, exif=exif)).size == (48, 32)
+
+
+def test_warnings_are_counted_by_kind_and_not_printed(capfd):
+    noted: Counter[str] = Counter()
+    image = picture(4).quantize(16)
+    for _ in range(3):
+        read_square(encoded(image, "PNG", transparency=bytes([0, 128])), 16, "bicubic", noted)
+    assert list(noted.values()) == [3]
+    assert next(iter(noted)).startswith("UserWarning: Palette images with Transparency")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GIF",
+        b"no picture at all",
+        jpeg(1, 90, 70)[:-30],
+        jpeg(1, 90, 70)[:300],
+        encoded(picture(1), "PNG")[:-200],
+    ],
+    ids=["empty", "three bytes", "text", "jpeg cut late", "jpeg cut early", "png cut"],
+)
+def test_what_cannot_be_read_is_told(data):
+    with pytest.raises(UnreadableError, match=r"^(not a picture|the decoder says)"):
+        read_square(data, 16, "bicubic", Counter())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n",
+        encoded(picture(1), "TIFF"),
+        b"P6 9 9 255 ",
+    ],
+    ids=["postscript, on which Pillow would run Ghostscript", "tiff", "ppm"],
+)
+def test_other_formats_are_not_even_tried(data):
+    with pytest.raises(UnreadableError, match=r"^not a picture in a known format$"):
+        decode(data)
+
+
+def test_reasons_do_not_depend_on_memory_addresses():
+    with pytest.raises(UnreadableError) as caught:
+        decode(encoded(picture(1), "PNG")[:40])
+    assert "0x" not in str(caught.value)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size and that has hardly any data."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(65501, 10), (10, 65501), (10001, 10000), (60000, 60000), (2**31 - 1, 2**31 - 1)])
+def test_bombs_are_refused_by_their_header(size):
+    with pytest.raises(UnreadableError, match=rf"it has {size[0]} x {size[1]} pixels|decompression bomb"):
+        read_square(claiming(*size), 16, "bicubic", Counter())
+
+
+def test_a_jpeg_of_the_largest_size_is_refused():
+    data = bytearray(jpeg(1))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"
+    with pytest.raises(UnreadableError, match=r"it has 65535 x 65535 pixels|decompression bomb"):
+        decode(bytes(data))
+
+
+def test_what_would_explode_when_resized_is_refused():
+    data = encoded(Image.new("RGB", (20000, 2)), "PNG")
+    with pytest.raises(UnreadableError, match="with its short side at 256 it would have 2560000 x 256 pixels"):
+        read_square(data, 256, "bicubic", Counter())
+    assert read_square(data, 16, "bicubic", Counter()).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=6),
+    cut=st.integers(0, 1 << 16),
+)
+@settings(max_examples=60, deadline=None)
+def test_damaged_files_give_a_square_or_a_reason(form, changes, cut):
+    data = bytearray(encoded(picture(9, 24, 18), form))
+    for position, value in changes:
+        data[position % len(data)] = value
+    data = data[: cut % (2 * len(data))]
+    with contextlib.suppress(UnreadableError):
+        assert read_square(bytes(data), 16, "bicubic", Counter()).shape == (16, 16, 3)

@@ -1,0 +1,291 @@
+"""Which pictures a source holds and what they show: official archives, class tars, class folders, and bad ones."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import ilsvrc
+from data.listing import Listing
+from data.sources import ClassEntry, read_source, stamp
+from pipeline.errors import PipelineError
+from tests.data.archives import IDS, jpeg, packed, small_official, write_devkit, write_official
+
+
+def rows(listing: Listing) -> list[tuple[str, int]]:
+    return [(name.decode(), label) for name, label in zip(listing.name.tolist(), listing.label.tolist(), strict=True)]
+
+
+def content(listing: Listing, row: int) -> bytes:
+    container = listing.containers[int(listing.container[row])]
+    if listing.offset[row] < 0:
+        return (container / listing.name[row].decode().partition("/")[2]).read_bytes()
+    start = int(listing.offset[row])
+    return container.read_bytes()[start : start + int(listing.size[row])]
+
+
+def unpack_train(source: Path, target: Path, *, as_tars: bool) -> None:
+    """The official training archive as ``train/<wnid>.tar`` or ``train/<wnid>/*``."""
+    (target / "train").mkdir(parents=True)
+    with tarfile.open(source / ilsvrc.TRAIN) as outer:
+        for member in outer:
+            data = outer.extractfile(member).read()
+            if as_tars:
+                (target / "train" / member.name).write_bytes(data)
+                continue
+            folder = target / "train" / member.name.removesuffix(".tar")
+            with tarfile.open(fileobj=io.BytesIO(data)) as inner:
+                inner.extractall(folder, filter="data")
+
+
+@pytest.fixture
+def official(tmp_path: Path) -> Path:
+    return small_official(tmp_path / "official")
+
+
+def test_official_archives(official: Path):
+    source = read_source(official)
+    assert source.classes == tuple(ClassEntry(w, f"words of {w}", i) for w, i in IDS.items())
+    train, val = source.splits["train"], source.splits["val"]
+    assert rows(train) == [(f"{w}/{w}_{i}.JPEG", k) for k, w in enumerate(IDS) for i in range(3)]
+    # The ground truth 2, 3, 1, 3 are devkit IDs: classes n03, n01, n02, n01.
+    names = [f"ILSVRC2012_val_{n:08d}.JPEG" for n in (1, 2, 3, 4)]
+    assert rows(val) == list(zip(names, [2, 0, 1, 0], strict=True))
+    assert [content(train, r) for r in range(9)] == [jpeg(10 * k + i) for k in range(3) for i in range(3)]
+    assert [content(val, r) for r in range(4)] == [jpeg(100 + n) for n in (1, 2, 3, 4)]
+    assert source.rejects == ()
+
+
+def test_validation_pictures_are_paired_by_the_number_in_their_name(tmp_path: Path):
+    names = ["ILSVRC2012_val_00000007.JPEG", "ILSVRC2012_val_00000002.JPEG"]  # few of many, and in no order
+    write_official(tmp_path, {"n01": {"a": b"1"}}, {name: name.encode() for name in names}, [1, 2, 1, 1, 1, 1, 3, 1])
+    assert rows(read_source(tmp_path).splits["val"]) == [(names[1], 2), (names[0], 0)]
+
+
+@pytest.mark.parametrize("as_tars", [True, False])
+def test_class_tars_and_folders_list_the_same_pictures(official: Path, tmp_path: Path, as_tars):
+    other = tmp_path / "other"
+    unpack_train(official, other, as_tars=as_tars)
+    for name in (ilsvrc.VAL, ilsvrc.DEVKIT):
+        (other / name).write_bytes((official / name).read_bytes())
+    expected, found = read_source(official), read_source(other)
+    assert found.fingerprint() == expected.fingerprint()
+    assert found.classes == expected.classes
+    for row in range(9):
+        assert content(found.splits["train"], row) == content(expected.splits["train"], row)
+
+
+def test_splits_in_different_forms_and_no_devkit(tmp_path: Path):
+    for split, count in (("train", 2), ("val", 1)):
+        for wnid in ("n01", "n02"):
+            if (split, wnid) == ("val", "n02"):
+                (tmp_path / split / f"{wnid}.tar").write_bytes(packed({f"{i}.JPEG": b"x" for i in range(count)}))
+                continue
+            (tmp_path / split / wnid).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / split / wnid / f"{i}.JPEG").write_bytes(b"x")
+    source = read_source(tmp_path)
+    assert source.classes == (ClassEntry("n01", None, None), ClassEntry("n02", None, None))
+    assert rows(source.splits["train"]) == [("n01/0.JPEG", 0), ("n01/1.JPEG", 0), ("n02/0.JPEG", 1), ("n02/1.JPEG", 1)]
+    assert rows(source.splits["val"]) == [("n01/0.JPEG", 0), ("n02/0.JPEG", 1)]
+
+
+def test_the_fingerprint_sees_a_changed_picture_and_the_stamp_a_changed_file(official: Path):
+    source, before = read_source(official).fingerprint(), stamp(official)
+    assert stamp(official) == before
+    write_devkit(official, IDS, [2, 3, 1, 1])
+    assert stamp(official) != before
+    assert read_source(official).fingerprint() != source
+
+
+def test_what_is_no_picture_file_is_rejected_and_hidden_files_are_left_out(official: Path):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, kind, data in [
+            ("../../n01_0.JPEG", tarfile.REGTYPE, b"abc"),
+            ("/n01_1.JPEG", tarfile.REGTYPE, b"abcd"),
+            ("again/n01_1.JPEG", tarfile.REGTYPE, b"other"),
+            ("n01_2.JPEG", tarfile.SYMTYPE, b""),
+            ("n01_3.JPEG", tarfile.CHRTYPE, b""),
+            ("._n01_0.JPEG", tarfile.REGTYPE, b"abc"),
+            ("n" * 260 + ".JPEG", tarfile.REGTYPE, b"abc"),
+        ]:
+            member = tarfile.TarInfo(name)
+            member.type, member.size, member.linkname = kind, len(data), "/etc/passwd"
+            archive.addfile(member, io.BytesIO(data))
+    outer = {"n01.tar": stream.getvalue(), "n02.tar": packed({"a": b"1"}), "README": b"text"}
+    (official / ilsvrc.TRAIN).write_bytes(packed(outer))
+    source = read_source(official)
+    assert rows(source.splits["train"]) == [("n01/n01_0.JPEG", 0), ("n01/n01_1.JPEG", 0), ("n02/a", 1)]
+    assert content(source.splits["train"], 1) == b"abcd"
+    assert [(r.split, r.name[:20], r.reason) for r in source.rejects] == [
+        ("train", "n01/n01_2.JPEG", "it is a symbolic link"),
+        ("train", "n01/n01_3.JPEG", "it is a device"),
+        ("train", "n01/nnnnnnnnnnnnnnnn", "its name is longer than 255 bytes"),
+        ("train", "README", "file in place of a class's tar"),
+        ("train", "n01/n01_1.JPEG", "a second picture of this name"),
+    ]
+
+
+def test_in_folders_only_regular_files_are_read(tmp_path: Path):
+    for split in ("train", "val"):
+        (tmp_path / split / "n01" / "inner").mkdir(parents=True)
+        (tmp_path / split / "n01" / "a.JPEG").write_bytes(b"a")
+    folder = tmp_path / "train" / "n01"
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "elsewhere.JPEG").symlink_to(folder / "a.JPEG")
+    (folder / "broken.JPEG").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "pipe.JPEG")
+    source = read_source(tmp_path)
+    assert [name for name, _ in rows(source.splits["train"])] == ["n01/a.JPEG", "n01/elsewhere.JPEG"]
+    assert {(r.name, r.reason) for r in source.rejects} == {
+        ("n01/broken.JPEG", "its file cannot be reached (No such file or directory)"),
+        ("n01/pipe.JPEG", "it is no regular file"),
+    }
+
+
+def refused(root: Path) -> str:
+    with pytest.raises(PipelineError) as caught:
+        read_source(root)
+    message = str(caught.value)
+    assert str(root) in message
+    assert "\n" not in message
+    return message
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path):
+    assert "holds neither the ILSVRC-2012 archives" in refused(tmp_path)
+    assert "is not a folder" in refused(tmp_path / "mistyped")
+
+
+@pytest.mark.parametrize("present", [ilsvrc.TRAIN, ilsvrc.VAL, ilsvrc.DEVKIT])
+def test_one_archive_alone_names_the_two_that_are_missing(official: Path, present):
+    for name in {ilsvrc.TRAIN, ilsvrc.VAL, ilsvrc.DEVKIT} - {present}:
+        (official / name).unlink()
+    message = refused(official)
+    have, _, missing = message.partition(" but not ")
+    assert present in have
+    for name in (ilsvrc.TRAIN, ilsvrc.VAL, ilsvrc.DEVKIT):
+        assert (name in missing) == (name != present)
+
+
+def test_a_missing_devkit_or_split_is_named(official: Path, tmp_path: Path):
+    (official / ilsvrc.DEVKIT).unlink()
+    assert f"but not {ilsvrc.DEVKIT}; put it beside them" in refused(official)
+    (tmp_path / "x" / "train" / "n01").mkdir(parents=True)
+    assert "has a folder train/ but no val/" in refused(tmp_path / "x")
+
+
+def test_a_devkit_of_other_classes_is_refused(official: Path):
+    write_devkit(official, {"n01": 1, "n02": 2}, [1, 2, 1, 2])
+    message = refused(official)
+    assert "holds the class n03, which" in message
+    assert ilsvrc.DEVKIT in message
+
+
+def test_a_ground_truth_that_is_too_short_is_refused(official: Path):
+    write_devkit(official, IDS, [1, 2, 3])
+    assert "holds ILSVRC2012_val_00000004.JPEG, but the ground truth in" in refused(official)
+
+
+def test_a_ground_truth_of_unknown_ids_is_refused(official: Path):
+    write_devkit(official, IDS, [1, 2, 9, 3])
+    assert "line 3 of its ground truth is no class ID" in refused(official)
+
+
+@pytest.mark.parametrize("name", [ilsvrc.TRAIN, ilsvrc.VAL, ilsvrc.DEVKIT])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.99])
+def test_an_archive_cut_short_is_named(official: Path, name, share):
+    data = (official / name).read_bytes()
+    end = len(data) if name == ilsvrc.DEVKIT else len(data.rstrip(b"\0"))
+    (official / name).write_bytes(data[: int(end * share)])
+    message = refused(official)
+    assert name in message
+    assert "cut short" in message or "damaged" in message
+
+
+def test_a_devkit_that_is_something_else_is_refused(official: Path):
+    for data in (b"", b"text", gzip.compress(b"text"), gzip.compress(packed({"data/meta.mat": b"MATLAB 5.0" * 30}))):
+        (official / ilsvrc.DEVKIT).write_bytes(data)
+        assert ilsvrc.DEVKIT in refused(official)
+
+
+def test_a_damaged_meta_mat_is_refused_or_harmless(official: Path):
+    files = {}
+    with tarfile.open(official / ilsvrc.DEVKIT) as archive:
+        for member in archive:
+            files[member.name] = archive.extractfile(member).read()
+    name = "ILSVRC2012_devkit_t12/data/meta.mat"
+    sound, random, told = files[name], np.random.default_rng(0), 0
+    for _ in range(150):
+        data = bytearray(sound)
+        data[int(random.integers(len(data)))] ^= 1 << int(random.integers(8))
+        (official / ilsvrc.DEVKIT).write_bytes(gzip.compress(packed({**files, name: bytes(data)}), 1))
+        try:
+            read_source(official)
+        except PipelineError as error:
+            told += ilsvrc.DEVKIT in str(error)
+    assert told > 20
+
+
+def test_a_devkit_that_unpacks_to_no_end_is_refused(official: Path):
+    (official / ilsvrc.DEVKIT).write_bytes(gzip.compress(bytes(80 << 20), 1))
+    assert "it unpacks to more than 64 MiB" in refused(official)
+
+
+def test_classes_that_do_not_fit_are_refused(tmp_path: Path):
+    for path in ("train/n01", "val/n01", "val/n02", "train/n03"):
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / "a.JPEG").write_bytes(b"x")
+    assert "val/n02 is a class that the training pictures do not have" in refused(tmp_path)
+    (tmp_path / "val" / "n02" / "a.JPEG").unlink()
+    (tmp_path / "val" / "n02").rmdir()
+    (tmp_path / "train" / "n03" / "a.JPEG").unlink()
+    assert "the class n03 in" in refused(tmp_path)
+    (tmp_path / "train" / "n03.tar").write_bytes(packed({"a": b"1"}))
+    assert "holds the class n03 twice, as a folder and as a tar" in refused(tmp_path)
+
+
+def test_official_validation_of_classes_without_training_pictures_is_refused(official: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    unpack_train(official, other, as_tars=True)
+    (other / "train" / "n02.tar").unlink()
+    for name in (ilsvrc.VAL, ilsvrc.DEVKIT):
+        (other / name).write_bytes((official / name).read_bytes())
+    assert "holds pictures of the class n02, of which" in refused(other)
+
+
+def test_empty_folders_are_refused(tmp_path: Path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    assert "train holds no classes" in refused(tmp_path)
+    (tmp_path / "train" / "n01").mkdir()
+    assert "train holds no pictures" in refused(tmp_path)
+
+
+def test_the_real_devkit_agrees_with_the_published_labels(ilsvrc_mini: Path):
+    devkit = ilsvrc.read_devkit(ilsvrc_mini / ilsvrc.DEVKIT)
+    reference = ilsvrc_mini.parent / "reference"
+    wnids = [line.split()[0] for line in (reference / "synset_words.txt").read_text().splitlines()]
+    words = [line.partition(" ")[2] for line in (reference / "synset_words.txt").read_text().splitlines()]
+    assert sorted(devkit.ids) == wnids
+    assert [devkit.words[wnid] for wnid in wnids] == words
+    of_id = {identity: wnids.index(wnid) for wnid, identity in devkit.ids.items()}
+    published = [int(line.split()[1]) for line in (reference / "val.txt").read_text().splitlines()]
+    assert [of_id[identity] for identity in devkit.ground_truth.tolist()] == published
+
+
+def test_real_class_tars_are_listed_whole(shared_data: Path):
+    source = read_source(shared_data / "imagenette")
+    assert [len(source.splits[split]) for split in ("train", "val")] == [6000, 1500]
+    assert len(source.classes) == 10
+    for listing in source.splits.values():
+        wnids = [source.classes[label].wnid for label in listing.label.tolist()]
+        assert [name.partition(b"/")[0].decode() for name in listing.name.tolist()] == wnids
+    assert source.rejects == ()

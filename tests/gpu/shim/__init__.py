@@ -1,0 +1,1 @@
+"""Kernels of ``net/gpu`` compiled for the CPU with g++ and called through ctypes."""

@@ -1,0 +1,63 @@
+"""Every kernel compiles for every card, without spills."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from net.gpu import kernels
+from tests.gpu import cubins
+
+NVRTC = cubins.library_path()
+
+
+@pytest.fixture(autouse=True)
+def nvrtc() -> None:
+    if NVRTC is None:
+        if os.environ.get("CI"):
+            pytest.fail("NVRTC is not installed: python -m pip install '.[test]'")
+        pytest.skip("compiling for the GPU needs NVRTC (python -m pip install nvidia-cuda-nvrtc-cu12)")
+
+
+@pytest.mark.parametrize("architecture", cubins.ARCHITECTURES)
+def test_every_kernel_compiles_without_spills(architecture: str) -> None:
+    found: set[str] = set()
+    for file in kernels.sources():
+        for kind, definitions in cubins.TYPES.items():
+            if not cubins.used(file, kind, architecture):
+                continue
+            code, usages = cubins.compile_cubin(kernels.source(file), architecture, definitions)
+            assert code.startswith(b"\x7fELF")
+            for name, usage in usages.items():
+                assert usage.spills == 0, f"{name}, {kind}, {architecture}: {usage}"
+                assert usage.stack == 0, f"{name}, {kind}, {architecture}: {usage}"
+                bound = 512 if name.endswith("_1") and name.startswith("block") else kernels.THREADS
+                assert usage.most_threads >= bound, f"{name} cannot be launched with {bound} threads: {usage}"
+                found.add(name)
+    assert found == set(kernels.signatures())
+
+
+def test_spills_are_seen() -> None:
+    """The measure works: a kernel that needs more registers than it may have spills."""
+    source = """
+extern "C" __global__ void __launch_bounds__(1024, 2) crowded(float* x, int rounds) {
+    float a[64];
+    _Pragma("unroll") for (int i = 0; i < 64; i++) a[i] = x[threadIdx.x * 64 + i];
+    for (int r = 0; r < rounds; r++)
+        _Pragma("unroll") for (int i = 0; i < 64; i++) a[i] = a[i] * a[(i * 7 + 3) % 64] + x[r];
+    _Pragma("unroll") for (int i = 0; i < 64; i++) x[threadIdx.x * 64 + i] = a[i];
+}
+"""
+    _, usages = cubins.compile_cubin(source, "sm_90")
+    assert usages["crowded"].spills > 0
+
+
+def test_bfloat16_is_rounded_by_the_cards_own_instruction() -> None:
+    """The shim cannot run the inline assembly; that it is compiled, and only where the card has it, is seen here."""
+    for architecture, expected in (("sm_70", False), ("sm_80", True), ("sm_90", True)):
+        code, _ = cubins.compile_cubin(kernels.source("elementwise"), architecture, ("-DBF16",))
+        plain, _ = cubins.compile_cubin(
+            kernels.source("elementwise").replace("__CUDA_ARCH__ >= 800", "0"), architecture, ("-DBF16",)
+        )
+        assert (code != plain) == expected

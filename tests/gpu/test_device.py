@@ -1,0 +1,191 @@
+"""Why a GPU cannot be used, in one sentence each; and how much memory a batch needs."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from net.alexnet import alexnet
+from net.backend import BackendUnavailableError, load
+from net.gpu import cublas, device, memory
+from net.layers import fuse
+from tests.gpu import standin, test_network
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def without_cupy(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """``without_cupy(error)``: ``import cupy`` raises it."""
+    original = builtins.__import__
+
+    def refuse(error: BaseException) -> None:
+        def importing(name: str, *args: Any, **kwargs: Any) -> Any:
+            if name.split(".")[0] == "cupy":
+                raise error
+            return original(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", importing)
+
+    return refuse
+
+
+def test_importing_the_backend_needs_neither_gpu_nor_cupy() -> None:
+    code = "import sys, net.gpu; assert 'cupy' not in sys.modules; print(len(net.gpu.__all__))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_cupy(without_cupy: Callable[[BaseException], None]) -> None:
+    without_cupy(ModuleNotFoundError("No module named 'cupy'", name="cupy"))
+    reason = device.availability()
+    assert reason == f"CuPy is not installed: {device.INSTALL}"
+    with pytest.raises(BackendUnavailableError, match="CuPy is not installed"):
+        load("gpu")
+
+
+def test_a_cupy_that_does_not_load(without_cupy: Callable[[BaseException], None]) -> None:
+    without_cupy(ImportError("libcuda is odd.\nand more", name="cupy._core"))
+    assert "cannot be loaded (libcuda is odd)" in str(device.availability())
+
+
+def test_no_driver(pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "is_available", lambda: False)
+    assert "no NVIDIA GPU" in str(device.availability())
+    assert "nvidia-smi" in str(device.availability())
+
+
+@pytest.mark.parametrize("missing", ["NVRTC", "cuBLAS"])
+def test_a_missing_library(pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    def fail() -> None:
+        raise RuntimeError(f'Failure finding "lib{missing.lower()}.so.12".\nSearched in ...')
+
+    if missing == "NVRTC":
+        monkeypatch.setattr(sys.modules["cupy"].cuda.nvrtc, "getVersion", fail)
+    else:
+        monkeypatch.setattr(cublas, "load_library", fail)
+    reason = str(device.availability())
+    assert f"lib{missing.lower()}" in reason
+    assert device.INSTALL in reason
+    assert "\n" not in reason
+
+
+def test_missing_headers(pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise RuntimeError("Failed to find CUDA headers.\nPlease install ...")
+
+    monkeypatch.setattr(sys.modules["cupy"], "RawModule", fail)
+    assert device.availability() == f"CuPy cannot compile kernels (Failed to find CUDA headers): {device.INSTALL}"
+
+
+def test_an_old_card(pretended: standin.Machine) -> None:
+    pretended.capability = "61"
+    assert "6.1" in str(device.availability())
+    pretended.capability = "75"
+    assert device.availability() is None
+    with pytest.raises(BackendUnavailableError, match="no bf16 arithmetic"):
+        load("gpu", "bf16")
+    load("gpu", "fp32")
+
+
+def test_an_unknown_precision(pretended: standin.Machine) -> None:
+    with pytest.raises(BackendUnavailableError, match="fp16"):
+        load("gpu", "fp16")
+
+
+def test_the_backend_says_what_it_computes_with(backend: Callable[[str], ModuleType]) -> None:
+    ops = backend("bf16")
+    assert ops.availability() is None
+    assert "bf16" in ops.describe()
+    assert "float32 sums" in ops.describe()
+
+
+@pytest.mark.parametrize("status", [1, 7, 14, 99])
+def test_a_failing_product_is_an_error(
+    fp32: ModuleType, pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(cublas.load_library(), "cublasGemmEx", lambda *_: status)
+    x = fp32.asarray(np.ones((2, 2), np.float32))
+    with pytest.raises(RuntimeError, match="cuBLAS failed"):
+        fp32.linear_forward(x, x, x[0])
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_estimate_is_near_what_is_taken(
+    backend: Callable[[str], ModuleType], pretended: standin.Machine, precision: str, training: bool
+) -> None:
+    """Not below what a step takes, nor far above; the context and the workspace are left out of both."""
+    ops = backend(precision)
+    standin.forget()
+    ops = backend(precision)
+    layers, shape, images = test_network.small(alexnet(test_network.CLASSES)), (test_network.SIDE,) * 2 + (3,), 16
+    before = pretended.allocated
+    if training:
+        step, *_ = test_network.start(ops, "paper")
+        for number in range(2):
+            step(ops.upload(test_network.batch(number, images)))
+    else:
+        parameters = {n: ops.asarray(np.zeros(s, np.float32)) for n, s in _shapes(layers, shape).items()}
+        x = ops.asarray(np.zeros((images, *shape), np.float32))
+        from net.layers import Run
+        from net.network import forward
+
+        forward(ops, fuse(layers, ops), parameters, x, Run(training=False))
+    ops.synchronize()
+    taken = pretended.allocated - before
+    estimate = memory.bytes_needed(layers, shape, images, training=training) - memory.CONTEXT - cublas.WORKSPACE
+    # The stand-in's pool reuses only blocks of the very size, so it takes more than CuPy's would.
+    assert 0.4 * taken < estimate < 2.5 * taken
+
+
+def _shapes(layers: tuple, shape: tuple[int, int, int]) -> dict:
+    from net.network import parameter_shapes
+
+    return parameter_shapes(layers, shape)
+
+
+def test_what_does_not_fit_is_said_before_it_is_tried(fp32: ModuleType, pretended: standin.Machine) -> None:
+    pretended.memory = 8 * 2**30
+    standin.forget()
+    load("gpu", "fp32")
+    layers, shape = alexnet(1000), (227, 227, 3)
+    fp32.check_memory(layers, shape, 128, training=True)
+    largest = fp32.largest_batch(layers, shape, training=True)
+    assert 128 < largest < 4096
+    with pytest.raises(MemoryError) as caught:
+        fp32.check_memory(layers, shape, 4096, training=True)
+    assert f"--set train.batch_size={largest}" in str(caught.value)
+    assert "8.0 GiB" in str(caught.value)
+    fp32.check_memory(layers, shape, largest, training=True)
+    with pytest.raises(MemoryError):
+        fp32.check_memory(layers, shape, largest + 1, training=True)
+    assert fp32.largest_batch(layers, shape, training=False) > largest
+    pretended.memory = 80 * 2**30
+    standin.forget()
+    load("gpu", "bf16")
+    assert fp32.largest_batch(layers, shape, training=True) > 2000
+
+
+def test_out_of_memory_in_a_step_is_one_plain_sentence(fp32: ModuleType, pretended: standin.Machine) -> None:
+    step = fp32.replayable(lambda inputs: fp32.softmax(inputs["x"]))
+    inputs = fp32.upload({"x": np.ones((300, 700), np.float32)})
+    pretended.limit = pretended.allocated
+    with pytest.raises(MemoryError, match="does not suffice for a batch of 300") as caught:
+        step(inputs)
+    assert "Out of memory allocating 840,000 bytes" in str(caught.value)
+    assert "smaller batch" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert os.linesep not in str(caught.value)

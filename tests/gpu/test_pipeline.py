@@ -1,0 +1,72 @@
+"""The command line's stages on the GPU backend: train, resume, evaluate; and checkpoints shared with the reference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import run_pipeline
+from pipeline.checkpoint import checkpoints, load_checkpoint
+
+SMALL = ("preprocess.size=80", "input.crop=72", "train.batch_size=4", "eval.batch_size=40", "train.log_every=1")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the preprocessed pictures of three classes in it."""
+    root = tmp_path_factory.mktemp("gpu pipeline")
+    random = np.random.default_rng(5)
+    for split, count in (("train", 6), ("val", 2)):
+        for name in ("n01", "n02", "n03"):
+            folder = root / "source" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                picture = random.integers(0, 256, (90, 100, 3)).astype(np.uint8)
+                Image.fromarray(picture).save(folder / f"{name}_{number}.jpg")
+    run = root / "run"
+    settings = [part for setting in SMALL for part in ("--set", setting)]
+    source = ["--source", str(root / "source"), "--recipe", "demo", "--jobs", "1"]
+    assert run_pipeline.main(["--stage", "preprocess", "--run", str(run), *source, *settings]) == 0
+    return run
+
+
+def train(run: Path, *arguments: str) -> None:
+    assert run_pipeline.main(["--stage", "train", "--run", str(run), *arguments]) == 0
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return load_checkpoint(max(checkpoints(run / "train"))).arrays
+
+
+def test_training_resume_and_evaluation(
+    backend: Callable[[str], ModuleType], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for run in (whole, parts):
+        shutil.copytree(shards, run)
+    gpu = ("--device", "gpu", "--precision", "bf16")
+    train(whole, *gpu, "--steps", "3")
+    assert "computing on the GPU in bf16" in capsys.readouterr().out
+    train(parts, *gpu, "--steps", "2")
+    train(parts, *gpu, "--steps", "1", "--resume")
+    expected = weights(whole)
+    for name, a in weights(parts).items():
+        assert a.tobytes() == expected[name].tobytes(), name
+    results = {}
+    for device in ("gpu", "reference"):
+        assert run_pipeline.main(["--stage", "eval", "--run", str(whole), "--views", "1", "--device", device]) == 0
+        results[device] = json.loads((whole / "eval" / "metrics.json").read_text())
+    assert results["gpu"]["images"] == results["reference"]["images"] == 6
+    assert results["gpu"]["loss"] == pytest.approx(results["reference"]["loss"], rel=1e-4)
+    assert results["gpu"]["top1"] == results["reference"]["top1"]
+    # And the other way: the GPU goes on from a checkpoint of the reference.
+    train(whole, "--device", "reference", "--steps", "1", "--resume")
+    train(whole, *gpu, "--steps", "1", "--resume")
+    assert all(np.isfinite(a).all() for a in weights(whole).values() if a.dtype == np.float32)

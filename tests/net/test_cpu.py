@@ -1,0 +1,155 @@
+"""The CPU backend's operations against the reference, and its promises about memory and threads."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import net.cpu
+from net import backend, network
+from net.alexnet import alexnet
+from net.cpu import memory
+from net.layers import fuse
+from tests.command_line import ROOT
+from tests.net import cases
+
+
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+def test_agrees_with_the_reference(case: cases.Case) -> None:
+    cases.check(net.cpu, case, tolerance=1e-5)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_arrays_are_aligned_and_contiguous() -> None:
+    for shape, dtype in (((3, 5, 7), np.float32), ((1,), np.uint8), ((0, 4), np.float32), ((700, 700), np.float64)):
+        a = memory.empty(shape, dtype)
+        assert (a.shape, a.dtype) == (shape, dtype)
+        assert a.flags.carray
+        assert a.ctypes.data % 64 == 0
+
+
+def test_a_block_returns_when_its_last_view_is_gone_and_not_before() -> None:
+    memory.trim()
+    a = memory.empty((1000, 3000))
+    address, before = a.ctypes.data, memory.pool_bytes()
+    view = a.reshape(-1)[5:10]
+    a[:] = 1
+    del a
+    gc.collect()
+    other = memory.empty((1000, 3000))
+    assert other.ctypes.data != address, "handed out while a view was alive"
+    other[:] = 2
+    assert (view == 1).all()
+    grown = memory.pool_bytes()
+    assert grown > before
+    del view
+    assert memory.empty((1000, 3000)).ctypes.data == address, "not handed out again"
+    assert memory.pool_bytes() == grown
+
+
+def test_host_arrays_are_copied() -> None:
+    host = np.arange(6, dtype=np.float32)
+    device = net.cpu.upload({"a": host})["a"]
+    host[:] = -1
+    np.testing.assert_array_equal(device, np.arange(6))
+    back = net.cpu.to_host(device)
+    device[:] = -2
+    np.testing.assert_array_equal(back, np.arange(6))
+
+
+# --- a whole training step -----------------------------------------------------------------------------------------
+
+
+class Training:
+    """AlexNet on small pictures: 67 x 67 leaves one pixel after the last pool."""
+
+    def __init__(self, ops: ModuleType, batch: int = 6) -> None:
+        self.ops, self.batch, self.count = ops, batch, 0
+        layers = fuse(alexnet(10, lrn_size=4, final_relu=True), ops)
+        shapes = network.parameter_shapes(layers, (67, 67, 3))
+        initial = network.initial_parameters(shapes, (0.0,) * 8, (0.1,) * 8, seed=1)
+        self.parameters = {name: ops.asarray(a) for name, a in initial.items()}
+        self.momenta = {name: ops.asarray(np.zeros_like(a)) for name, a in initial.items()}
+        preparation = network.Preparation(mean=None, scale=1 / 255, bgr=False, border=(2, 1))
+        descent = network.Descent(momentum=0.9, decay=dict.fromkeys(initial, 5e-4))
+        self.run = network.training_step(ops, layers, self.parameters, self.momenta, preparation, descent, seed=3)
+        self.random = np.random.default_rng(4)
+
+    def step(self) -> np.ndarray:
+        n, random = self.batch, self.random
+        batch = {
+            "images": random.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8),
+            "corner": np.zeros((n, 2), np.int32),
+            "flip": random.integers(0, 2, n, dtype=np.uint8),
+            "shift": random.standard_normal((n, 3), dtype=np.float32),
+            "labels": random.integers(0, 10, n, dtype=np.int32),
+            "rates": np.full(len(self.parameters), 0.01, np.float32),
+            "step": np.array([self.count], np.uint64),
+        }
+        self.count += 1
+        return self.ops.to_host(self.run(self.ops.upload(batch)))
+
+
+def test_the_pool_does_not_grow_after_the_first_step() -> None:
+    training = Training(net.cpu)
+    training.step()
+    after_first = memory.pool_bytes()
+    for _ in range(3):
+        training.step()
+    assert memory.pool_bytes() == after_first
+
+
+def test_training_agrees_with_the_reference() -> None:
+    ours, theirs = Training(net.cpu, batch=3), Training(backend.load("reference"), batch=3)
+    for _ in range(3):
+        cases.assert_close(ours.step(), theirs.step(), 1e-4)
+    for name, w in theirs.parameters.items():
+        cases.assert_close(ours.parameters[name], w, 1e-4, name)
+
+
+_WEIGHTS_AFTER_STEPS = """
+import hashlib, sys
+import numba
+import net.cpu
+from tests.net.test_cpu import Training
+numba.set_num_threads(int(sys.argv[1]))
+training = Training(net.cpu, batch=9)
+for _ in range(2):
+    training.step()
+digest = hashlib.sha256()
+for a in (*training.parameters.values(), *training.momenta.values()):
+    digest.update(a.tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_weights_do_not_depend_on_the_number_of_threads() -> None:
+    digests = {}
+    for threads in (1, 2, 3):
+        # Numba needs as many threads at its start as a test may use; BLAS takes its number from the environment.
+        environment = {**os.environ, "NUMBA_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-c", _WEIGHTS_AFTER_STEPS, str(threads)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        digests[threads] = done.stdout.strip()
+    assert len(set(digests.values())) == 1, digests
+
+
+def test_arrays_may_be_freed_by_another_thread() -> None:
+    arrays = [memory.empty((1 << 19,)) for _ in range(4)]
+    before = memory.pool_bytes()
+    thread = threading.Thread(target=arrays.clear)
+    thread.start()
+    thread.join()
+    kept = [memory.empty((1 << 19,)) for _ in range(4)]
+    assert memory.pool_bytes() == before
+    del kept

@@ -1,0 +1,243 @@
+"""Configuration: recipes, overrides, and what is refused with which sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import config as c
+from pipeline.errors import PipelineError
+
+
+@pytest.mark.parametrize("name", c.RECIPES)
+def test_recipe_survives_json(name: str) -> None:
+    recipe = c.load_config(name)
+    text = json.dumps(c.to_dict(recipe), allow_nan=False)
+    assert c.from_dict(json.loads(text), "config.json") == recipe
+    assert recipe.recipe == name
+
+
+def test_recipes_hold_the_published_numbers() -> None:
+    original, paper, seed, caffe = (c.RECIPES[n] for n in ("original", "paper", "seed", "caffe"))
+    assert original.train.bias_lr == ((0, 0.02),)
+    assert not original.train.bias_decay
+    assert original.network.weight_std[2:5] == (0.03,) * 3
+    assert original.input.jitter_epochs == 67
+    assert (original.train.epochs, original.train.lr[-1]) == (91, (79, 0.00001))
+    assert paper.network.bias == (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)
+    assert set(paper.network.weight_std) == {0.01}
+    assert seed.network.lrn_size == 4
+    assert seed.network.final_relu
+    assert seed.input.scale == 1 / 255
+    assert caffe.network.lrn_k == 1.0
+    assert caffe.input.bgr
+    assert caffe.train.bias_lr_factor == 2.0
+    assert (paper.input.crop, paper.input.border, caffe.input.crop, caffe.input.border) == (224, (2, 1), 227, (0, 0))
+
+
+def test_every_key_can_be_set_to_its_own_value() -> None:
+    values = dict(_flat(dataclasses.asdict(c.ORIGINAL)))
+    assert sorted(values) == sorted(c.keys())
+    for key, value in values.items():
+        text = "none" if value is None else json.dumps(value)
+        assert c.override(c.ORIGINAL, settings=[f"{key}={text}"]) == c.ORIGINAL, key
+
+
+def test_set_changes_exactly_one_field() -> None:
+    changed = c.override(c.SEED, settings=["train.batch_size=7", "network.lrn_beta=1", "input.mean=image"], seed=3)
+    expected = dataclasses.replace(
+        c.SEED,
+        seed=3,
+        train=dataclasses.replace(c.SEED.train, batch_size=7),
+        network=dataclasses.replace(c.SEED.network, lrn_beta=1.0),
+        input=dataclasses.replace(c.SEED.input, mean="image"),
+    )
+    assert changed == expected
+    assert isinstance(changed.network.lrn_beta, float)
+    assert c.difference(c.SEED, changed) == [
+        "seed (0 there, 3 here)",
+        "input.mean (none there, image here)",
+        "network.lrn_beta (0.75 there, 1.0 here)",
+        "train.batch_size (128 there, 7 here)",
+    ]
+
+
+def test_none_and_schedules_can_be_set() -> None:
+    changed = c.override(c.ORIGINAL, settings=["input.jitter_epochs=none", "train.lr=[[0, 1], [2, 0.5]]"])
+    assert changed.input.jitter_epochs is None
+    assert changed.train.lr == ((0, 1.0), (2, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("setting", "pattern"),
+    [
+        ("train.batchsize=4", r"no configuration key 'train.batchsize' \(did you mean train.batch_size\?\)"),
+        ("batch_size=4", r"no configuration key 'batch_size'"),
+        ("train=4", r"no configuration key 'train'"),
+        ("seed.x=4", r"no configuration key 'seed.x'"),
+        ("=4", r"no configuration key ''"),
+        ("train.batch_size", r"has no '='.*--set key=value"),
+        ("train.batch_size=four", r"train.batch_size takes a value of type int, not 'four'"),
+        ("train.batch_size=4.0", r"train.batch_size takes a value of type int, not 4.0"),
+        ("train.batch_size=true", r"train.batch_size takes a value of type int, not True"),
+        ("train.momentum=true", r"train.momentum takes a value of type float"),
+        ("input.flip=1", r"input.flip takes a value of type bool, not 1"),
+        ("input.mean=3", r"input.mean takes a value of type str, not 3"),
+        ("input.border=[1]", r"input.border takes a value of type"),
+        ("input.border=[1, 2, 3]", r"input.border takes a value of type"),
+        ("network.weight_std=0.1", r"network.weight_std takes a value of type"),
+        ("network.weight_std=[0.1, 'x']", r"network.weight_std takes a value of type float"),
+        ("train.lr=[[0]]", r"train.lr takes a value of type"),
+        ("seed=2024-01-01", r"seed takes a value of type int"),
+        ("train.batch_size=none", r"train.batch_size takes a value of type int, not None"),
+        ("input.scale=nan", r"input.scale .*finite"),
+        ("train.lr=[[0, inf]]", r"train.lr .*finite"),
+        ("train.weight_decay=1e39", r"train.weight_decay .*finite"),
+        pytest.param(f"train.batch_size=1{'0' * 5000}", r"type int, not", id="more digits than Python reads"),
+        pytest.param(f"train.lr={'[' * 5000}", r"train.lr takes a value", id="nested too deep"),
+        (f"train.weight_decay=1{'0' * 400}", r"train.weight_decay .*finite"),
+    ],
+)
+def test_wrong_settings_are_refused(setting: str, pattern: str) -> None:
+    with pytest.raises(PipelineError, match=pattern) as caught:
+        c.override(c.SEED, settings=[setting])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "seed=-1",
+        "preprocess.size=200",
+        "preprocess.size=5000",
+        "preprocess.filter=cubic",
+        "preprocess.shard_images=0",
+        "input.crop=0",
+        "input.crop=59",
+        "input.border=[-1, 0]",
+        "input.border=[0, 5000]",
+        "input.mean=all",
+        "input.jitter=-0.1",
+        "network.weight_std=[0.1]",
+        "network.weight_std=[0,0,0,0,0,0,0,-1]",
+        "network.bias=[0]",
+        "network.dropout_keep=0",
+        "network.dropout_keep=1.5",
+        "network.lrn_size=-1",
+        "network.lrn_k=0",
+        "network.pool_stride=4",
+        "network.pool_size=6",
+        "train.batch_size=0",
+        "eval.batch_size=0",
+        "eval.views=2",
+        "train.epochs=0",
+        "train.lr=[]",
+        "train.lr=[[1, 0.1]]",
+        "train.lr=[[0, 0.1], [5, 0.01], [3, 0.02]]",
+        "train.bias_lr=[[5, 0.01], [5, 0.02]]",
+        "train.conv1_lr=[[-1, 0.01]]",
+        "train.momentum=1",
+        "train.weight_decay=-1",
+        "train.checkpoint_every=0",
+        "train.log_every=0",
+        "train.keep_checkpoints=0",
+        "loader.slots=1",
+        "loader.threads=0",
+    ],
+)
+def test_values_out_of_range_are_refused(setting: str) -> None:
+    key = setting.partition("=")[0]
+    with pytest.raises(PipelineError, match=re.escape(key)):
+        c.override(c.SEED, settings=[setting])
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(PipelineError, match=r"no recipe 'orignal' \(did you mean original\?\)"):
+        c.load_config("orignal")
+
+
+def test_toml_file_then_settings_then_seed(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('seed = 5\n[train]\nbatch_size = 4\nlr = [[0, 0.5]]\n[input]\nmean = "center"\n')
+    changed = c.override(c.SEED, file, ["train.batch_size=8"], seed=6)
+    assert (changed.seed, changed.train.batch_size, changed.train.lr) == (6, 8, ((0, 0.5),))
+    assert changed.input.mean == "center"
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        (b"[train\n", "not valid TOML"),
+        (b"\xff\xfe", "not valid TOML"),
+        (b"seed = " + b"9" * 5000, "not valid TOML"),
+        (b"seed = " + b"[" * 5000, "not valid TOML"),
+        (b"[train]\nbatch_sise = 4\n", r"did you mean train.batch_size\?"),
+        (b"[train]\nbatch_size = 'x'\n", "takes a value of type int"),
+    ],
+)
+def test_bad_toml_is_refused_by_name(tmp_path: Path, text: bytes, pattern: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes(text)
+    with pytest.raises(PipelineError, match=pattern) as caught:
+        c.override(c.SEED, file)
+    assert str(file) in str(caught.value)
+
+
+def test_missing_toml_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"cannot read the configuration file .*none\.toml"):
+        c.override(c.SEED, tmp_path / "none.toml")
+
+
+def test_at_epoch_holds_until_the_next_entry() -> None:
+    schedule = ((0, 1.0), (3, 0.5), (7, 0.25))
+    assert [c.at_epoch(schedule, e) for e in (0, 2, 3, 6, 7, 100)] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    assert c.at_epoch(((2, 1.0),), 1) is None
+    assert c.at_epoch((), 0) is None
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(key=st.sampled_from([*c.keys(), "recipe", "train", "x.y"]), value=_json)
+def test_any_value_for_any_key_is_taken_or_refused_plainly(key: str, value: object) -> None:
+    values = c.to_dict(c.DEMO)
+    section = values
+    *path, last = key.split(".")
+    for name in path:
+        section = section.setdefault(name, {})
+    section[last] = value
+    try:
+        config = c.from_dict(values, "config.json")
+    except PipelineError:
+        return
+    json.dumps(c.to_dict(config), allow_nan=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    text=st.text(max_size=30) | st.sampled_from(c.keys()).flatmap(lambda k: st.text(max_size=12).map(f"{k}=".__add__))
+)
+def test_any_setting_is_taken_or_refused_plainly(text: str) -> None:
+    try:
+        config = c.override(c.DEMO, settings=[text])
+    except PipelineError:
+        return
+    json.dumps(c.to_dict(config), allow_nan=False)
+
+
+def _flat(values: dict, prefix: str = "") -> list[tuple[str, object]]:
+    flat = []
+    for key, value in values.items():
+        flat += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return flat

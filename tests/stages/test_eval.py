@@ -1,0 +1,117 @@
+"""Evaluation through the command line: every picture counts once, and the figures are those of the predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from pipeline.checkpoint import checkpoints
+from tests.command_line import pipeline
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Path]:
+    """Seven steps: checkpoints after 6 (the epoch, and so far the best) and 7."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(prepared, run)
+    pipeline("--stage", "train", "--run", run, "--steps", 7).done()
+    yield run
+    shutil.rmtree(run)
+
+
+def evaluate(run: Path, *arguments: object) -> tuple[dict, dict[str, np.ndarray]]:
+    pipeline("--stage", "eval", "--run", run, *arguments).done()
+    with np.load(run / "eval" / "predictions.npz", allow_pickle=False) as file:
+        return json.loads((run / "eval" / "metrics.json").read_text()), dict(file)
+
+
+def stored_labels(run: Path) -> np.ndarray:
+    labels = []
+    for path in sorted((run / "preprocess").glob("val-*.h5")):
+        with h5py.File(path) as file:
+            labels.append(file["labels"][()])
+    return np.concatenate(labels)
+
+
+def check(run: Path, metrics: dict, predictions: dict[str, np.ndarray], views: int) -> None:
+    """All figures follow from the predictions, computed here in the plainest way."""
+    labels, top, loss = predictions["labels"], predictions["top"], predictions["loss"]
+    assert np.array_equal(labels, stored_labels(run))
+    assert metrics["images"] == len(labels) == len(top) == len(loss) == 13
+    hits1 = [int(row[0] == label) for row, label in zip(top.tolist(), labels.tolist(), strict=True)]
+    hits5 = [int(label in row[:5]) for row, label in zip(top.tolist(), labels.tolist(), strict=True)]
+    assert metrics["top1"] == pytest.approx(sum(hits1) / 13, abs=1e-12)
+    assert metrics["top5"] == pytest.approx(sum(hits5) / 13, abs=1e-12)
+    assert metrics["loss"] == pytest.approx(sum(loss.tolist()) / 13, rel=1e-12)
+    assert metrics["views"] == views
+    assert metrics["images_per_second"] > 0
+    for row in top:
+        assert sorted(row.tolist()) == [0, 1, 2, 3, 4]
+    p = predictions["probability"]
+    assert np.all(np.diff(p, axis=1) <= 0)
+    assert p.sum(axis=1) == pytest.approx(np.ones(13), rel=1e-5)
+    own = p[np.arange(13), [row.index(label) for row, label in zip(top.tolist(), labels.tolist(), strict=True)]]
+    assert loss == pytest.approx(-np.log(own.astype(np.float64)), rel=1e-12)
+    with open(run / "eval" / "per_class.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["class"] for row in table] == ["0", "1", "2", "3", "4"]
+    assert [row["wnid"] for row in table] == [f"class{i}" for i in range(5)]
+    for number, row in enumerate(table):
+        mine = [hit for hit, label in zip(hits1, labels.tolist(), strict=True) if label == number]
+        assert int(row["images"]) == len(mine) > 0
+        assert float(row["top1"]) == pytest.approx(sum(mine) / len(mine), abs=1e-6)
+    assert not list((run / "eval").glob("*.tmp"))
+
+
+def test_centre_view_with_a_partial_last_batch(trained: Path) -> None:
+    metrics, predictions = evaluate(trained)
+    assert (metrics["checkpoint"], metrics["step"]) == ("step-00000007.ckpt", 7)
+    check(trained, metrics, predictions, views=1)
+    # A batch of another size, with another rest, changes nothing but the last bits.
+    _, others = evaluate(trained, "--set", "eval.batch_size=5")
+    assert np.array_equal(others["labels"], predictions["labels"])
+    assert others["loss"] == pytest.approx(predictions["loss"], rel=1e-5)
+
+
+def test_ten_views_average_the_softmax_and_batches_of_pictures_stay_together(trained: Path) -> None:
+    one, centre = evaluate(trained, "--views", 1)
+    metrics, predictions = evaluate(trained, "--views", 10)
+    check(trained, metrics, predictions, views=10)
+    assert metrics["loss"] != one["loss"]
+    assert np.max(np.abs(predictions["probability"] - centre["probability"])) < 0.5
+    # Ten times the batch in one piece gives the same.
+    _, others = evaluate(trained, "--views", 10, "--set", "eval.batch_size=13")
+    assert others["loss"] == pytest.approx(predictions["loss"], rel=1e-5)
+
+
+def test_checkpoint_latest_best_and_by_name(trained: Path) -> None:
+    best, _ = evaluate(trained, "--checkpoint", "best")
+    assert best["step"] == 6
+    named, _ = evaluate(trained, "--checkpoint", checkpoints(trained / "train")[0])
+    assert (named["step"], named["loss"]) == (6, best["loss"])
+    # Training validated the same checkpoint with the same figures.
+    lines = [json.loads(line) for line in (trained / "train" / "metrics.jsonl").read_text().splitlines()]
+    validation = next(line for line in lines if "validation_loss" in line)
+    assert validation["validation_loss"] == best["loss"]
+    assert (validation["top1"], validation["top5"]) == (best["top1"], best["top5"])
+
+
+def test_evaluation_changes_nothing_else(trained: Path) -> None:
+    def state() -> dict[str, int]:
+        return {
+            str(path): path.stat().st_mtime_ns
+            for folder in ("train", "preprocess")
+            for path in sorted((trained / folder).iterdir())
+        }
+
+    before, config = state(), (trained / "config.json").read_bytes()
+    evaluate(trained, "--set", "eval.batch_size=3")
+    assert state() == before
+    assert (trained / "config.json").read_bytes() == config

@@ -1,0 +1,192 @@
+"""Export and import through the command line: what goes out comes back, and predicts the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import run_pipeline
+from net.weights.layout import to_torch
+from net.weights.tensors import read_header, to_bytes
+from pipeline.checkpoint import checkpoints, load_checkpoint
+from pipeline.config import RECIPES, override
+from pipeline.run_dir import RunDir
+from stages import export
+from stages.setup import input_shape, network_layers, shapes
+from stages.trained import load_trained
+from tests.command_line import QUICK, settings
+from tests.net.caffe_files import blob, caffemodel
+from tests.net.test_weights import needed
+
+
+def pipeline(*arguments: object) -> int:
+    return run_pipeline.main([str(argument) for argument in arguments])
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    with safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict: it has no __iter__
+
+
+@pytest.fixture(scope="module")
+def exported(trained_run: Path) -> Iterator[Path]:
+    """The run's weights in both safetensors layouts."""
+    for format in ("safetensors", "torch"):
+        assert pipeline("--stage", "export", "--run", trained_run, "--format", format) == 0
+    folder = trained_run / "export"
+    yield folder
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def test_export_says_what_it_holds(trained_run: Path, exported: Path) -> None:
+    header = read_header(exported / "alexnet.safetensors")
+    assert header.shapes["conv2.w"] == (5, 5, 48, 256)
+    assert json.loads(header.metadata["config"])["recipe"] == "seed"
+    assert json.loads(header.metadata["classes"])[3] == {"wnid": "class3", "words": "class3"}
+    torch = read_header(exported / "alexnet.torch.safetensors")
+    assert torch.shapes["conv2.weight"] == (256, 48, 5, 5)
+    assert torch.shapes["mean"] == (67, 67, 3)
+    assert torch.metadata == header.metadata
+
+
+@pytest.mark.parametrize("name", ["alexnet.safetensors", "alexnet.torch.safetensors"])
+def test_import_brings_back_every_bit_and_predicts_the_same(
+    name: str,
+    trained_run: Path,
+    exported: Path,
+    small_source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "imported"
+    assert pipeline("--stage", "import", exported / name, "--run", run) == 0
+    before, after = load_trained(RunDir(trained_run), "latest"), load_trained(RunDir(run), "latest")
+    assert after.step == 0
+    assert after.config == before.config
+    assert [entry["wnid"] for entry in after.classes] == [entry["wnid"] for entry in before.classes]
+    for parameter, value in before.parameters.items():
+        np.testing.assert_array_equal(after.parameters[parameter], value)
+    capsys.readouterr()
+    picture = small_source / "val" / "class1" / "val1.png"
+    for folder in (trained_run, run):
+        assert pipeline("--stage", "predict", "--json", "--views", 1, picture, "--run", folder) == 0
+    first, second = (json.loads(line)["top"] for line in capsys.readouterr().out.splitlines())
+    assert [entry["probability"] for entry in first] == [entry["probability"] for entry in second]
+    assert [entry["words"] for entry in first] == [entry["words"] for entry in second]
+    checkpoints(run / "train")[0].unlink()  # 80 MB
+
+
+def test_onnx_is_compared_with_this_network(
+    trained_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed("onnx")
+    onnxruntime = needed("onnxruntime")
+    assert pipeline("--stage", "export", "--run", trained_run, "--format", "onnx") == 0
+    assert "scores of 8 validation pictures differ by at most" in capsys.readouterr().out
+    path = trained_run / "export" / "alexnet.onnx"
+    session = onnxruntime.InferenceSession(path)
+    trained = load_trained(RunDir(trained_run), "latest")
+    crops = np.random.default_rng(1).integers(0, 256, (3, 67, 67, 3), dtype=np.uint8)
+    from net import reference
+
+    scores, probabilities = session.run(None, {"crops": crops})
+    wanted = export._scores(trained, reference, crops)
+    np.testing.assert_allclose(scores, wanted, atol=1e-5 * max(1, np.abs(wanted).max()))
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    path.unlink()
+
+    right = export._scores
+    monkeypatch.setattr(export, "_scores", lambda *arguments: right(*arguments) + np.float32(0.01))
+    assert pipeline("--stage", "export", "--run", trained_run, "--format", "onnx") == 1
+    assert "differ from this network's by 0.01" in capsys.readouterr().err
+    monkeypatch.setattr(export, "_scores", lambda *arguments: right(*arguments) * np.float32(np.nan))
+    assert pipeline("--stage", "export", "--run", trained_run, "--format", "onnx") == 1
+    assert not path.exists()
+
+
+def caffe_settings() -> list[str]:
+    return [value for value in QUICK if not value.startswith("input.border")]
+
+
+def test_caffemodel_evaluates_with_its_own_mean(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A caffemodel and a mean image become a checkpoint that --stage eval takes; the mean is the imported one."""
+    config = override(RECIPES["caffe"], settings=caffe_settings())
+    layers = network_layers(config, 5)
+    rng = np.random.default_rng(4)
+    parameters = {
+        name: (rng.standard_normal(shape, dtype=np.float32) / np.sqrt(np.prod(shape[:-1]))).astype(np.float32)
+        for name, shape in shapes(layers, config).items()
+    }
+    model, mean = tmp_path / "x.caffemodel", tmp_path / "mean.binaryproto"
+    model.write_bytes(caffemodel(to_torch(layers, input_shape(config), parameters), old=True))
+    means = rng.uniform(0, 255, (3, 72, 72)).astype(np.float32)
+    mean.write_bytes(blob(means, old=True))
+    # The run's own configuration says how its pictures are stored; the rest is the caffe recipe.
+    arguments = ["--stage", "import", model, "--mean", mean, "--run", run, *settings("input.crop=67")]
+    assert pipeline(*arguments) == 0
+    saved = load_checkpoint(checkpoints(run / "train")[0])
+    assert saved.header["config"]["recipe"] == "caffe"
+    assert saved.header["config"]["preprocess"]["size"] == 72
+    np.testing.assert_array_equal(saved.arrays["mean"], means[::-1].transpose(1, 2, 0))
+    for name, value in parameters.items():
+        np.testing.assert_array_equal(saved.arrays[name], value)
+    capsys.readouterr()
+    losses = []
+    assert pipeline("--stage", "eval", "--run", run, "--views", 1) == 0
+    losses.append(json.loads((run / "eval" / "metrics.json").read_text())["loss"])
+    assert pipeline(*arguments) == 1
+    assert "has checkpoints already" in capsys.readouterr().err
+    # Without --mean the run's own mean is subtracted, which is another one.
+    checkpoints(run / "train")[0].unlink()
+    assert pipeline("--stage", "import", model, "--run", run, *settings("input.crop=67")) == 0
+    assert pipeline("--stage", "eval", "--run", run, "--views", 1) == 0
+    losses.append(json.loads((run / "eval" / "metrics.json").read_text())["loss"])
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_what_cannot_be_imported_is_refused(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+
+    def refused(file: Path, *arguments: object) -> str:
+        assert pipeline("--stage", "import", file, "--run", run, *arguments) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert not checkpoints(run / "train")
+        return error
+
+    whole = exported / "alexnet.safetensors"
+    header = read_header(whole)
+    assert "does not exist" in refused(tmp_path / "nothing") or "No such file" in refused(tmp_path / "nothing")
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(whole.read_bytes()[:-1])
+    assert "damaged" in refused(other)
+    assert "subtracts no mean" in refused(whole, "--mean", write(tmp_path / "m", blob(np.ones((3, 72, 72)))))
+    assert "other" not in refused(whole, "--set", "input.crop=72", "--set", "input.border=[20,20]")
+    small = {"fc8.b": np.zeros(5, np.float32), "conv1.w": np.zeros((11, 11, 3, 96), np.float32)}
+    assert "name its recipe" in refused(write(other, to_bytes(small, {})))
+    assert "no array conv1.b" in refused(write(other, to_bytes(small, header.metadata)))
+    assert "no array fc8.b" in refused(write(other, to_bytes({"x": small["fc8.b"]}, header.metadata)))
+    for config in ("[]", "{", '{"recipe": 7}', '{"recipe": "seed", "input": {"crop": 1e9}}'):
+        refused(write(other, to_bytes(small, {"config": config})))
+    assert "more than a" not in refused(write(tmp_path / "x.caffemodel", b"\x80\x04\x95pickle"))
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def test_list_of_classes_is_checked(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = read_header(exported / "alexnet.safetensors")
+    values = arrays(exported / "alexnet.safetensors")
+    path = tmp_path / "x.safetensors"
+    for classes in ('[{"wnid": "a", "words": "b"}]', "{}", "[1, 2, 3, 4, 5]", "nonsense"):
+        path.write_bytes(to_bytes(values, {**header.metadata, "classes": classes}))
+        assert pipeline("--stage", "import", path, "--run", tmp_path / "run") == 1
+        assert "classes" in (error := capsys.readouterr().err) or "description of itself" in error

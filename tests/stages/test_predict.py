@@ -1,0 +1,156 @@
+"""Prediction: the evaluation's own answers for the same pictures, whatever the file, and plain words for bad ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import run_pipeline
+from data.shards import open_split, read_manifest
+from pipeline.run_dir import RunDir
+from stages.predict import bar
+
+
+def predict(run: Path, *arguments: object) -> int:
+    return run_pipeline.main(["--stage", "predict", "--run", str(run), *map(str, arguments)])
+
+
+def answers(capsys: pytest.CaptureFixture[str]) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.fixture
+def picture(small_source: Path) -> Path:
+    return small_source / "val" / "class0" / "val0.png"
+
+
+def test_same_answers_as_the_evaluation(
+    trained_run: Path, small_source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each validation picture, read from its source file, gets what the evaluation said of its shard's copy."""
+    run = RunDir(trained_run)
+    split = open_split(run.preprocess, read_manifest(run), "val")
+    with np.load(run.eval / "predictions.npz") as file:
+        top, probability = file["top"], file["probability"]
+    files = [small_source / "val" / name.decode() for name in split.sources()]
+    assert predict(trained_run, "--json", "--views", 10, *files) == 0
+    said = answers(capsys)
+    assert [answer["file"] for answer in said] == [str(file) for file in files]
+    for answer, classes, p in zip(said, top, probability, strict=True):
+        assert [entry["class"] for entry in answer["top"]] == classes.tolist()
+        assert [entry["wnid"] for entry in answer["top"]] == [f"class{number}" for number in classes]
+        np.testing.assert_allclose([entry["probability"] for entry in answer["top"]], p, atol=2e-5)
+    assert np.ptp(probability[:, 0]) > 1e-4  # the pictures are told apart at all
+
+
+def test_views_differ(trained_run: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(trained_run, "--json", "--views", 1, picture) == 0
+    assert predict(trained_run, "--json", "--views", 10, picture) == 0
+    one, ten = answers(capsys)
+    assert one["top"] != ten["top"]
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP", "BMP", "PPM", "TGA", "ICO", "stdin"])
+def test_any_format_gives_the_same_answer(
+    format: str,
+    trained_run: Path,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    square = Image.open(picture).convert("RGB").resize((72, 72))
+    wanted = tmp_path / "wanted.png"
+    square.save(wanted)
+    data = io.BytesIO()
+    options = {"lossless": True} if format == "WEBP" else {"sizes": [(72, 72)]} if format == "ICO" else {}
+    square.save(data, "PNG" if format == "stdin" else format, **options)
+    name = str(tmp_path / "picture")  # without a suffix: the content tells
+    (tmp_path / "picture").write_bytes(data.getvalue())
+    if format == "stdin":
+        name = "-"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.getvalue())))
+    assert predict(trained_run, "--json", wanted, name) == 0
+    first, second = answers(capsys)
+    assert second["file"] == name
+    assert first["top"] == second["top"]
+
+
+def test_bad_pictures_are_named_and_the_others_shown(
+    trained_run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "holiday"
+    (folder / "deep").mkdir(parents=True)
+    whole = picture.read_bytes()
+    (folder / "a.png").write_bytes(whole)
+    (folder / "b.jpg").write_bytes(b"no picture")
+    (folder / "c.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "deep" / "d.PNG").write_bytes(whole)
+    (folder / "notes.txt").write_text("left out")
+    (folder / ".hidden.png").write_bytes(whole)
+    (folder / "e.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    missing = tmp_path / "missing.png"
+    assert predict(trained_run, folder, missing, picture) == 1
+    out, err = capsys.readouterr()
+    shown = [line for line in out.splitlines() if line and not line.startswith("  ")]
+    assert shown == [str(folder / "a.png"), str(folder / "deep" / "d.PNG"), str(picture)]
+    assert f"{folder / 'b.jpg'}: not a picture" in err
+    assert f"{folder / 'c.png'}: the decoder says" in err
+    assert f"{folder / 'e.eps'}: not a picture" in err  # Ghostscript would run it
+    assert f"{missing}: No such file" in err
+    assert "1 of 6 files are no pictures" in err
+    assert err.splitlines()[-1] == "error: 4 of 7 pictures could not be read; the reasons are above"
+
+    assert predict(trained_run, "--json", folder / "b.jpg", folder / "a.png") == 1
+    bad, good = answers(capsys)
+    assert bad == {"file": str(folder / "b.jpg"), "error": "not a picture in a known format"}
+    assert len(good["top"]) == 5
+
+
+def test_bars_fit_the_terminal(
+    trained_run: Path, picture: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for columns in (40, 61, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert predict(trained_run, picture) == 0
+        lines = capsys.readouterr().out.splitlines()[1:6]
+        assert all("%" in line and len(line) <= columns for line in lines)
+        shares = [float(line.split("%")[0].split()[-1]) for line in lines]
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) == pytest.approx(100, abs=0.3)
+
+
+def test_bars_count_eighths(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert bar(1, 4) == "████"
+    assert bar(0, 4) == ""
+    assert bar(0.5 + 3 / 32, 4) == "██▍"
+    Terminal.encoding = "ascii"
+    assert bar(0.6, 5) == "###"
+
+
+def test_what_is_missing_is_said(
+    trained_run: Path, picture: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(tmp_path / "nowhere", picture) == 1
+    assert "there is no run" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
+    assert predict(run, picture) == 1
+    assert "train first" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert predict(trained_run, tmp_path / "empty") == 1
+    assert "there is no picture" in capsys.readouterr().err
+    for wrong in ([], ["--views", "3", "x.png"], ["--precision", "int8", "x.png"]):
+        with pytest.raises(SystemExit) as left:
+            predict(trained_run, *wrong)
+        assert left.value.code == 2
+    capsys.readouterr()

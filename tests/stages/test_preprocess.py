@@ -1,0 +1,449 @@
+"""Preprocessing as a stage: what it makes, what it keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from joblib.externals.loky import get_reusable_executor
+
+from data import demo, ilsvrc
+from data.images import read_square
+from data.listing import shuffled
+from data.shards import Split, open_split, read_manifest
+from data.sources import read_source
+from pipeline.config import DEMO, Config, Preprocess
+from pipeline.errors import PipelineError, StoppedError
+from pipeline.metrics import read_metrics
+from pipeline.run_dir import RunDir
+from stages import preprocess
+from tests.conftest import ROOT
+from tests.data.archives import jpeg, packed, small_official
+from tests.data.test_sources import content
+
+CONFIG = dataclasses.replace(DEMO, preprocess=Preprocess(size=32, shard_images=16))
+DESCRIPTIONS = ["classes.json", "color.json", "manifest.json", "mean.npy", "rejects.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo set with eight training and two validation pictures a class; its odd files are among them."""
+    folder = tmp_path_factory.mktemp("source") / "demo"
+    demo.draw(folder, jobs=1, train=8, val=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run preprocessed in one go."""
+    run = RunDir(tmp_path_factory.mktemp("undisturbed"))
+    preprocess.run(CONFIG, run, source=source, jobs=1)
+    return run
+
+
+@pytest.fixture
+def copied(undisturbed: RunDir, tmp_path: Path) -> RunDir:
+    """A copy of that run, to be damaged."""
+    shutil.copytree(undisturbed.root, tmp_path / "copy")
+    return RunDir(tmp_path / "copy")
+
+
+def made(run: RunDir) -> dict[str, bytes]:
+    """All files but the log of when what was made."""
+    return {p.name: p.read_bytes() for p in run.preprocess.iterdir() if p.name != "metrics.jsonl"}
+
+
+def splits(run: RunDir) -> tuple[Split, Split]:
+    manifest = read_manifest(run)
+    return open_split(run.preprocess, manifest, "train"), open_split(run.preprocess, manifest, "val")
+
+
+def again(run: RunDir, source: Path | None, config: Config = CONFIG, jobs: int = 1) -> None:
+    preprocess.run(config, run, source=source, jobs=jobs)
+
+
+def test_the_files_are_those_of_the_contract(undisturbed: RunDir):
+    shards = [f"train-{i:05d}.h5" for i in range(6)] + [f"val-{i:05d}.h5" for i in range(2)]
+    assert sorted(p.name for p in undisturbed.preprocess.iterdir()) == sorted([*DESCRIPTIONS, "metrics.jsonl", *shards])
+
+
+def test_every_picture_is_in_a_shard_with_its_label_or_rejected_with_its_reason(undisturbed: RunDir, source: Path):
+    train, val = splits(undisturbed)
+    rejects = [json.loads(line) for line in (undisturbed.preprocess / "rejects.jsonl").read_text().splitlines()]
+    assert [(r["split"], r["name"]) for r in rejects] == [("train", "n90000011/n90000011_7.JPEG")]
+    assert "truncated" in rejects[0]["reason"]
+    expected = {f"{demo.wnid(c)}/{demo.wnid(c)}_{n}.JPEG": c for c in range(12) for n in range(1, 9)}
+    del expected["n90000011/n90000011_7.JPEG"]
+    found = dict(zip((s.decode() for s in train.sources().tolist()), train.labels.tolist(), strict=True))
+    assert found == expected
+    truth = ilsvrc.read_devkit(source / ilsvrc.DEVKIT).ground_truth.tolist()
+    for name, label in zip(val.sources().tolist(), val.labels.tolist(), strict=True):
+        assert demo.devkit_id(label) == truth[int(name[15:23]) - 1]
+    assert len(val) == 24
+    assert Counter(val.labels.tolist()) == dict.fromkeys(range(12), 2)
+
+
+def test_the_pixels_are_those_of_the_source(undisturbed: RunDir, source: Path):
+    listing = read_source(source).splits["train"]
+    row_of = {name: row for row, name in enumerate(listing.name.tolist())}
+    train, _ = splits(undisturbed)
+    for row, name in enumerate(train.sources().tolist()):
+        expected = read_square(content(listing, row_of[name]), 32, "bicubic", Counter())
+        np.testing.assert_array_equal(train.row(row), expected)
+
+
+def test_the_order_is_the_shuffle_of_the_whole_split(undisturbed: RunDir, source: Path):
+    listing = read_source(source).splits["train"]
+    names = listing.name[shuffled(96, CONFIG.seed, "train")].tolist()
+    names.remove(b"n90000011/n90000011_7.JPEG")
+    train, _ = splits(undisturbed)
+    assert train.sources().tolist() == names
+    assert len(set(train.labels[:12].tolist())) > 4  # not class by class
+
+
+def test_colour_statistics_and_mean_picture_are_those_of_the_training_pictures(undisturbed: RunDir):
+    train, _ = splits(undisturbed)
+    pictures = np.concatenate(train.images)
+    color = json.loads((undisturbed.preprocess / "color.json").read_text())
+    pixels = pictures.reshape(-1, 3) / 255
+    assert color["count"] == 95
+    np.testing.assert_allclose(color["mean"], pixels.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(color["covariance"], np.cov(pixels.T, bias=True), rtol=1e-9)
+    mean = np.load(undisturbed.preprocess / "mean.npy", allow_pickle=False)
+    assert mean.dtype == np.float32
+    np.testing.assert_allclose(mean, pictures.mean(axis=0), rtol=1e-5)
+
+
+def test_the_classes_have_wnid_words_and_devkit_id(undisturbed: RunDir):
+    classes = json.loads((undisturbed.preprocess / "classes.json").read_text())["classes"]
+    assert classes == [
+        {"wnid": demo.wnid(c), "words": demo.KINDS[c].words, "devkit_id": demo.devkit_id(c)} for c in range(12)
+    ]
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_jobs(undisturbed: RunDir, source: Path, tmp_path: Path):
+    run = RunDir(tmp_path)
+    again(run, source, jobs=2)
+    assert made(run) == made(undisturbed)
+
+
+def test_progress_and_memory_are_logged(undisturbed: RunDir):
+    records = read_metrics(undisturbed.preprocess / "metrics.jsonl")
+    assert [r["images_done"] for r in records] == [*np.cumsum([r["images"] for r in records[:-1]]).tolist(), 119]
+    assert 10e6 < records[-1]["peak_memory_bytes"] < 10e9
+    assert records[-1]["images_per_second"] > 0
+
+
+def test_a_second_run_finds_nothing_to_do(copied: RunDir, source: Path, capsys):
+    before = {p: p.stat().st_mtime_ns for p in copied.preprocess.iterdir()}
+    again(copied, source)
+    again(copied, None)  # the run knows what it was made from
+    assert capsys.readouterr().out.count("nothing to do") == 2
+    assert {p: p.stat().st_mtime_ns for p in copied.preprocess.iterdir()} == before
+
+
+def test_a_source_that_moved_is_the_same_source(copied: RunDir, source: Path, tmp_path: Path, capsys):
+    moved = shutil.copytree(source, tmp_path / "moved", copy_function=shutil.copyfile)  # with new times
+    again(copied, moved)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(CONFIG, seed=1),
+        dataclasses.replace(CONFIG, preprocess=Preprocess(size=32, shard_images=17)),
+        dataclasses.replace(CONFIG, preprocess=Preprocess(size=16, shard_images=16)),
+        dataclasses.replace(CONFIG, preprocess=Preprocess(size=32, shard_images=16, filter="box")),
+    ],
+)
+def test_other_settings_are_refused_with_both_ways_on(copied: RunDir, source: Path, config, complete):
+    if not complete:
+        (copied.preprocess / "manifest.json").unlink()
+    before = made(copied)
+    with pytest.raises(PipelineError, match=r"with other settings.*with --run, or remove .*preprocess"):
+        again(copied, source, config)
+    assert made(copied) == before
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_another_source_is_refused_with_both_ways_on(copied: RunDir, tmp_path: Path, complete):
+    if not complete:
+        (copied.preprocess / "manifest.json").unlink()
+    before = made(copied)
+    with pytest.raises(PipelineError, match=r"from other pictures.*with --run, or remove .*preprocess"):
+        again(copied, small_official(tmp_path / "other"))
+    assert made(copied) == before
+
+
+@pytest.mark.parametrize("lost", ["train-00001.h5", "val-00000.h5", *DESCRIPTIONS])
+@pytest.mark.parametrize("how", ["missing", "cut", "changed"])
+def test_what_is_lost_is_made_again_and_nothing_else(
+    copied: RunDir, undisturbed: RunDir, source: Path, lost: str, how: str
+):
+    path = copied.preprocess / lost
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
+        if lost.endswith(".h5"):  # of a shard only the size is looked at each time; so the manifest is lost as well
+            (copied.preprocess / "manifest.json").unlink()
+    shards = [p for p in copied.preprocess.glob("*.h5") if p.name != lost]
+    before = {p: p.stat().st_ino for p in shards}
+    again(copied, source)
+    assert made(copied) == made(undisturbed)
+    assert {p: p.stat().st_ino for p in shards} == before
+
+
+def test_mending_without_the_source_is_refused(copied: RunDir, tmp_path: Path):
+    (copied.preprocess / "train-00001.h5").unlink()
+    (copied.root / "demo").mkdir()
+    small_official(copied.root / "demo")
+    before = made(copied)
+    with pytest.raises(PipelineError, match="from other pictures"):
+        again(copied, None)
+    assert made(copied) == before
+
+
+def interrupted(run: RunDir, source: Path, trouble: str, jobs: int) -> subprocess.Popen[str]:
+    """Preprocess in a process of its own with ``trouble`` patched in."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from data import convert, shards
+from pipeline.run_dir import RunDir, put_in_place
+from stages import preprocess
+from tests.stages.test_preprocess import CONFIG
+done = 0
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+def put_then_die(temporary, path):
+    global done
+    put_in_place(temporary, path)
+    done += 1
+    if done == 3:
+        die()
+def die_in_the_middle(path, *arguments):
+    path.write_bytes(bytes(1000))
+    die()
+{trouble}
+preprocess.run(CONFIG, RunDir(Path({str(run.root)!r})), source=Path({str(source)!r}), jobs={jobs})
+"""
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "jobs", "kept"),
+    [
+        ("preprocess.put_in_place = put_then_die", 1, 2),  # a shard is in place, but not yet noted
+        ("preprocess.put_in_place = put_then_die", 2, 2),
+        ("convert.write_shard = die_in_the_middle", 1, 0),
+        ("preprocess.Tally.write = die", 1, 8),
+    ],
+)
+def test_after_kill_9_the_run_ends_as_if_nothing_had_happened(
+    source: Path, undisturbed: RunDir, tmp_path: Path, capsys, trouble, jobs, kept
+):
+    run = RunDir(tmp_path)
+    process = interrupted(run, source, trouble, jobs)
+    process.communicate(timeout=100)  # ends when nobody holds its standard error any more: no worker outlives it
+    assert process.returncode == -signal.SIGKILL
+    assert not (run.preprocess / "manifest.json").exists()
+    again(run, source)
+    assert made(run) == made(undisturbed)  # and no temporary file is left
+    assert sum(r.get("kept") is True for r in read_metrics(run.preprocess / "metrics.jsonl")) == kept
+
+
+@pytest.mark.parametrize(("signum", "jobs"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_a_signal_stops_between_shards_and_the_next_run_goes_on(
+    source: Path, tmp_path: Path, monkeypatch, signum, jobs
+):
+    run, whole, put = RunDir(tmp_path / "stopped"), RunDir(tmp_path / "whole"), preprocess.put_in_place
+    config = dataclasses.replace(CONFIG, preprocess=Preprocess(size=32, shard_images=2))  # 60 shards
+
+    def put_and_signal(temporary: Path, path: Path) -> None:
+        put(temporary, path)
+        if len(list(run.preprocess.glob("*.h5"))) == 3:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(preprocess, "put_in_place", put_and_signal)
+    with pytest.raises(StoppedError, match="the same command goes on from there") as caught:
+        again(run, source, config, jobs=jobs)
+    assert caught.value.signum == signum
+    assert 3 <= len(list(run.preprocess.glob("*.h5"))) < 60  # those under way are finished
+    assert list(run.preprocess.glob("*.tmp")) == []
+    monkeypatch.undo()
+    again(run, source, config)
+    again(whole, source, config)
+    assert made(run) == made(whole)
+
+
+def test_a_killed_worker_is_told_and_the_finished_shards_are_kept(source: Path, tmp_path: Path, monkeypatch):
+    run = RunDir(tmp_path)
+    put = preprocess.put_in_place
+
+    def put_and_kill(temporary: Path, path: Path) -> None:
+        put(temporary, path)
+        for pid in list(get_reusable_executor(reuse=True)._processes):
+            os.kill(pid, signal.SIGKILL)
+
+    monkeypatch.setattr(preprocess, "put_in_place", put_and_kill)
+    config = dataclasses.replace(CONFIG, preprocess=Preprocess(size=32, shard_images=2))
+    with pytest.raises(PipelineError, match="a worker process was killed, most likely because memory ran out"):
+        again(run, source, config, jobs=2)
+    assert list(run.preprocess.glob("*.h5"))
+    assert list(run.preprocess.glob("*.tmp")) == []
+
+
+def test_a_damaged_shard_of_an_unfinished_run_is_made_again(copied: RunDir, undisturbed: RunDir, source: Path):
+    (copied.preprocess / "manifest.json").unlink()
+    path = copied.preprocess / "train-00003.h5"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    (copied.preprocess / "train-00002.h5").write_bytes(b"no HDF5 at all")
+    again(copied, source)
+    assert made(copied) == made(undisturbed)
+
+
+def test_a_class_without_a_readable_picture_is_told_and_the_shards_stay(tmp_path: Path):
+    source, run = small_official(tmp_path / "source"), RunDir(tmp_path / "run")
+    files = {w: packed({f"{w}_{i}.JPEG": jpeg(i) for i in range(3)}) for w in ("n01", "n03")}
+    broken = packed({f"n02_{i}.JPEG": b"no picture" for i in range(3)})
+    (source / ilsvrc.TRAIN).write_bytes(packed({f"{w}.tar": d for w, d in {**files, "n02": broken}.items()}))
+    for _ in range(2):
+        with pytest.raises(
+            PipelineError, match=r"none of the training pictures of the class n02 can be read, see .*rej"
+        ):
+            again(run, source)
+        rejects = (run.preprocess / "rejects.jsonl").read_text().splitlines()
+        assert len(rejects) == 3
+        assert json.loads(rejects[0])["reason"] == "not a picture in a known format"
+        assert not (run.preprocess / "manifest.json").exists()
+    assert [r["kept"] for r in read_metrics(run.preprocess / "metrics.jsonl")] == [False, False, True, True]
+
+
+def test_a_split_without_a_readable_picture_is_told(tmp_path: Path):
+    source = small_official(tmp_path / "source")
+    (source / ilsvrc.VAL).write_bytes(packed({"ILSVRC2012_val_00000001.JPEG": b"no picture"}))
+    with pytest.raises(PipelineError, match=r"none of the pictures of val in .* can be read"):
+        again(RunDir(tmp_path / "run"), source)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_archive_that_shrinks_while_it_is_read_is_told(tmp_path: Path, monkeypatch, jobs):
+    source, run = small_official(tmp_path / "source"), RunDir(tmp_path / "run")
+    check = preprocess._check_place
+
+    def cut(*arguments: object) -> None:
+        check(*arguments)
+        os.truncate(source / ilsvrc.TRAIN, 2000)
+
+    monkeypatch.setattr(preprocess, "_check_place", cut)
+    with pytest.raises(PipelineError, match=rf"{ilsvrc.TRAIN} is shorter than when it was listed"):
+        again(run, source, jobs=jobs)
+    assert list(run.preprocess.glob("*.tmp")) == []
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(source: Path, tmp_path: Path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300_000))
+    with pytest.raises(PipelineError, match=r"has 0 MB free, but the shards need 1 MB; free some space or"):
+        again(RunDir(tmp_path), source)
+    assert list((tmp_path / "preprocess").iterdir()) == []
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failing_write_is_told_and_what_was_good_stays_good(source: Path, undisturbed: RunDir, tmp_path: Path, jobs):
+    """The limit on the size of files stands in for a full disk: only the smaller shards fit."""
+    run = RunDir(tmp_path)
+    limit = undisturbed.preprocess.joinpath("train-00000.h5").stat().st_size - 1
+    code = f"""
+import resource
+from pathlib import Path
+from pipeline.errors import PipelineError
+from pipeline.run_dir import RunDir
+from stages import preprocess
+from tests.stages.test_preprocess import CONFIG
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    preprocess.run(CONFIG, RunDir(Path({str(run.root)!r})), source=Path({str(source)!r}), jobs={jobs})
+except PipelineError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cannot write" in done.stdout.splitlines()[-1]
+    assert "File too large" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert list(run.preprocess.glob("*.tmp")) == []
+    again(run, source)
+    assert made(run) == made(undisturbed)
+
+
+def test_without_a_source_the_demo_set_is_drawn_into_the_run(tmp_path: Path, monkeypatch, capsys):
+    drawn = []
+
+    def draw(folder: Path) -> None:
+        drawn.append(folder)
+        small_official(folder)
+
+    monkeypatch.setattr(demo, "draw", draw)
+    run = RunDir(tmp_path)
+    again(run, None)
+    again(run, None)
+    assert drawn == [tmp_path / "demo"]
+    out = capsys.readouterr().out
+    assert f"the built-in demo set is drawn into {tmp_path / 'demo'}" in out
+    assert "9 training and 4 validation pictures of 3 classes" in out
+
+
+def test_the_real_archives_are_accounted_for_to_the_last_picture(ilsvrc_mini: Path, tmp_path: Path):
+    run = RunDir(tmp_path)
+    config = dataclasses.replace(CONFIG, preprocess=Preprocess(size=64, shard_images=200))
+    again(run, ilsvrc_mini, config, jobs=2)
+    train, val = splits(run)
+    assert (len(train), len(val)) == (611, 500)
+    assert (run.preprocess / "rejects.jsonl").read_text() == ""
+    reference = ilsvrc_mini.parent / "reference"
+    published = dict(line.split() for line in (reference / "val.txt").read_text().splitlines())
+    names = [name.decode() for name in val.sources().tolist()]
+    assert val.labels.tolist() == [int(published[name]) for name in names]
+    wnids = [line.split()[0] for line in (reference / "synset_words.txt").read_text().splitlines()]
+    names = [name.decode() for name in train.sources().tolist()]
+    assert [wnids[label] for label in train.labels.tolist()] == [name.partition("/")[0] for name in names]
+    assert "n02105855/n02105855_2933.JPEG" in names  # the PNG
+    # Published for the whole training set at size 256: deviations 121.8, 37.1, 19.7; first vector (.56, .58, .59).
+    color = json.loads((run.preprocess / "color.json").read_text())
+    np.testing.assert_allclose(np.sqrt(color["eigenvalues"]) * 255, [121.8, 37.1, 19.7], rtol=0.25)
+    np.testing.assert_allclose(color["eigenvectors"][0], [0.56, 0.58, 0.59], atol=0.03)
+
+
+def test_the_demo_set_is_drawn_alike_by_any_number_of_jobs(source: Path, tmp_path: Path):
+    demo.draw(tmp_path / "demo", jobs=2, train=8, val=2)
+    for name in (ilsvrc.TRAIN, ilsvrc.VAL, ilsvrc.DEVKIT):
+        assert (tmp_path / "demo" / name).read_bytes() == (source / name).read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
+
+
+def test_the_demo_set_has_the_oddities_of_the_real_one(source: Path):
+    listing = read_source(source).splits["train"]
+    files = {name.decode().partition("/")[2]: content(listing, row) for row, name in enumerate(listing.name.tolist())}
+    assert files["n90000002_4.JPEG"].startswith(b"\x89PNG")
+    assert b"Adobe" in files["n90000005_6.JPEG"][:200]
+    assert len(files["n90000011_7.JPEG"]) == 4000
+    sizes = {len(data) for data in files.values()}
+    assert len(sizes) > 80

@@ -1,0 +1,350 @@
+"""The report: the numbers it shows, the pictures it draws, and the page as a real browser shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import run_pipeline
+from pipeline.command_line import parse
+from pipeline.config import RECIPES, override
+from pipeline.run_dir import RunDir
+from stages.report import charts, facts, pictures
+from stages.report.facts import Facts
+from stages.trained import load_trained
+from tests.net.test_weights import needed
+
+CLASSES = [{"wnid": f"n{i}", "words": words} for i, words in enumerate(["cat, house cat", "dog", "owl", ""])]
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Facts:
+    """Ten steps and six predictions, by hand: two cats right, one taken for a dog, two dogs for cats, an owl right."""
+    step = {"epoch": 0, "lr": 0.01, "images_per_second": 50.0, "data_wait": 0.1}
+    steps = [{**step, "step": i, "loss": 10.0 - i} for i in range(1, 11)]
+    steps[7:] = [{**record, "lr": 0.001, "epoch": 1} for record in steps[7:]]
+    return Facts(
+        run=RunDir(tmp_path / "by hand"),
+        config=replace(RECIPES["demo"], seed=7),
+        step=10,
+        checkpoint="step-00000010.ckpt",
+        classes=CLASSES,
+        manifest={"splits": {"train": {"images": 224}}},  # 7 steps an epoch
+        steps=steps,
+        validations=[{"step": 7, "top1": 0.5, "top5": 0.9, "validation_loss": 1.5}],
+        evaluation={"images": 6, "loss": 1.0, "top1": 0.5, "top5": 1.0, "views": 1, "step": 10},
+        predictions={
+            "labels": np.array([0, 0, 0, 1, 1, 2], np.int32),
+            "top": np.array([[0, 1], [0, 2], [1, 0], [0, 1], [0, 2], [2, 3]], np.int32),
+            "probability": np.array([[0.9, 0.1], [0.6, 0.2], [0.8, 0.1], [0.7, 0.2], [0.95, 0.01], [0.5, 0.4]], "f4"),
+            "loss": np.ones(6),
+        },
+    )
+
+
+def test_accuracy_of_each_class(known: Facts) -> None:
+    cat, dog, owl = facts.per_class(known)
+    assert (cat["name"], cat["images"], cat["top1"], cat["top5"]) == ("cat", 3, pytest.approx(2 / 3), 1.0)
+    assert (cat["taken_for"], cat["taken_for_count"]) == ("dog", 1)
+    assert (dog["top1"], dog["top5"], dog["taken_for"], dog["taken_for_count"]) == (0.0, 0.5, "cat", 2)
+    assert (owl["top1"], owl["taken_for"]) == (1.0, "")
+
+
+def test_confusions_most_frequent_first(known: Facts) -> None:
+    assert [(c["true"], c["said"], c["count"], c["back"]) for c in facts.confusions(known)] == [
+        ("dog", "cat", 2, 1),
+        ("cat", "dog", 1, 2),
+    ]
+    assert facts.confusions(known)[1]["share"] == pytest.approx(1 / 3)
+
+
+def test_confident_pictures_surest_first(known: Facts) -> None:
+    assert facts.confident(known, right=False, most=2) == [4, 2]
+    assert facts.confident(known, right=True, most=9) == [0, 5]  # one a class
+
+
+def test_commands_are_taken_by_the_command_line(known: Facts) -> None:
+    changed = override(known.config, settings=["train.lr=[[0,0.5]]", "input.mean=none", "input.flip=false"])
+    lines = facts.commands(replace(known, config=changed))
+    options = [parse(shlex.split(line)[2:]) for line in lines]
+    assert [o.stage for o in options] == ["preprocess", "train", "eval", "report"]
+    assert override(RECIPES[options[0].recipe], None, options[0].set, options[0].seed) == changed
+    assert options[1].steps == 10
+    assert {o.run for o in options} == {str(known.run.root)}
+
+
+def test_norms_are_means_of_absolute_values(trained_run: Path) -> None:
+    trained = load_trained(RunDir(trained_run), "latest")
+    parameters = {"conv1.w": np.array([[1.0, -3.0]], "f4"), "conv1.b": np.zeros(2, "f4")}
+    momenta = {"conv1.w": np.array([[0.5, 0.5]], "f4"), "conv1.b": np.ones(2, "f4")}
+    (row,) = facts.norms(replace(trained, parameters=parameters, momenta=momenta))
+    assert row["w"] == {"size": 2.0, "change": 0.5, "ratio": 0.25}
+    assert row["b"] == {"size": 0.0, "change": 1.0, "ratio": None}
+    (row,) = facts.norms(replace(trained, parameters=parameters, momenta={}))
+    assert row["w"]["change"] is None
+
+
+def test_curves(known: Facts) -> None:
+    loss, accuracy, speed, wait = charts.charts([known], sampled=0.75)
+    assert loss.log
+    training, validation = loss.series
+    assert training.points[0] == (pytest.approx(1 / 7), 9.0)
+    assert validation.points == [(1.0, 1.5)]
+    assert loss.marks == [(1.0, "lr 0.001")]
+    assert accuracy.series[-1].points == [(pytest.approx(10 / 7), 0.75)]
+    assert speed.series[0].points[3][1] == 50.0
+    assert wait.unit == "percent"
+    two = charts.charts([known, replace(known, run=RunDir(Path("other")))])
+    assert [s.name for s in two[0].series if s.style == "line"] == ["by hand: training", "other: training"]
+    assert Image.open(__import__("io").BytesIO(charts.curves_png(two))).width > 1000
+
+
+def test_long_curves_are_smoothed_and_thinned() -> None:
+    points = [(float(i), float(i % 2)) for i in range(6000)]
+    assert all(0.45 < y < 0.55 for _, y in charts._moving_mean(points)[200:])
+    assert charts._moving_mean(points[:100]) == []
+    thin = charts._thinned(points)
+    assert len(thin) == charts.MOST_POINTS
+    assert thin[0] == (4.5, 0.5)
+
+
+def test_filters_are_shown_in_red_green_blue(trained_run: Path) -> None:
+    trained = load_trained(RunDir(trained_run), "latest")
+    w = np.zeros((11, 11, 3, 96), np.float32)
+    w[2, 5, 0, 17] = 0.25  # filter 17 is in the second row of 16, second column
+    w[:, :, :, 0] = -1
+    trained = replace(trained, parameters={"conv1.w": w})
+    image = np.asarray(pictures.filters(trained))
+    assert image.shape == (6 * 12 - 1, 16 * 12 - 1, 4)
+    assert image[12 + 2, 12 + 5].tolist() == [255, 127, 127, 255]
+    assert image[0, 0].tolist() == [0, 0, 0, 255]
+    assert image[0, 11, 3] == 0  # between the tiles
+    bgr = replace(trained, config=override(trained.config, settings=["input.bgr=true"]))
+    assert np.asarray(pictures.filters(bgr))[12 + 2, 12 + 5].tolist() == [127, 127, 255, 255]
+
+
+def test_jitter_moves_along_the_eigenvectors() -> None:
+    square = np.full((128, 128, 3), 100, np.uint8)
+    directions = np.array([[40.0, 0, 0], [0, 20.0, 0], [0, 0, 10.0]])
+    image = np.asarray(pictures.jitter(square, directions, 0.1))
+    assert image[5, 5].tolist() == [88, 100, 100, 255]  # 3 standard deviations of 0.1 x 40 less red
+    assert image[5, 2 * 132 + 5].tolist() == [100, 100, 100, 255]
+    assert image[132 + 5, 4 * 132 + 5].tolist() == [100, 106, 100, 255]
+    assert image[264 + 5, 3 * 132 + 5].tolist() == [100, 100, 102, 255]  # 1.5, halves to even
+
+
+def test_activations_follow_the_layers(trained_run: Path) -> None:
+    from net import reference
+
+    trained = load_trained(RunDir(trained_run), "latest")
+    square = np.random.default_rng(3).integers(0, 256, (72, 72, 3), dtype=np.uint8)
+    (maps,) = pictures.activations(trained, reference, [square])
+    assert [m.title for m in maps] == [
+        "conv1 · ReLU",
+        "conv1 · ReLU · LRN · pool",
+        "conv2 · ReLU",
+        "conv2 · ReLU · LRN · pool",
+        "conv3 · ReLU",
+        "conv4 · ReLU",
+        "conv5 · ReLU",
+        "conv5 · ReLU · pool",
+        "fc6 · ReLU",
+        "fc7 · ReLU",
+    ]
+    assert maps[0].shape == "15 x 15 x 96"
+    assert maps[-1].shape == "4096 units"
+
+
+@pytest.fixture(scope="module")
+def page(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The report of a run whose name would be markup; its checkpoint is hard-linked, not copied."""
+    run = tmp_path_factory.mktemp("report") / "<b>run&<img src=x onerror=alert(1)>"
+    shutil.copytree(trained_run, run, copy_function=os.link)
+    # Written in place by a real run; here a copy, so that the other tests' run stays as it is.
+    (run / "config.json").unlink()
+    shutil.copy(trained_run / "config.json", run / "config.json")
+    assert run_pipeline.main(["--stage", "report", "--run", str(run)]) == 0
+    yield run / "report" / "index.html"
+    shutil.rmtree(run)
+
+
+def test_page_is_self_contained_and_escaped(page: Path) -> None:
+    text = page.read_text()
+    addresses = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)["']""", text)
+    assert addresses
+    assert all(a.startswith(("data:", "#")) for a in addresses)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|import\(", text)
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "<img src=x" not in text
+    assert "&lt;b&gt;run&amp;" in text
+    assert len(text) < 2_000_000
+
+
+def test_pictures_lie_beside_the_page(page: Path) -> None:
+    names = sorted(path.name for path in page.parent.glob("*.png"))
+    assert {"curves.png", "filters.png", "jitter.png", "activations-1.png", "confident-wrong.png"} <= set(names)
+    for name in names:
+        with Image.open(page.parent / name) as image:
+            image.load()
+            assert image.width >= 600, name
+
+
+def test_page_before_the_evaluation(trained_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run, copy_function=os.link, ignore=shutil.ignore_patterns("eval", "export", "report"))
+    assert run_pipeline.main(["--stage", "report", "--run", str(run)]) == 0
+    text = (run / "report" / "index.html").read_text()
+    assert "Not evaluated yet" in text
+    assert 'id="classes"' not in text
+    shutil.rmtree(run)
+
+
+def test_damaged_evaluation_is_refused(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run, copy_function=os.link, ignore=shutil.ignore_patterns("export", "report"))
+    path = run / "eval" / "predictions.npz"
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert run_pipeline.main(["--stage", "report", "--run", str(run)]) == 1
+    assert "--stage eval" in capsys.readouterr().err
+    with np.load(trained_run / "eval" / "predictions.npz") as file:
+        arrays = {name: file[name] for name in file.files}
+    arrays["top"][0, 0] = 99
+    np.savez(path, **arrays)
+    assert run_pipeline.main(["--stage", "report", "--run", str(run)]) == 1
+    assert "do not fit together" in capsys.readouterr().err
+    shutil.rmtree(run)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; skips without it, fails without it where CI is set (.ci/run installs it)."""
+    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    if missing:
+        message = f"not installed: {', '.join(missing)} (apt-get install chromium chromium-driver)"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    needed("selenium")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def shown(browser: Any, page: Path, *, width: int = 1200, dark: bool = False) -> None:
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.resolve().as_uri())
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+
+
+def column(browser: Any, table: str, number: int) -> list[str]:
+    return browser.execute_script(
+        "return [...document.querySelectorAll(`#${arguments[0]} tbody tr`)].map((row) => row.cells[arguments[1]])"
+        ".map((cell) => cell.dataset.value ?? cell.textContent)",
+        table,
+        number,
+    )
+
+
+@pytest.mark.parametrize("width", [375, 1200])
+@pytest.mark.parametrize("dark", [False, True])
+def test_page_in_a_browser(browser: Any, page: Path, width: int, dark: bool) -> None:
+    shown(browser, page, width=width, dark=dark)
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    brightness = sum(map(int, re.findall(r"\d+", colour)[:3]))
+    assert brightness < 200 if dark else brightness > 600
+    plots = browser.execute_script(
+        "return [...document.querySelectorAll('.plot')]"
+        ".map((plot) => [plot.querySelectorAll('path, circle').length, plot.clientWidth])"
+    )
+    assert len(plots) == 4
+    assert all(drawn >= 1 and 200 < wide <= width for drawn, wide in plots)
+    broken = "return [...document.images].filter((i) => !i.complete || !i.naturalWidth).length"
+    assert browser.execute_script(broken) == 0
+
+
+def test_sorting_switching_and_hovering(browser: Any, page: Path) -> None:
+    shown(browser, page)
+
+    def click(selector: str) -> None:
+        browser.execute_script("document.querySelector(arguments[0]).click()", selector)
+
+    names = column(browser, "classes", 0)
+    click("#classes th:nth-child(3) button")
+    down = [float(v) for v in column(browser, "classes", 2)]
+    assert down == sorted(down, reverse=True)
+    click("#classes th:nth-child(3) button")
+    assert [float(v) for v in column(browser, "classes", 2)] == sorted(down)
+    click("#classes th:nth-child(1) button")
+    assert column(browser, "classes", 0) == sorted(names)
+    head = browser.execute_script("return document.querySelector('#classes th').getAttribute('aria-sort')")
+    assert head == "ascending"
+
+    path = "return document.querySelector('[data-chart=loss] path.line').getAttribute('d')"
+    linear = browser.execute_script(path)
+    click("[data-chart=loss] [data-scale=log]")
+    assert browser.execute_script(path) != linear
+    click("[data-chart=loss] [data-scale=linear]")
+    assert browser.execute_script(path) == linear
+    click("[data-chart=loss] .legend button")
+    assert browser.execute_script("return document.querySelectorAll('[data-chart=loss] path.line').length") == 0
+    click("[data-chart=loss] .legend button")
+
+    visible = "return [...document.querySelectorAll('[data-part^=maps]')].map((e) => e.offsetHeight > 0)"
+    assert browser.execute_script(visible) == [True, False, False][: len(browser.execute_script(visible))]
+    click("[data-show='maps:2']")
+    assert browser.execute_script(visible)[:2] == [False, True]
+
+    tip = browser.execute_script(
+        "const svg = document.querySelector('[data-chart=loss] svg'), box = svg.getBoundingClientRect();"
+        "svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.right - 20, clientY: box.top + 80}));"
+        "const tip = document.querySelector('[data-chart=loss] .tip'); return [tip.hidden, tip.textContent]"
+    )
+    assert tip[0] is False
+    assert re.match(r"epoch 2● training [\d.]+● validation [\d.]+", tip[1])
+
+    background = "return getComputedStyle(document.body).backgroundColor"
+    before = browser.execute_script(background)
+    click("#theme")
+    assert browser.execute_script(background) != before
+    click("#theme")
+    assert browser.execute_script(background) == before
+    assert browser.get_log("browser") == []
+
+
+def test_two_runs_side_by_side(browser: Any, trained_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "second"
+    shutil.copytree(trained_run, run, copy_function=os.link, ignore=shutil.ignore_patterns("export", "report", "eval"))
+    assert run_pipeline.main(["--stage", "report", "--run", str(run), "--compare", str(trained_run)]) == 0
+    shown(browser, run / "report" / "compare.html", width=375)
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 375
+    specs = json.loads(browser.execute_script("return document.getElementById('charts').textContent"))
+    assert {s["name"] for s in specs["loss"]["series"] if s["style"] == "line"} == {"second: training", "run: training"}
+    assert browser.execute_script("return document.querySelectorAll('img.pixels').length") == 2
+    assert (run / "report" / "compare.png").exists()
+    shutil.rmtree(run)

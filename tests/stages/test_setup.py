@@ -1,0 +1,109 @@
+"""What training takes from a run's files, where they match their checksums but say what cannot be."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import PipelineError
+from pipeline.run_dir import RunDir, hash_file, read_sealed, write_sealed
+from stages.setup import open_dataset
+
+
+@pytest.fixture
+def run(tmp_path: Path, prepared: Path) -> RunDir:
+    shutil.copytree(prepared, tmp_path / "run")
+    return RunDir(tmp_path / "run")
+
+
+def replace(run: RunDir, name: str, content: bytes) -> None:
+    """Put a file in place of one of the run's, with a manifest that vouches for it."""
+    (run.preprocess / name).write_bytes(content)
+    manifest = read_sealed(run.preprocess / "manifest.json", "")
+    manifest["files"][name] = hash_file(run.preprocess / name)
+    write_sealed(run.preprocess / "manifest.json", manifest)
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+CLAIMS_A_PETABYTE = b"\x93NUMPY\x01\x00v\x00" + (
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000, 250000, 1), }".ljust(117) + b"\n"
+)
+COLOR = {"eigenvalues": [3, 2, 1], "eigenvectors": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("classes.json", b"{}"),
+        ("classes.json", b'{"classes": 5}'),
+        ("classes.json", b'{"classes": []}'),
+        ("classes.json", b'{"classes": [1, 2, 3, 4, 5]}'),
+        ("classes.json", b'{"classes": [{}, {}, {}, {}, {}]}'),
+        ("color.json", b"{}"),
+        ("color.json", json.dumps({**COLOR, "eigenvalues": "abc"}).encode()),
+        ("color.json", json.dumps({**COLOR, "eigenvalues": [3, 2]}).encode()),
+        ("color.json", json.dumps({**COLOR, "eigenvalues": [3, 2, float("nan")]}).encode()),
+        ("color.json", json.dumps({**COLOR, "eigenvectors": [[1, 0, 0], [0, 1]]}).encode()),
+        ("color.json", json.dumps({**COLOR, "eigenvectors": [[1, 0, 0]]}).encode()),
+        ("mean.npy", b""),
+        ("mean.npy", b"no array"),
+        ("mean.npy", npy(np.zeros((72, 72, 3)))),
+        ("mean.npy", npy(np.zeros((72, 72), np.float32))),
+        ("mean.npy", npy(np.zeros((256, 256, 3), np.float32))),
+        ("mean.npy", npy(np.array([{"a": 1}], dtype=object))),
+        ("mean.npy", CLAIMS_A_PETABYTE),
+    ],
+)
+def test_files_that_make_no_sense_are_refused_by_name(run: RunDir, name: str, content: bytes) -> None:
+    replace(run, name, content)
+    with pytest.raises(PipelineError, match=name) as caught:
+        open_dataset(run)
+    assert "--stage preprocess" in str(caught.value)
+
+
+def test_sound_files_of_our_own_are_taken(run: RunDir) -> None:
+    replace(run, "color.json", json.dumps(COLOR).encode())
+    replace(run, "mean.npy", npy(np.ones((72, 72, 3), np.float32)))
+    dataset = open_dataset(run)
+    assert dataset.directions == pytest.approx(np.diag(np.sqrt([3, 2, 1])) * 255)
+    assert dataset.mean.sum() == 72 * 72 * 3
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_sealed_manifest_is_taken_or_refused_plainly(run: RunDir, prepared: Path, data: st.DataObject) -> None:
+    """Any value in any place of the manifest, under a checksum that is right."""
+    manifest = read_sealed(prepared / "preprocess" / "manifest.json", "")
+    place: object = manifest
+    while True:
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        if not (isinstance(place[key], dict | list) and place[key] and data.draw(st.booleans())):
+            break
+        place = place[key]
+    place[key] = data.draw(_json)
+    try:
+        write_sealed(run.preprocess / "manifest.json", manifest)
+    except (ValueError, UnicodeEncodeError):
+        return  # NaN is not written
+    with contextlib.suppress(PipelineError):
+        open_dataset(run)

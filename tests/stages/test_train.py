@@ -1,0 +1,226 @@
+"""Training through the command line: resumed runs are the undisturbed run, bit for bit; nothing good is overwritten."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.checkpoint import checkpoints, load_checkpoint
+from pipeline.metrics import read_metrics
+from stages.train import Plateau
+from tests.command_line import finish, pipeline, settings, start, wait_until
+
+STEPS_AN_EPOCH = 6  # 22 pictures, batches of 4: the last has two
+TIMES = ("images_per_second", "data_wait", "seconds")
+
+# The authors' recipe with its schedule pulled together: within two epochs every rate changes and the jitter ends.
+CROSSING = settings(
+    "train.lr=[[0,0.01],[1,0.001]]",
+    "train.bias_lr=[[0,0.02]]",
+    "train.conv1_lr=[[1,0.00001]]",
+    "input.jitter_epochs=1",
+    "network.weight_std=[0.01,0.01,0.03,0.03,0.03,0.01,0.01,0.01]",
+    "network.relu_before_lrn=false",
+    "network.map_norm=true",
+    "network.lrn_alpha_over_n=true",
+    "train.bias_decay=false",
+    "input.jitter_rescale=true",
+    "input.mean=center",
+    "input.scale=1.0",
+)
+
+
+def train(run: Path, *arguments: object):
+    return pipeline("--stage", "train", "--run", run, *arguments)
+
+
+def newest(run: Path) -> Path:
+    return checkpoints(run / "train")[-1]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def metrics(run: Path) -> list[dict]:
+    """The metrics lines but for times."""
+    records = read_metrics(run / "train" / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Path]:
+    """Nine steps at once: one epoch with its validation and a half."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    shutil.copytree(prepared, run)
+    train(run, "--steps", 9).done()
+    yield run
+    shutil.rmtree(run)
+
+
+def test_metrics_lines_hold_what_scripts_rely_on(undisturbed: Path) -> None:
+    records = read_metrics(undisturbed / "train" / "metrics.jsonl")
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 10))
+    assert [r["epoch"] for r in steps] == [0] * 6 + [1] * 3
+    for record in steps:
+        assert set(record) == {"step", "epoch", "loss", "lr", "images_per_second", "data_wait"}
+        assert 0 < record["loss"] < 10
+        assert record["lr"] == pytest.approx(0.01)
+        assert record["images_per_second"] > 0
+        assert 0 <= record["data_wait"] <= 1
+    validations = [r for r in records if "top1" in r]
+    assert [(r["step"], r["epochs_done"]) for r in validations] == [(6, 1)]
+    assert {"top1", "top5", "validation_loss"} <= set(validations[0])
+    # Lines are in the order things happened.
+    assert [r["step"] for r in records] == sorted(r["step"] for r in records)
+
+
+def test_checkpoints_are_at_the_epochs_end_and_at_the_end(undisturbed: Path) -> None:
+    folder = undisturbed / "train"
+    assert [p.name for p in checkpoints(folder)] == ["step-00000006.ckpt", "step-00000009.ckpt"]
+    assert json.loads((folder / "latest.json").read_text())["step"] == 9
+    assert json.loads((folder / "best.json").read_text())["step"] == 6
+    assert not list(folder.glob("*.tmp"))
+    saved = load_checkpoint(newest(undisturbed))
+    assert saved.header["config"]["train"]["batch_size"] == 4
+    assert saved.header["classes"] == 5
+    assert saved.header["wnids"] == [f"class{i}" for i in range(5)]
+    names = {
+        f"{layer}.{kind}"
+        for layer in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+        for kind in "wb"
+    }
+    assert set(saved.arrays) == names | {f"momentum/{name}" for name in names}
+    assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in saved.arrays.values())
+    assert np.abs(saved.arrays["momentum/fc8.w"]).max() > 0
+
+
+def test_stopped_and_resumed_is_the_undisturbed_run(run: Path, undisturbed: Path) -> None:
+    first = 4
+    train(run, "--steps", first).done()
+    result = train(run, "--resume", "--steps", 9 - first).done()
+    assert f"resumed from {run}/train/step-{first:08d}.ckpt, step {first}" in result.out
+    assert digest(newest(run)) == digest(newest(undisturbed))
+    assert metrics(run) == metrics(undisturbed)
+    assert (run / "train" / "best.json").read_bytes() == (undisturbed / "train" / "best.json").read_bytes()
+
+
+def test_sigterm_saves_and_stops_and_resume_goes_on_to_the_same_end(run: Path, undisturbed: Path) -> None:
+    process = start("--stage", "train", "--run", run, "--steps", 9)
+    wait_until(lambda: len(metrics(run)) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    result = finish(process)
+    assert result.status == 143, result
+    done = json.loads((run / "train" / "latest.json").read_text())["step"]
+    assert 2 <= done < 9
+    assert f"stopped at step {done}, everything is saved; go on with:" in result.err
+    assert f"--stage train --resume --run {run}" in result.err
+    assert "Traceback" not in result.err
+    train(run, "--resume", "--steps", 9 - done).done()
+    assert digest(newest(run)) == digest(newest(undisturbed))
+    assert metrics(run) == metrics(undisturbed)
+
+
+def test_resume_is_exact_across_every_change_of_the_schedule(run: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(run, whole)
+    try:
+        train(whole, "--steps", 7, *CROSSING).done()
+        train(run, "--steps", 5, *CROSSING).done()
+        train(run, "--resume", "--steps", 2).done()
+        assert digest(newest(run)) == digest(newest(whole))
+        assert metrics(run) == metrics(whole)
+        rates = [record["lr"] for record in metrics(run) if "lr" in record]
+        assert rates == pytest.approx([0.01] * 6 + [0.001])
+    finally:
+        shutil.rmtree(whole)
+
+
+def test_damaged_newest_checkpoint_gives_way_to_the_older_one(run: Path, undisturbed: Path) -> None:
+    shutil.copytree(undisturbed / "train", run / "train")
+    path = newest(run)
+    path.write_bytes(path.read_bytes()[:-1000])
+    result = train(run, "--resume", "--steps", 3).done()
+    assert f"warning: the checkpoint {path} is damaged" in result.out
+    assert "resumed from" in result.out
+    assert "step 6" in result.out
+    assert digest(newest(run)) == digest(newest(undisturbed))
+    assert metrics(run) == metrics(undisturbed)
+
+
+def test_train_where_checkpoints_lie_names_both_ways_on(run: Path, undisturbed: Path) -> None:
+    shutil.copytree(undisturbed / "train", run / "train")
+    before = {path.name: path.read_bytes() for path in (run / "train").iterdir()}
+    config = (run / "config.json").read_bytes()
+    train(run, "--steps", 1, "--set", "train.batch_size=2").refused(r"step 9; add --resume .*--restart")
+    assert {path.name: path.read_bytes() for path in (run / "train").iterdir()} == before
+    assert (run / "config.json").read_bytes() == config
+
+    result = train(run, "--restart", "--steps", 1).done()
+    assert f"the old checkpoints and metrics are in {run}/train.old-1" in result.out
+    assert {path.name: path.read_bytes() for path in (run / "train.old-1").iterdir()} == before
+    assert [path.name for path in checkpoints(run / "train")] == ["step-00000001.ckpt"]
+    assert metrics(run) == metrics(undisturbed)[:1]
+
+
+def test_resume_with_nothing_to_resume_starts_and_says_so(run: Path) -> None:
+    result = train(run, "--resume", "--steps", 1).done()
+    assert f"there is nothing to resume in {run}/train: training starts from the beginning" in result.out
+    assert newest(run).name == "step-00000001.ckpt"
+
+
+def test_epochs_and_the_recipes_end(run: Path) -> None:
+    train(run, "--epochs", 1, "--set", "train.epochs=1").done()
+    assert newest(run).name == f"step-{STEPS_AN_EPOCH:08d}.ckpt"
+    result = train(run, "--resume").done()
+    assert "nothing to train: 6 steps are done; add --epochs N or --steps N to train on" in result.out
+
+
+def test_checkpoint_every_and_keep(run: Path) -> None:
+    train(run, "--steps", 3, *settings("train.checkpoint_every=1", "train.keep_checkpoints=1")).done()
+    assert [path.name for path in checkpoints(run / "train")] == ["step-00000003.ckpt"]
+
+
+def test_divergence_stops_training_and_keeps_the_last_good_checkpoint(run: Path, undisturbed: Path) -> None:
+    shutil.copytree(undisturbed / "train", run / "train")
+    good = {path.name: digest(path) for path in checkpoints(run / "train")}
+    sentence = train(run, "--restart", "--steps", 6, "--set", "train.lr=[[0,1e12]]").refused(
+        r"the loss is (nan|inf) at step \d+|not finite at step \d+", "diverged; the last good checkpoint is kept"
+    )
+    assert "in a new run (--run)" in sentence
+    assert checkpoints(run / "train") == []
+    assert {path.name: digest(path) for path in checkpoints(run / "train.old-1")} == good
+
+
+def test_plateau_is_told_once_and_names_the_cure(run: Path) -> None:
+    result = train(
+        run,
+        "--steps",
+        5,
+        *settings(
+            "train.lr=[[0,0.0]]",
+            "train.plateau_steps=2",
+            "network.weight_std=[1e-6,1e-6,1e-6,1e-6,1e-6,1e-6,1e-6,1e-6]",
+        ),
+    ).done()
+    assert result.err.count("warning: the loss has stayed at 1.609, which is ln(classes) = 1.609, for 2 steps") == 1
+    assert "--recipe original" in result.err
+
+
+def test_plateau_needs_patience_and_a_level_loss() -> None:
+    plateau = Plateau(1000, 5)
+    level = math.log(1000)
+    assert not any(plateau.stays(step, level + 0.019) for step in range(1, 6))
+    assert not plateau.stays(6, level - 0.021)  # left the level: counting starts again
+    assert not any(plateau.stays(step, level) for step in range(7, 12))
+    assert plateau.stays(12, level)
+    assert not plateau.stays(13, level)

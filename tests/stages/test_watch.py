@@ -1,0 +1,107 @@
+"""A run in progress seen from outside, and the same metrics as TensorBoard events."""
+
+from __future__ import annotations
+
+import struct
+import time
+from pathlib import Path
+
+import pytest
+
+import run_pipeline
+from pipeline.config import RECIPES
+from pipeline.metrics import MetricsLog, read_metrics
+from pipeline.tensorboard import events
+from stages.watch import braille, screen
+from tests.net.test_weights import needed
+
+
+def step(number: int, loss: float) -> dict:
+    return {"step": number, "epoch": 0, "loss": loss, "lr": 0.01, "images_per_second": 64.0, "data_wait": 0.25}
+
+
+def test_screen_says_how_far_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [step(10, 2.5), step(20, 2.0)]
+    records.append({"step": 20, "epochs_done": 1, "top1": 0.4, "top5": 0.9, "validation_loss": 1.8, "seconds": 1.0})
+    records += [step(30, 1.5)]
+    records.append({"step": 40, "epochs_done": 2, "top1": 0.3, "top5": 0.8, "validation_loss": 1.9, "seconds": 1.0})
+    demo = RECIPES["demo"]  # 4 epochs, batches of 32
+    text = screen(Path("runs/x"), demo, 20, records, time.time() - 61, 80, 24)
+    assert "step 40 of 80  epoch 2.00 of 4" in text
+    assert "loss 1.5000  lr 0.01  64.0 images/s  waiting for data 25.0%" in text
+    assert "0:00:20 left" in text  # 40 steps of 32 at 64 a second
+    assert "last line 0:01:01 ago" in text
+    assert "top-1 30.00%" in text
+    assert "best top-1 40.00% (step 20)" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert len(text.splitlines()) <= 24
+    assert "no step has been logged yet" in screen(Path("runs/x"), demo, 20, [], time.time(), 80, 24)
+
+
+def test_braille_draws_what_it_is_given() -> None:
+    falling = braille([(0.0, 1.0), (1.0, 0.0)], 4, 2)
+    assert falling[0].startswith("   1.000 ⠑⢄")  # a diagonal, from the upper left
+    assert falling[1].startswith("   0.000 ")
+    assert falling[1].endswith("⠑⢄")
+    assert falling[2].split() == ["0.00", "1.00"]
+    flat = braille([(0.0, 1.0), (2.0, 1.0)], 10, 2)
+    assert set(flat[0].split()[1]) == {"⠉"}
+    assert braille([(3.0, 1.0)], 10, 2)
+
+
+def test_watch_prints_once_into_a_pipe(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_pipeline.main(["--stage", "watch", "--run", str(trained_run)]) == 0
+    out = capsys.readouterr().out
+    assert "step 12 of 540" in out
+    assert "\x1b" not in out
+
+
+def test_watch_does_not_need_the_lock_and_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.run_dir import RunDir, locked
+
+    with locked(RunDir(run)):
+        assert run_pipeline.main(["--stage", "watch", "--run", str(run)]) == 1
+    assert "nothing has been trained; start it" in capsys.readouterr().err
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """Tag, step and value of all events, in order, read by the file format: length, CRC, record, CRC."""
+    needed("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    (path,) = folder.glob("events.out.tfevents.*")
+    data, place, found = path.read_bytes(), 0, []
+    while place < len(data):
+        (length,) = struct.unpack_from("<Q", data, place)
+        event = Event.FromString(data[place + 12 : place + 12 + length])
+        place += 16 + length
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+    return found
+
+
+def test_events_hold_the_metrics_and_begin_anew(tmp_path: Path) -> None:
+    needed("tensorboardX")
+    log, folder = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+    validation = {"step": 20, "epochs_done": 1, "top1": 0.5, "top5": 0.75, "validation_loss": 1.25, "seconds": 3.0}
+    with events(folder, []) as mirror, MetricsLog(log, mirror) as metrics:
+        metrics.write(step(10, 2.5))
+        metrics.write(validation)
+    first = scalars(folder)
+    assert ("train/loss", 10, 2.5) in first
+    assert ("train/data_wait", 10, 0.25) in first
+    assert ("validation/loss", 20, 1.25) in first
+    assert ("validation/top5", 20, 0.75) in first
+    assert not any("seconds" in tag or "epoch" in tag for tag, _, _ in first)
+    with events(folder, read_metrics(log)) as mirror, MetricsLog(log, mirror) as metrics:
+        metrics.write(step(30, 1.5))
+    assert scalars(folder) == [*first, *[s for s in scalars(folder) if s[1] == 30]]
+    assert ("train/loss", 30, 1.5) in scalars(folder)
+
+
+def test_train_writes_events(run: Path) -> None:
+    needed("tensorboardX")
+    assert run_pipeline.main(["--stage", "train", "--steps", "2", "--tensorboard", "--run", str(run)]) == 0
+    losses = {r["step"]: r["loss"] for r in read_metrics(run / "train" / "metrics.jsonl") if "loss" in r}
+    written = {s: value for tag, s, value in scalars(run / "train" / "tensorboard") if tag == "train/loss"}
+    assert written == pytest.approx(losses)
+    assert len(losses) == 2

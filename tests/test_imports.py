@@ -1,0 +1,104 @@
+"""The order of imports: downwards only, heavy packages in their own rooms, no framework in the product."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("pipeline", "data", "net", "stages")
+MAY_IMPORT = {
+    "pipeline": {"pipeline"},
+    "data": {"data", "pipeline"},
+    "net": {"net"},
+    "stages": {"stages", "data", "net", "pipeline"},
+}
+ONLY_IN = {"numba": "net/cpu", "cupy": "net/gpu", "cupyx": "net/gpu", "cupy_backends": "net/gpu"}
+NEVER = {"torch", "tensorflow", "jax", "keras", "autograd", "pickle", "cloudpickle", "dill"}
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where a module lives"
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+def complaints(path: str, source: str) -> list[str]:
+    room = path.split("/")[0]
+    found = []
+    for name in sorted(imported(source)):
+        if name in (*ROOMS, "tests", "bench", "run_pipeline") and name not in MAY_IMPORT[room]:
+            found.append(f"{path} imports {name}, which lies above it")
+        if name in NEVER:
+            found.append(f"{path} imports {name}")
+        if name in ONLY_IN and not path.startswith(ONLY_IN[name] + "/"):
+            found.append(f"{path} imports {name}, which belongs in {ONLY_IN[name]}")
+    return found
+
+
+def modules() -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for room in ROOMS for p in (ROOT / room).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", modules())
+def test_imports_run_downwards(path):
+    assert complaints(path, (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("net/layers.py", "from data.loader import load"),
+        ("data/loader.py", "def f():\n    import net.cpu"),
+        ("pipeline/config.py", "import stages.train"),
+        ("net/reference/lrn.py", "import numba"),
+        ("stages/train.py", "import cupy"),
+        ("net/cpu/jit.py", "import torch"),
+    ],
+)
+def test_an_arrow_upwards_is_noticed(path, source):
+    assert len(complaints(path, source)) == 1
+
+
+def test_no_cycles_between_modules():
+    paths = {path.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): path for path in modules()}
+    graph = {}
+    for name, path in paths.items():
+        targets = set()
+        # Only what runs at import time can make a cycle: imports inside functions come later.
+        for node in ast.parse((ROOT / path).read_text()).body:
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                # `from package import module` needs the module, not what the package itself defines.
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= inner & paths.keys() or {node.module}
+        graph[name] = targets & paths.keys()
+
+    def visit(name, way):
+        assert name not in way, " -> ".join([*way, name])
+        for target in graph.get(name, ()):
+            visit(target, (*way, name))
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_installing_brings_no_top_level_package():
+    # The path is given because an install leaves its egg-info in the checkout, which would be found first.
+    installed = importlib.metadata.distributions(name="alexnet-by-hand", path=[sysconfig.get_paths()["purelib"]])
+    distribution = next(iter(installed), None)
+    if distribution is None:
+        pytest.skip("the project runs from its checkout and is not installed here")
+    tops = {file.parts[0] for file in distribution.files or []}
+    assert {top for top in tops if not top.endswith(".dist-info")} == set()

@@ -1,0 +1,58 @@
+"""Training steps beside PyTorch's: exactly the same in float64, and as close as rounding allows in float32."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("torch") is None:
+    if os.environ.get("CI"):
+        raise RuntimeError("PyTorch is needed to compare with it: pip install '.[bench]'")
+    pytest.skip("PyTorch is not installed: pip install '.[bench]'", allow_module_level=True)
+
+from bench import parity
+
+
+@pytest.mark.parametrize("recipe", ["seed", "paper", "original", "caffe"])
+def test_in_float64_nothing_but_rounding_differs(recipe):
+    """Every layer, option and rate of the recipes, on smaller pictures (the layers are the same)."""
+    config = parity.comparable(recipe)
+    config = replace(config, input=replace(config.input, crop=99 - sum(config.input.border)))
+    measured = parity.measure(config, "reference", classes=7, batch=3, steps=3, precision=np.float64)
+    assert measured.ours.parameters["conv1.w"].dtype == np.float64
+    assert measured.theirs.parameters["conv1.w"].dtype == np.float64
+    assert measured.parity.loss <= 1e-12
+    for name, value in measured.parity.gradients.items():
+        assert value <= 1e-11, name
+    # What the steps did to a parameter, not the parameter, most of which is its start.
+    for name, value in measured.parity.changes.items():
+        assert value <= 1e-10, name
+
+
+@pytest.mark.parametrize("recipe", ["paper", "caffe"])
+def test_fifty_steps_in_float32(recipe):
+    measured = parity.measure(parity.comparable(recipe, rate=1e-5), "cpu", classes=10, batch=2, steps=50)
+    assert len(measured.ours.losses) == 50
+    assert parity.broken(measured.parity, measured.start) == []
+
+
+def test_a_bound_that_does_not_hold_is_named():
+    start = {"conv1.w": np.ones(3, dtype=np.float32), "conv1.b": np.zeros(3, dtype=np.float32)}
+    moved = {"conv1.w": np.full(3, 2.0, dtype=np.float32), "conv1.b": np.full(3, 0.5, dtype=np.float32)}
+    theirs = parity.Trace(np.array([1.0, 2.0]), moved, moved)
+
+    def found(losses, parameters):
+        ours = parity.Trace(np.array(losses), moved, parameters)
+        return [line.split(",")[0] for line in parity.broken(parity.compare(start, ours, theirs), start)]
+
+    assert found([1.0, 2.0], moved) == []
+    assert found([1.0, 2.1], moved) == ["loss 5.0e-02"]
+    assert found([1.0, np.nan], moved) == ["loss nan"]
+    still = found([1.0, 2.0], start)
+    assert still == ["change of conv1.w 1.0e+00", "conv1.w 5.0e-01", "change of conv1.b 1.0e+00"]
+    near = {**moved, "conv1.w": np.full(3, 2.01, dtype=np.float32)}
+    assert found([1.0, 2.0], near) == ["conv1.w 5.0e-03"]
