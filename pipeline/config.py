@@ -263,7 +263,7 @@ def _parse(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
-        return {"none": None, "true": True, "false": False}.get(text.lower(), text)
+        return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -295,7 +295,8 @@ def _coerce(value: Any, wanted: Any, key: str, where: str) -> Any:
     """Accept ``value`` as ``wanted`` (int for float, list for tuple, nothing else), or say what was expected."""
     options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     for option in options:
-        if option is type(None) and value is None:
+        # As text, "none" stands for nothing only where nothing is a value: input.mean=none is a word like any other.
+        if option is type(None) and (value is None or value == "none"):
             return None
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             parts = typing.get_args(option)

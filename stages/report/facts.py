@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +23,18 @@ from pipeline.metrics import read_metrics
 from pipeline.run_dir import RunDir, hash_file, read_json
 from stages.trained import Trained, label
 
+# What NumPy and zipfile raise for a damaged .npz file, an odd compression method and a claim of encryption included.
+_UNREADABLE: Final = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+)
 MOST_REJECTS: Final = 100  # rows shown
 MOST_PAIRS: Final = 15
 _PACKAGES: Final = ("numpy", "scipy", "numba", "pillow", "h5py", "safetensors", "cupy-cuda12x", "cupy-cuda13x")
@@ -93,8 +107,12 @@ def _evaluation(run: RunDir, classes: int) -> tuple[dict[str, Any] | None, dict[
     remedy = f"make it again: python run_pipeline.py --stage eval --run {run.root}"
     evaluation = read_json(path, remedy)
     try:
-        with np.load(run.eval / "predictions.npz", allow_pickle=False) as file:
-            predictions = {name: file[name] for name in ("labels", "top", "probability", "loss")}
+        # Opened here, because NumPy leaves a file open that turns out to be no archive.
+        with (
+            open(run.eval / "predictions.npz", "rb") as file,
+            np.load(file, allow_pickle=False) as arrays,
+        ):
+            predictions = {name: arrays[name] for name in ("labels", "top", "probability", "loss")}
         count = len(predictions["labels"])
         sound = (
             _has_numbers(evaluation, "images", "loss", "top1", "top5", "views", "step")
@@ -103,7 +121,7 @@ def _evaluation(run: RunDir, classes: int) -> tuple[dict[str, Any] | None, dict[
             and predictions["top"].shape == predictions["probability"].shape == (count, min(5, classes))
             and all(a.min() >= 0 and a.max() < classes for a in (predictions["labels"], predictions["top"]))
         )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except _UNREADABLE as error:
         raise PipelineError(f"{run.eval / 'predictions.npz'} cannot be read ({error}); {remedy}") from error
     if not sound:
         raise PipelineError(f"{run.eval} is damaged: its files do not fit together; {remedy}")

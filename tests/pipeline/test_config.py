@@ -95,7 +95,7 @@ def test_none_and_schedules_can_be_set() -> None:
         ("network.weight_std=[0.1, 'x']", r"network.weight_std takes a value of type float"),
         ("train.lr=[[0]]", r"train.lr takes a value of type"),
         ("seed=2024-01-01", r"seed takes a value of type int"),
-        ("train.batch_size=none", r"train.batch_size takes a value of type int, not None"),
+        ("train.batch_size=none", r"train.batch_size takes a value of type int, not 'none'"),
         ("input.scale=nan", r"input.scale .*finite"),
         ("train.lr=[[0, inf]]", r"train.lr .*finite"),
         ("train.weight_decay=1e39", r"train.weight_decay .*finite"),
