@@ -1,8 +1,11 @@
 """Kill the pipeline at random moments; started again it must end as if nothing had happened.
 
-A run is made once without disturbance. Then victims go through the same stages, each killed with SIGKILL at moments
-drawn uniformly over the stage's working time, started again with the same command, killed again, until they reach the
-end. At every kill whatever bears its final name must be complete and readable. At the end all files must have the
+A run is made once without disturbance. Then victims go through the same stages, each killed with SIGKILL, started again
+with the same command, killed again, until they reach the end. Half of the kills come at a moment drawn uniformly over
+the stage's working time, where most of the time goes; the other half at a drawn change of the run directory (see
+site/sitecustomize.py), where the narrow places are. A kill that comes too late, after the stage has ended, does
+not count: the stage is undone and killed earlier. The short form kills at named places instead and depends on no
+clock. At every kill whatever bears its final name must be complete and readable. At the end all files must have the
 bytes of the undisturbed run (metrics lines but for times), and no temporary file and no process may be left.
 """
 
@@ -17,7 +20,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +37,8 @@ STAGES = ("preprocess", "train", "eval")
 BEGINS = {"preprocess": "preprocess: the shards need", "train": "train ", "eval": "computing on"}
 TIMES = ("images_per_second", "data_wait", "seconds")
 LONG = ({"train": (24,) * 5, "val": (8,) * 5}, 200, 420)
-SHORT = ({"train": (8,) * 5, "val": (3,) * 5}, 200, 420)
+SHORT = ({"train": (4,) * 5, "val": (2,) * 5}, 80, 120)
+SITE = Path(__file__).resolve().parent / "site"
 
 
 @dataclass
@@ -41,22 +46,56 @@ class Report:
     """What was done: kills by stage, how many of them left a half-written file, how many victims reached the end."""
 
     kills: Counter[str] = field(default_factory=Counter)
+    at_a_change: Counter[str] = field(default_factory=Counter)
     half_written: Counter[str] = field(default_factory=Counter)
+    too_late: int = 0
     victims: int = 0
     seconds: float = 0.0
 
     def __str__(self) -> str:
         by_stage = ", ".join(
-            f"{self.kills[s]} in {s} ({self.half_written[s]} left a half-written file)" for s in STAGES
+            f"{self.kills[s]} in {s} ({self.at_a_change[s]} at a change of the run directory, "
+            f"{self.half_written[s]} left an unfinished file)"
+            for s in STAGES
         )
         return (
             f"{self.kills.total()} kills: {by_stage}; {self.victims} runs were finished after them, each identical to "
-            f"the undisturbed one, in {self.seconds:.0f} s"
+            f"the undisturbed one, in {self.seconds:.0f} s; {self.too_late} kills came too late and were drawn again"
         )
 
 
-def kill_many(folder: Path, kills: int, seed: int, *, long: bool = True, say: object = print) -> Report:
-    """Kill until ``kills`` have happened and the last victim has reached its end.
+@dataclass(frozen=True)
+class Whole:
+    """A stage that nothing disturbed: seconds its work took, changes it made to the run directory, what it left."""
+
+    seconds: float
+    changes: int
+    state: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When to kill: so many seconds into the work (float), at the n-th change (int), or as a file is opened (str)."""
+
+    at: float | int | str
+    whole_group: bool  # or the parent alone: its workers outlive it, as where the system kills one big process
+
+    def earlier(self) -> Kill:
+        assert not isinstance(self.at, str), f"no file {self.at} is ever opened to be written"
+        return replace(self, at=max(1, self.at // 2) if isinstance(self.at, int) else self.at / 2)
+
+
+# Some shards in place; a checkpoint in place that no index names; the next one begun, its metrics lines written;
+# one of three files of the evaluation in place.
+PLACES = {
+    "preprocess": (Kill("classes.json.tmp", False),),
+    "train": (Kill("latest.json.tmp", True), Kill("step-00000003.ckpt.tmp", False)),
+    "eval": (Kill("per_class.csv.tmp", True),),
+}
+
+
+def kill_many(folder: Path, kills: int, seed: int, *, say: Callable[[object], None] = print) -> Report:
+    """Kill at random moments until ``kills`` have happened and the last victim has reached its end.
 
     Raises
     ------
@@ -64,30 +103,50 @@ def kill_many(folder: Path, kills: int, seed: int, *, long: bool = True, say: ob
         A promise was broken; the message says which, the run is left in ``folder``.
     """
     random, report, start = np.random.default_rng(seed), Report(), time.monotonic()
-    source = pictures.draw(folder / "source", *(LONG if long else SHORT))
-    whole = folder / "undisturbed"
-    lasts = {stage: _undisturbed(stage, whole, source) for stage in STAGES}
-    expected = {stage: _state(stage, whole) for stage in STAGES}
+    source, wholes = _wholes(folder, LONG)
     while report.kills.total() < kills:
-        victim = folder / f"victim-{report.victims}"
-        # The short form spreads its few kills; the long form kills each stage a few times a victim.
-        wanted = {stage: int(random.integers(1, 5)) if long else 1 + (stage == "train") for stage in STAGES}
+        victim, planned = folder / f"victim-{report.victims}", {}
         for stage in STAGES:
-            for _ in range(min(wanted[stage], kills - report.kills.total())):
-                moment = random.uniform(0, lasts[stage])
-                if _killed(stage, victim, source, moment, whole_group=bool(random.integers(2)), report=report):
-                    _check_what_is_there(victim)
-            _run(stage, victim, source)
-            assert _state(stage, victim) == expected[stage], f"{victim}: {stage} ended otherwise than undisturbed"
-            _no_process_left(victim)
-        left = [str(path) for path in victim.rglob("*.tmp*")]
-        assert not left, f"temporary files are left for good: {left}"
-        shutil.rmtree(victim)
-        report.victims += 1
+            planned[stage] = []
+            for _ in range(int(random.integers(1, 5))):
+                at: float | int = random.uniform(0, wholes[stage].seconds)
+                if random.integers(2):
+                    at = int(random.integers(wholes[stage].changes)) + 1
+                planned[stage].append(Kill(at, bool(random.integers(2))))
+        _end_alike(victim, source, planned, wholes, report)
         report.seconds = time.monotonic() - start
-        if callable(say):
-            say(report)
+        say(report)
     return report
+
+
+def kill_at_places(folder: Path) -> Report:
+    """The short form: one victim, killed at :data:`PLACES`; raises as :func:`kill_many` does."""
+    report = Report()
+    source, wholes = _wholes(folder, SHORT)
+    _end_alike(folder / "victim", source, PLACES, wholes, report)
+    return report
+
+
+def _wholes(folder: Path, size: tuple[dict[str, tuple[int, ...]], int, int]) -> tuple[Path, dict[str, Whole]]:
+    source = pictures.draw(folder / "source", *size)
+    return source, {stage: _undisturbed(stage, folder / "undisturbed", source) for stage in STAGES}
+
+
+def _end_alike(
+    victim: Path, source: Path, planned: Mapping[str, Sequence[Kill]], wholes: dict[str, Whole], report: Report
+) -> None:
+    """Take a run through all stages, killed as planned; it must end as the whole ones did."""
+    for stage in STAGES:
+        for kill in planned[stage]:
+            _kill(stage, victim, source, kill, report)
+            _check_what_is_there(victim)
+        _run(stage, victim, source)
+        assert _state(stage, victim) == wholes[stage].state, f"{victim}: {stage} ended otherwise than undisturbed"
+        _no_process_left(victim)
+    left = [str(path) for path in victim.rglob("*.tmp*")]
+    assert not left, f"temporary files are left for good: {left}"
+    shutil.rmtree(victim)
+    report.victims += 1
 
 
 def _arguments(stage: str, run: Path, source: Path) -> list[str]:
@@ -102,10 +161,11 @@ def _arguments(stage: str, run: Path, source: Path) -> list[str]:
     return [*common, "--resume"] if stage == "train" else [*common, "--views", "10"]
 
 
-def _start(stage: str, run: Path, source: Path) -> subprocess.Popen[str]:
+def _start(stage: str, run: Path, source: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-u", "run_pipeline.py", *_arguments(stage, run, source)],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(SITE), "CRASH_BELOW": str(run), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -119,14 +179,15 @@ def _begun(process: subprocess.Popen[str], stage: str) -> bool:
     return any(line.startswith(BEGINS[stage]) for line in process.stdout)
 
 
-def _undisturbed(stage: str, run: Path, source: Path) -> float:
-    """Run a stage to its end; returns how many seconds its work took."""
-    process = _start(stage, run, source)
+def _undisturbed(stage: str, run: Path, source: Path) -> Whole:
+    """Run a stage to its end."""
+    count = run.with_name("changes")
+    process = _start(stage, run, source, CRASH_COUNT=str(count))
     _begun(process, stage)
     start = time.monotonic()
     out, err = process.communicate()
     assert process.returncode == 0, out + err
-    return time.monotonic() - start
+    return Whole(time.monotonic() - start, int(count.read_text()), _state(stage, run))
 
 
 def _run(stage: str, run: Path, source: Path) -> None:
@@ -135,23 +196,43 @@ def _run(stage: str, run: Path, source: Path) -> None:
     assert process.returncode == 0, f"started again, {stage} failed: {out}{err}"
 
 
-def _killed(stage: str, run: Path, source: Path, moment: float, *, whole_group: bool, report: Report) -> bool:
-    """Kill a stage ``moment`` seconds into its work; False where it ended before."""
-    process = _start(stage, run, source)
-    if _begun(process, stage):
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            half = any(run.rglob("*.tmp*"))
-            # Half the time the workers outlive their parent, as they do where the system kills one big process.
-            (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
-            report.kills[stage] += 1
-            report.half_written[stage] += half
+def _kill(stage: str, run: Path, source: Path, kill: Kill, report: Report) -> None:
+    """Start a stage and kill it; where it ended before, undo it and kill it earlier."""
+    before = run.with_name(f"{run.name}-before")
+    if run.exists():
+        shutil.copytree(run, before, copy_function=os.link)  # every file is replaced, never changed, but for the logs
+    for log in before.rglob("metrics.jsonl"):
+        text = log.read_bytes()
+        log.unlink()
+        log.write_bytes(text)
+    while not _struck(stage, run, source, kill, report):
+        report.too_late += 1
+        kill = kill.earlier()
+        shutil.rmtree(run)
+        if before.exists():
+            shutil.copytree(before, run)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _struck(stage: str, run: Path, source: Path, kill: Kill, report: Report) -> bool:
+    """Kill a stage; False where it ended before."""
+    if not isinstance(kill.at, float):
+        process = _start(stage, run, source, CRASH_AT=str(kill.at), CRASH_GROUP=str(int(kill.whole_group)))
+    else:
+        process = _start(stage, run, source)
+        if _begun(process, stage):
+            try:
+                process.wait(kill.at)
+            except subprocess.TimeoutExpired:
+                (os.killpg if kill.whole_group else os.kill)(process.pid, signal.SIGKILL)
     out, err = process.communicate()
-    if process.returncode == -signal.SIGKILL:
-        return True
-    assert process.returncode == 0, f"started again, {stage} failed: {out}{err}"
-    return False
+    if process.returncode != -signal.SIGKILL:
+        assert process.returncode == 0, f"started again, {stage} failed: {out}{err}"
+        return False
+    report.kills[stage] += 1
+    report.at_a_change[stage] += not isinstance(kill.at, float)
+    report.half_written[stage] += any(run.rglob("*.tmp*"))
+    return True
 
 
 def _check_what_is_there(run: Path) -> None:
