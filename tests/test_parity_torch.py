@@ -17,12 +17,16 @@ if importlib.util.find_spec("torch") is None:
 from bench import parity
 
 
+def on_pictures_of(side, config):
+    """The same layers on smaller pictures; ``python -m bench.parity`` takes them at their full size."""
+    return replace(config, input=replace(config.input, crop=side - sum(config.input.border)))
+
+
 @pytest.mark.parametrize("recipe", ["seed", "paper", "original", "caffe"])
 def test_in_float64_nothing_but_rounding_differs(recipe):
-    """Every layer, option and rate of the recipes, on smaller pictures (the layers are the same)."""
-    config = parity.comparable(recipe)
-    config = replace(config, input=replace(config.input, crop=99 - sum(config.input.border)))
-    measured = parity.measure(config, "reference", classes=7, batch=3, steps=3, precision=np.float64)
+    """Every layer, option and rate of the recipes."""
+    config = on_pictures_of(67, parity.comparable(recipe))
+    measured = parity.measure(config, "reference", classes=7, batch=3, steps=2, precision=np.float64)
     assert measured.ours.parameters["conv1.w"].dtype == np.float64
     assert measured.theirs.parameters["conv1.w"].dtype == np.float64
     assert measured.parity.loss <= 1e-12
@@ -35,7 +39,8 @@ def test_in_float64_nothing_but_rounding_differs(recipe):
 
 @pytest.mark.parametrize("recipe", ["paper", "caffe"])
 def test_fifty_steps_in_float32(recipe):
-    measured = parity.measure(parity.comparable(recipe, rate=1e-5), "cpu", classes=10, batch=2, steps=50)
+    config = on_pictures_of(131, parity.comparable(recipe, rate=1e-5))
+    measured = parity.measure(config, "cpu", classes=10, batch=2, steps=50)
     assert len(measured.ours.losses) == 50
     assert parity.broken(measured.parity, measured.start) == []
 
