@@ -120,7 +120,12 @@ class Config:
 # after the last layer. It did not say how weights start; He's rule trains at once, the paper's does not.
 SEED: Final = Config(
     recipe="seed",
-    network=Network(lrn_size=4, final_relu=True, weight_std=(0.0,) * 7 + (0.01,), bias=(0.0,) * 8),
+    network=Network(
+        lrn_size=4,
+        final_relu=True,
+        weight_std=(0.0,) * 7 + (0.01,),
+        bias=(0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    ),
 )
 
 # The paper's text, word for word. No released code used this combination; expect a long plateau at ln(1000) = 6.908.
