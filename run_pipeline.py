@@ -180,6 +180,7 @@ def _config(options: argparse.Namespace, run: RunDir, *, demo: bool) -> Config:
 
 def _summary(run: RunDir, config: Config) -> None:
     metrics = json.loads((run.eval / "metrics.json").read_text())
+    views = "centre view" if metrics["views"] == 1 else f"{metrics['views']} views"
     print(
         f"\nAll stages are done. In {run.root}:\n"
         f"  preprocess/  the pictures as HDF5 shards, their colour statistics and what was rejected\n"
@@ -187,7 +188,7 @@ def _summary(run: RunDir, config: Config) -> None:
         f"  eval/        metrics.json, per_class.csv, predictions.npz\n"
         f"  report/      index.html, a page about this run to open in a browser\n"
         f"The network names {metrics['top1']:.1%} of {metrics['images']} pictures it never saw correctly "
-        f"(top-1, {metrics['views']} views); the right class is among its first five for {metrics['top5']:.1%}.\n"
+        f"(top-1, {views}); the right class is among its first five for {metrics['top5']:.1%}.\n"
         f"Next: train on with   python run_pipeline.py --stage train --resume --epochs 1 --run {run.root}\n"
         f"or on ILSVRC-2012:    python run_pipeline.py --source DIR --run runs/ilsvrc"
     )

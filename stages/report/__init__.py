@@ -236,9 +236,8 @@ def _tiles(known: Facts, trained: Trained) -> list[dict[str, str]]:
     tiles.append({"title": "Trained", "value": f"{known.step:,} steps", "note": epochs})
     if known.rate is not None:
         device = str(trained.header.get("device", "")).upper()
-        tiles.append(
-            {"title": "Speed", "value": f"{known.rate:,.0f} images/s", "note": f"median while training, {device}"}
-        )
+        note = f"images/s, median while training, {device}"
+        tiles.append({"title": "Speed", "value": f"{known.rate:,.0f}", "note": note})
     count = sum(array.size for array in trained.parameters.values())
     tiles.append(
         {"title": "Network", "value": f"{count / 1e6:.1f} M", "note": f"parameters, {len(trained.classes)} classes"}

@@ -122,15 +122,16 @@ def curves_png(shown: Sequence[Chart]) -> bytes:
             )
         for x, text in chart.marks:
             axes.axvline(x, color="#888888", linewidth=0.8, linestyle="--")
-            axes.annotate(
-                text, (x, 1), (3, -10), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=7
-            )
-        axes.set_title(chart.title)
+            where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(text, (x, 1), (0, 3), fontsize=7, **where)
+        axes.set_title(chart.title, pad=14)
         axes.set_xlabel("epoch")
         axes.set_ylabel(chart.y)
         axes.grid(alpha=0.25)
+        axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         if chart.unit == "percent":
+            axes.set_ylim(top=max(0.02, axes.get_ylim()[1]))
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.legend(fontsize=7)
     file = io.BytesIO()

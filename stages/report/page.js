@@ -33,6 +33,19 @@ function shown(value, unit) {
   return value >= 1000 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(4));
 }
 
+// The marks' words above the plot, each in the lowest row where it meets no other.
+function placed(marks, x, right) {
+  const rows = [];
+  return marks.map((mark) => {
+    const wide = mark.text.length * 6 + 4;
+    const left = x(mark.x) + 4 + wide > right ? x(mark.x) - wide : x(mark.x) + 4;
+    let row = rows.findIndex((taken) => taken.every(([from, to]) => left + wide < from || left > to));
+    if (row < 0) row = rows.push([]) - 1;
+    rows[row].push([left - 4, left + wide]);
+    return { ...mark, left, row };
+  });
+}
+
 function chart(figure, spec) {
   const plot = figure.querySelector(".plot");
   const hidden = new Set();
@@ -41,7 +54,7 @@ function chart(figure, spec) {
   function draw() {
     const width = plot.clientWidth;
     const height = Math.round(Math.min(330, Math.max(220, width * 0.55)));
-    const left = 54, right = 14, top = 32, bottom = 40;
+    const left = 54, right = 14, bottom = 40;
     plot.replaceChildren();
     const svg = element("svg", { height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${spec.title} by epoch` }, plot);
     const visible = spec.series.filter((s) => !hidden.has(s.name));
@@ -53,6 +66,8 @@ function chart(figure, spec) {
     let low = 0, high = spec.unit === "percent" ? Math.min(1, Math.max(yMost * 1.08, 0.02)) : yMost * 1.06 || 1;
     if (logarithmic) [low, high] = [yLeast / 1.15, yMost * 1.15];
     const x = (v) => left + (v / xHigh) * (width - left - right);
+    const marks = placed(spec.marks, x, width);
+    const top = 20 + 14 * Math.max(1, ...marks.map((m) => m.row + 1));
     const share = (v) => (logarithmic ? Math.log(v / low) / Math.log(high / low) : (v - low) / (high - low));
     const y = (v) => height - bottom - share(v) * (height - top - bottom);
 
@@ -73,10 +88,10 @@ function chart(figure, spec) {
       if (s.style === "dots" || drawn.length === 1)
         for (const p of drawn) element("circle", { cx: x(p[0]), cy: y(p[1]), r: drawn.length > 40 ? 2 : 4, style: `fill:${colour}` }, svg);
     }
-    for (const mark of spec.marks) {
-      const late = x(mark.x) > width - 90;
-      element("line", { class: "mark", x1: x(mark.x), x2: x(mark.x), y1: top, y2: height - bottom }, svg);
-      element("text", { class: "marked", x: x(mark.x) + (late ? -5 : 5), y: top + 10, "text-anchor": late ? "end" : "start" }, svg, mark.text);
+    for (const mark of marks) {
+      const at = top - 6 - 14 * mark.row;
+      element("line", { class: "mark", x1: x(mark.x), x2: x(mark.x), y1: at - 8, y2: height - bottom }, svg);
+      element("text", { class: "marked", x: mark.left, y: at }, svg, mark.text);
     }
     pointing(svg, visible, { x, y, left, right, top, bottom, width, height, xHigh });
   }
