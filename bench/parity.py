@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -127,27 +127,39 @@ def by_hand(ops: ModuleType, config: Config, classes: int, start: Arrays, data: 
 
 def by_torch(device: str, config: Config, start: Arrays, data: Sequence[Arrays]) -> Trace:
     """Train in plain PyTorch on ``device`` (its name there), in the precision of ``start``."""
-    parameters = {name: _to_torch(value, device).requires_grad_() for name, value in start.items()}
+    parameters = {name: to_torch(value, device).requires_grad_() for name, value in start.items()}
     velocities = {name: torch.zeros_like(p) for name, p in parameters.items()}
     rates = {name: _rate(config, name) for name in parameters}
+    decays = {n: config.train.weight_decay if n.endswith(".w") or config.train.bias_decay else 0.0 for n in parameters}
     losses, first = [], {}
     for number, arrays in enumerate(data):
-        x = _torch_input(config, mean_picture(config), arrays, parameters["conv1.w"].dtype).to(device)
+        x = torch_input(config, mean_picture(config), arrays, parameters["conv1.w"].dtype).to(device)
         loss = F.cross_entropy(
-            _torch_scores(config.network, parameters, x), torch.from_numpy(arrays["labels"]).long().to(device)
+            torch_scores(config.network, parameters, x), torch.from_numpy(arrays["labels"]).long().to(device)
         )
         gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
         losses.append(float(loss.detach().double()))
         if number == 0:
-            first = {name: _from_torch(g) for name, g in gradients.items()}
-        with torch.no_grad():
-            for name, w in parameters.items():
-                decay = config.train.weight_decay if name.endswith(".w") or config.train.bias_decay else 0.0
-                v = velocities[name]
-                v.mul_(config.train.momentum).add_(w, alpha=-decay * rates[name])
-                v.add_(gradients[name], alpha=-rates[name])
-                w.add_(v)
-    return Trace(np.array(losses), first, {name: _from_torch(p.detach()) for name, p in parameters.items()})
+            first = {name: from_torch(g) for name, g in gradients.items()}
+        torch_update(parameters, velocities, gradients, rates, decays, config.train.momentum)
+    return Trace(np.array(losses), first, {name: from_torch(p.detach()) for name, p in parameters.items()})
+
+
+def torch_update(
+    parameters: Tensors,
+    velocities: Tensors,
+    gradients: Tensors,
+    rates: dict[str, float],
+    decays: dict[str, float],
+    momentum: float,
+) -> None:
+    """The paper's update, in place: v <- m v - d lr w - lr g; w <- w + v."""
+    with torch.no_grad():
+        for name, w in parameters.items():
+            v = velocities[name]
+            v.mul_(momentum).add_(w, alpha=-decays[name] * rates[name])
+            v.add_(gradients[name], alpha=-rates[name])
+            w.add_(v)
 
 
 def _rate(config: Config, name: str) -> float:
@@ -159,19 +171,21 @@ def _rate(config: Config, name: str) -> float:
     return float(np.float32(rate))
 
 
-def _to_torch(value: np.ndarray, device: str) -> torch.Tensor:
+def to_torch(value: np.ndarray, device: str) -> torch.Tensor:
     """(KH, KW, Cin/groups, Cout) -> (Cout, Cin/groups, KH, KW); everything else as it is."""
     tensor = torch.from_numpy(value.copy()).to(device)
     return tensor.permute(3, 2, 0, 1).contiguous() if tensor.dim() == 4 else tensor
 
 
-def _from_torch(tensor: torch.Tensor) -> np.ndarray:
+def from_torch(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.permute(2, 3, 1, 0) if tensor.dim() == 4 else tensor
     return tensor.cpu().numpy().copy()
 
 
-def _torch_input(config: Config, mean: np.ndarray, arrays: Arrays, precision: torch.dtype) -> torch.Tensor:
-    """Crops -> (N, 3, height, width)."""
+def torch_input(
+    config: Config, mean: np.ndarray, arrays: Arrays, precision: torch.dtype, *, jittered: bool = True
+) -> torch.Tensor:
+    """Crops -> (N, 3, height, width); ``jittered`` is whether colour shifts are being drawn."""
     inp, crop = config.input, config.input.crop
     whole = torch.from_numpy(mean).permute(2, 0, 1)
     margin = (whole.shape[1] - crop) // 2
@@ -187,14 +201,21 @@ def _torch_input(config: Config, mean: np.ndarray, arrays: Arrays, precision: to
         if inp.mean == "center":
             x = x - whole[:, margin : margin + crop, margin : margin + crop]
         x = (x + torch.from_numpy(shift)[:, None, None]) * inp.scale
-        if inp.jitter and inp.jitter_rescale:
+        if jittered and inp.jitter and inp.jitter_rescale:
             x = x / (1 + inp.jitter)
         prepared.append(x.flip(0) if inp.bgr else x)
     before, after = inp.border
     return F.pad(torch.stack(prepared), (before, after, before, after))
 
 
-def _torch_scores(network: Network, parameters: Tensors, x: torch.Tensor) -> torch.Tensor:
+def torch_scores(
+    network: Network,
+    parameters: Tensors,
+    x: torch.Tensor,
+    dropout: Callable[[torch.Tensor, int], torch.Tensor] = lambda x, layer: x,
+) -> torch.Tensor:
+    """(N, 3, height, width) -> scores (N, classes); ``dropout`` is given fc6's and fc7's output with 6 and 7."""
+
     def conv(x: torch.Tensor, name: str, stride: int = 1, pad: int = 0, groups: int = 1) -> torch.Tensor:
         return F.conv2d(x, parameters[f"{name}.w"], parameters[f"{name}.b"], stride, pad, groups=groups)
 
@@ -206,8 +227,10 @@ def _torch_scores(network: Network, parameters: Tensors, x: torch.Tensor) -> tor
 
     def lrn(x: torch.Tensor) -> torch.Tensor:
         n = network.lrn_size
-        alpha = network.lrn_alpha / n if network.lrn_alpha_over_n else network.lrn_alpha
+        alpha = network.lrn_alpha / n if n and network.lrn_alpha_over_n else network.lrn_alpha
         # As a picture one pixel wide whose rows are the channels, a window of channels is a window of rows.
+        if n == 0:
+            return x
         squares = F.pad(x.square(), (0, 0, 0, 0, n // 2, n // 2))
         neighbours = squares.unfold(1, 2 * (n // 2) + 1, 1).sum(-1)
         return x / (network.lrn_k + alpha * neighbours).pow(network.lrn_beta)
@@ -224,8 +247,8 @@ def _torch_scores(network: Network, parameters: Tensors, x: torch.Tensor) -> tor
     x = conv(x, "conv4", pad=1, groups=2).relu()
     x = pool(conv(x, "conv5", pad=1, groups=2).relu())
     x = x.permute(0, 2, 3, 1).flatten(1)  # features in this project's order: row, column, channel
-    x = linear(x, "fc6").relu()
-    x = linear(x, "fc7").relu()
+    x = dropout(linear(x, "fc6").relu(), 6)
+    x = dropout(linear(x, "fc7").relu(), 7)
     x = linear(x, "fc8")
     return x.relu() if network.final_relu else x
 
