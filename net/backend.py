@@ -64,6 +64,8 @@ FUSED_OPERATIONS: Final[dict[str, tuple[str, ...]]] = {
     "linear_block_backward": ("dy", "kept", "w", "need_dx"),
     # record a step once, replay it afterwards
     "replayable": ("function",),
+    # refuse, before anything is allocated, a batch that the device has no memory for
+    "check_memory": ("layers", "shape", "batch", "training", "views"),
 }
 
 DEVICES: Final = ("reference", "cpu", "gpu")

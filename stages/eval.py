@@ -24,7 +24,7 @@ from pipeline.config import Config, from_dict
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.run_dir import RunDir, make_folder, write_atomic, write_json
-from stages.setup import MEAN, Dataset, network_layers, open_dataset, preparation, require_size, shapes
+from stages.setup import MEAN, Dataset, network_layers, open_dataset, preparation, require_memory, require_size, shapes
 
 TOP = 5
 
@@ -62,6 +62,9 @@ def run(config: Config, run_dir: RunDir, ops: ModuleType, *, checkpoint: str, vi
     views = views or config.eval.views
     parameters = {name: ops.asarray(saved.arrays[name]) for name in parameter_names(saved)}
     mean = saved.arrays.get(MEAN, dataset.mean)
+    batch = min(config.eval.batch_size, len(dataset.val))
+    layers = network_layers(network_config, len(dataset.classes))
+    require_memory(ops, layers, network_config, batch, training=False, views=views)
     predict = predictor(network_config, len(dataset.classes), mean, ops, parameters, views)
     with Progress("evaluate", len(dataset.val), "images") as progress:
         result = evaluate(ops, predict, dataset.val, network_config, config.eval.batch_size, views, progress)

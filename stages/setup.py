@@ -110,6 +110,17 @@ def shapes(layers: Sequence[Layer], config: Config) -> dict[str, Shape]:
     return parameter_shapes(layers, input_shape(config))
 
 
+def require_memory(
+    ops: ModuleType, layers: Sequence[Layer], config: Config, batch: int, *, training: bool, views: int = 1
+) -> None:
+    """Refuse a batch that the backend's device has no memory for, where the backend can tell."""
+    if hasattr(ops, "check_memory"):
+        try:
+            ops.check_memory(layers, input_shape(config), batch, training=training, views=views)
+        except MemoryError as error:
+            raise PipelineError(str(error)) from error
+
+
 def preparation(config: Config, mean: np.ndarray, ops: ModuleType, *, jittered: bool) -> Preparation:
     """How the backend turns crops into input; ``jittered`` is whether colour shifts are being drawn."""
     inp = config.input

@@ -44,6 +44,7 @@ from stages.setup import (
     network_layers,
     open_dataset,
     preparation,
+    require_memory,
     require_size,
     shapes,
 )
@@ -95,6 +96,7 @@ def run(
     require_size(config, dataset, run_dir)
     layers = network_layers(config, len(dataset.classes))
     header = _header(config, dataset, device)
+    require_memory(ops, layers, config, min(config.train.batch_size, len(dataset.train)), training=True)
     state = _begin(config, run_dir, ops, layers, header, resume=resume, restart=restart)
     # Only now: a run that is refused keeps its configuration, and --resume with it.
     write_sealed(run_dir.config, to_dict(config))

@@ -41,6 +41,12 @@ def availability() -> str | None:
             return f"CuPy is not installed: {INSTALL}"
         return f"CuPy is installed but cannot be loaded ({_first_line(error)}): {INSTALL}"
     if not cupy.cuda.is_available():
+        driver, made_for = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
+        if 0 < driver // 1000 < made_for // 1000:
+            return (
+                f"the driver knows CUDA up to {driver // 1000}.{driver % 1000 // 10}, but CuPy was made for CUDA "
+                f"{made_for // 1000}: install a newer driver, or CuPy for the older CUDA: {INSTALL}"
+            )
         return "no NVIDIA GPU with a working driver was found: nvidia-smi shows what the driver sees"
     try:
         cupy.cuda.nvrtc.getVersion()

@@ -6,15 +6,14 @@ run. A recorded step starts with one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from net.gpu.arrays import empty, mark_finished
 from net.gpu.device import current
-from net.gpu.memory import plainly
 
 Array = Any
 Step = Callable[[dict[str, Array]], Array]
@@ -39,7 +38,7 @@ def replayable(function: Step) -> Step:
     def call(inputs: dict[str, Array]) -> Array:
         stream = current().stream
         shapes = tuple((name, a.shape, a.dtype.str) for name, a in inputs.items())
-        with plainly(inputs):
+        with _plainly(inputs):
             if shapes not in recordings:
                 recordings[shapes] = None
                 with _own_pool():
@@ -80,6 +79,22 @@ def _record(function: Step, inputs: dict[str, Array]) -> _Recording:
         return _Recording(stream.end_capture(), fixed, output)
 
 
+@contextmanager
+def _plainly(inputs: dict[str, Array]) -> Iterator[None]:
+    """Turn CuPy's out-of-memory error into one plain sentence about this batch."""
+    try:
+        yield
+    except MemoryError as error:
+        batch = max((a.shape[0] for a in inputs.values()), default=0)
+        device = current()
+        free, total = device.cupy.cuda.runtime.memGetInfo()
+        raise MemoryError(
+            f"the GPU's memory does not suffice for a batch of {batch}: {error}; "
+            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; "
+            "choose a smaller batch or end the other programs that nvidia-smi lists"
+        ) from error
+
+
 def _abandon(stream: Any) -> None:
     """Leave recording; what was recorded is invalid, and the stream says so."""
     with suppress(RuntimeError):
@@ -92,7 +107,37 @@ def _pool() -> Any:
 
     The graphs share it. They run one after the other on one stream, and a result is copied out before the next runs.
     """
-    return current().cupy.cuda.MemoryPool()
+    pool = current().cupy.cuda.MemoryPool(_for_good)
+    pool.set_limit(size=0)  # under CUPY_GPU_MEMORY_LIMIT a pool gives its free blocks back too
+    return pool
+
+
+def _for_good(size: int) -> Any:
+    """Memory from the driver for the pool of recordings.
+
+    A pool that meets CuPy's error for "no memory" gives the driver all blocks that no array holds, but those are the
+    very blocks that recorded graphs go on writing to. So the other pool is emptied here instead, and where that does
+    not suffice the error is one that the pool passes on.
+    """
+    cupy = current().cupy
+    try:
+        return _allocated(size)
+    except cupy.cuda.runtime.CUDARuntimeError:
+        cupy.get_default_memory_pool().free_all_blocks()
+    try:
+        return _allocated(size)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise MemoryError(f"out of memory allocating {size:,} bytes") from error
+
+
+def _allocated(size: int) -> Any:
+    memory = current().cupy.cuda
+    return memory.MemoryPointer(memory.Memory(size), 0)
+
+
+def held() -> int:
+    """Bytes that recordings have had from the driver."""
+    return _pool().total_bytes()
 
 
 def _own_pool() -> Any:

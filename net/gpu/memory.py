@@ -1,13 +1,12 @@
-"""How much of the device's memory a batch needs, and plain words where it does not suffice."""
+"""How much of the device's memory a batch needs, and what there is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import prod
 from typing import Final
 
-from net.gpu.arrays import Array
+from net.gpu import graph
 from net.gpu.convolution import Shape
 from net.gpu.cublas import WORKSPACE
 from net.gpu.device import Device, current
@@ -23,48 +22,44 @@ def bytes_needed(layers: Sequence[Layer], shape: tuple[int, int, int], batch: in
 
 
 def largest_batch(layers: Sequence[Layer], shape: tuple[int, int, int], *, training: bool) -> int:
-    """The largest batch whose estimate fits into the device's memory; 0 if none does."""
+    """The largest batch whose estimate fits into the memory this program can have; 0 if none does."""
+    room = available()
     low, high = 0, 65536
     while low < high:
         middle = (low + high + 1) // 2
-        fits = bytes_needed(layers, shape, middle, training=training) <= current().memory
+        fits = bytes_needed(layers, shape, middle, training=training) <= room
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
 
 
-def check_memory(layers: Sequence[Layer], shape: tuple[int, int, int], batch: int, *, training: bool) -> None:
-    """Refuse a batch that cannot fit, before anything is allocated.
+def available() -> int:
+    """Bytes of the device's memory that this program has or can have, its context included."""
+    device = current()
+    free, _ = device.cupy.cuda.runtime.memGetInfo()
+    return min(device.memory, free + device.cupy.get_default_memory_pool().total_bytes() + graph.held() + CONTEXT)
+
+
+def check_memory(
+    layers: Sequence[Layer], shape: tuple[int, int, int], batch: int, *, training: bool, views: int = 1
+) -> None:
+    """Refuse a batch that cannot fit, before anything is allocated; ``views`` crops a picture go through at once.
 
     Raises
     ------
     MemoryError
         One plain sentence: what is needed, what there is, the largest batch that fits.
     """
-    device = current()
-    needed = bytes_needed(layers, shape, batch, training=training)
-    if needed <= device.memory:
+    device, room = current(), available()
+    needed = bytes_needed(layers, shape, batch * views, training=training)
+    if needed <= room:
         return
-    largest = largest_batch(layers, shape, training=training)
+    largest = largest_batch(layers, shape, training=training) // views
     key = "train.batch_size" if training else "eval.batch_size"
+    others = "" if device.memory - room < CONTEXT else f", {_gib(room)} of it not taken by other programs"
     raise MemoryError(
-        f"a batch of {batch} needs about {_gib(needed)} and {device.name} has {_gib(device.memory)}; "
+        f"a batch of {batch} needs about {_gib(needed)} and {device.name} has {_gib(device.memory)}{others}; "
         + (f"the largest batch that fits is {largest}: --set {key}={largest}" if largest else "not even one fits")
     )
-
-
-@contextmanager
-def plainly(inputs: dict[str, Array]) -> Iterator[None]:
-    """Turn CuPy's out-of-memory error into one plain sentence about this batch."""
-    try:
-        yield
-    except MemoryError as error:
-        batch = max((a.shape[0] for a in inputs.values()), default=0)
-        device = current()
-        free, total = device.cupy.cuda.runtime.memGetInfo()
-        raise MemoryError(
-            f"the GPU's memory does not suffice for a batch of {batch}: {error}; {_gib(free)} of {_gib(total)} are "
-            "free; choose a smaller batch or end the other programs that nvidia-smi lists"
-        ) from error
 
 
 def _bytes_needed(

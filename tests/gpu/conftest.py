@@ -39,7 +39,7 @@ def pretended(backend: Callable[[str], ModuleType]) -> Iterator[standin.Machine]
     machine, settings = standin.machine, build.settings
     before = vars(machine).copy(), vars(settings).copy()
     yield machine
-    vars(machine).update({name: before[0][name] for name in ("memory", "capability", "schedule", "limit")})
+    vars(machine).update({name: before[0][name] for name in ("memory", "capability", "schedule", "limit", "others")})
     vars(settings).update({"order": before[1]["order"]})
 
 

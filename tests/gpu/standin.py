@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import itertools
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class Machine:
     memory: int = 80 * 2**30
     capability: str = "90"
     schedule: str = "at once"  # or "late": as late as possible; "copies first": copies at once, the rest late
+    others: int = 0  # bytes that other programs have
     allocated: int = 0  # bytes obtained from the system
     allocations: int = 0  # how often the system was asked
     limit: int | None = None  # bytes at which memory is out
@@ -149,41 +151,77 @@ _current = [_null]
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
+class Memory:
+    """Memory from the system, as cupy.cuda.Memory: freed when nobody holds it."""
+
+    def __init__(self, size: int) -> None:
+        if machine.limit is not None and machine.allocated + size > machine.limit:
+            raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+        # 256-byte aligned like cudaMalloc's, and ending exactly at the size asked for.
+        address = ctypes.c_void_p()
+        assert _libc.posix_memalign(ctypes.byref(address), ctypes.c_size_t(256), ctypes.c_size_t(size or 1)) == 0
+        assert address.value is not None
+        self.address, self.size = address.value, size
+        machine.allocated += size
+        machine.allocations += 1
+        machine.blocks.append((self.address, size))
+
+    def __del__(self) -> None:
+        # The system does not get it back, so that no test depends on what it would put there: it only becomes illegal.
+        if hasattr(self, "address"):
+            machine.allocated -= self.size
+            machine.blocks.remove((self.address, self.size))
+
+
 class Block:
     """Memory in use; goes back to its pool when nobody holds it."""
 
-    def __init__(self, pool: MemoryPool, address: int, size: int) -> None:
-        self.pool, self.address, self.size = pool, address, size
+    def __init__(self, pool: MemoryPool, memory: Memory) -> None:
+        self.pool, self.memory, self.address = pool, memory, memory.address
 
     def __del__(self) -> None:
-        self.pool.free.setdefault(self.size, []).append(self.address)
+        self.pool.free.setdefault(self.memory.size, []).append(self.memory)
 
 
 class MemoryPool:
-    def __init__(self) -> None:
-        self.free: dict[int, list[int]] = {}
+    """As CuPy's: on CUDA's own error for "no memory" it frees all blocks not in use, and tries again."""
+
+    def __init__(self, allocator: Callable[[int], MemoryPointer] | None = None) -> None:
+        self.free: dict[int, list[Memory]] = {}
+        self._allocator = allocator or (lambda size: MemoryPointer(Memory(size), 0))
+        self._obtained: weakref.WeakSet[Memory] = weakref.WeakSet()
 
     def malloc(self, size: int) -> MemoryPointer:
         free = self.free.setdefault(size, [])
-        if free:
-            address = free.pop()
-        else:
-            if machine.limit is not None and machine.allocated + size > machine.limit:
-                raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes (allocated so far: ...).")
-            # 256-byte aligned like cudaMalloc's, and ending exactly at the size asked for.
-            address = ctypes.c_void_p()
-            assert _libc.posix_memalign(ctypes.byref(address), ctypes.c_size_t(256), ctypes.c_size_t(size or 1)) == 0
-            address = address.value
-            machine.allocated += size
-            machine.allocations += 1
-            machine.blocks.append((address, size))
-        pointer = MemoryPointer(Block(self, address, size), 0)
+        memory = free.pop() if free else self._obtain(size)
+        self._obtained.add(memory)
+        pointer = MemoryPointer(Block(self, memory), 0)
+        address = memory.address
         _current[0].queue(lambda: ctypes.memset(address, 0xFF, size) and None)
         return pointer
 
+    def _obtain(self, size: int) -> Memory:
+        try:
+            return self._allocator(size).mem
+        except CUDARuntimeError:
+            self.free_all_blocks()
+        try:
+            return self._allocator(size).mem
+        except CUDARuntimeError as error:
+            raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes (allocated so far: ...).") from error
+
+    def free_all_blocks(self) -> None:
+        self.free.clear()
+
+    def total_bytes(self) -> int:
+        return sum(memory.size for memory in self._obtained)
+
+    def set_limit(self, size: int) -> None:
+        assert size == 0
+
 
 class MemoryPointer:
-    def __init__(self, mem: Block, offset: int) -> None:
+    def __init__(self, mem: Block | Memory, offset: int) -> None:
         self.mem, self.offset = mem, offset
 
     @property
@@ -328,7 +366,24 @@ class RawKernel:
         self._kernel.max_dynamic_shared_size_bytes = size
 
     def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
-        self._kernel(grid, block, args, shared_mem=shared_mem, queue=_current[0].queue)
+        pointers = [a.data.ptr for a in args if isinstance(a, ndarray) and a.size]
+        stream = _current[0]
+
+        def queue(run: Work) -> None:
+            def checked() -> None:
+                _require_live(self._kernel.name, pointers)
+                run()
+
+            stream.queue(checked)
+
+        self._kernel(grid, block, args, shared_mem=shared_mem, queue=queue)
+
+
+def _require_live(name: str, pointers: list[int]) -> None:
+    """A recorded kernel keeps its addresses: their memory must not have been given back since."""
+    for pointer in pointers:
+        if not any(start <= pointer < start + size for start, size in machine.blocks):
+            raise build.KernelError(f"{name}: {pointer:#x} lies outside all memory")
 
 
 # --- cuBLAS --------------------------------------------------------------------------------------------------------
@@ -469,17 +524,23 @@ def forget() -> None:
 def _modules() -> dict[str, ModuleType]:
     cupy, cupyx, cuda = ModuleType("cupy"), ModuleType("cupyx"), ModuleType("cupy.cuda")
     vars(cupy).update(ndarray=ndarray, empty=empty, RawModule=RawModule, cuda=cuda)
+    vars(cupy).update(get_default_memory_pool=lambda: _default_pool)
     vars(cupyx).update(empty_pinned=lambda shape, dtype: np.empty(shape, dtype))
     vars(cuda).update(
         is_available=lambda: True,
         nvrtc=SimpleNamespace(getVersion=lambda: (12, 9)),
         runtime=SimpleNamespace(
+            CUDARuntimeError=CUDARuntimeError,
+            driverGetVersion=lambda: 13000,
+            runtimeGetVersion=lambda: 12090,
             getDeviceProperties=lambda _: {"name": b"a pretended GPU", "totalGlobalMem": machine.memory},
-            memGetInfo=lambda: (machine.memory - machine.allocated, machine.memory),
+            memGetInfo=lambda: (machine.memory - machine.allocated - machine.others, machine.memory),
         ),
         Device=Device,
         Stream=Stream,
         Event=Event,
+        Memory=Memory,
+        MemoryPointer=MemoryPointer,
         MemoryPool=MemoryPool,
         using_allocator=using_allocator,
     )

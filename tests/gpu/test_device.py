@@ -62,6 +62,9 @@ def test_no_driver(pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys.modules["cupy"].cuda, "is_available", lambda: False)
     assert "no NVIDIA GPU" in str(device.availability())
     assert "nvidia-smi" in str(device.availability())
+    monkeypatch.setattr(sys.modules["cupy"].cuda.runtime, "driverGetVersion", lambda: 12040)
+    monkeypatch.setattr(sys.modules["cupy"].cuda.runtime, "runtimeGetVersion", lambda: 13000)
+    assert "driver knows CUDA up to 12.4, but CuPy was made for CUDA 13" in str(device.availability())
 
 
 @pytest.mark.parametrize("missing", ["NVRTC", "cuBLAS"])
@@ -173,6 +176,13 @@ def test_what_does_not_fit_is_said_before_it_is_tried(fp32: ModuleType, pretende
     with pytest.raises(MemoryError):
         fp32.check_memory(layers, shape, largest + 1, training=True)
     assert fp32.largest_batch(layers, shape, training=False) > largest
+    with pytest.raises(MemoryError, match=r"--set eval.batch_size=\d+$"):
+        fp32.check_memory(layers, shape, 1000, training=False, views=10)
+    pretended.others = 4 * 2**30
+    assert 0 < fp32.largest_batch(layers, shape, training=True) < largest
+    with pytest.raises(MemoryError, match="of it not taken by other programs"):
+        fp32.check_memory(layers, shape, largest, training=True)
+    pretended.others = 0
     pretended.memory = 80 * 2**30
     standin.forget()
     load("gpu", "bf16")
@@ -182,10 +192,11 @@ def test_what_does_not_fit_is_said_before_it_is_tried(fp32: ModuleType, pretende
 def test_out_of_memory_in_a_step_is_one_plain_sentence(fp32: ModuleType, pretended: standin.Machine) -> None:
     step = fp32.replayable(lambda inputs: fp32.softmax(inputs["x"]))
     inputs = fp32.upload({"x": np.ones((300, 700), np.float32)})
+    standin._default_pool.free_all_blocks()
     pretended.limit = pretended.allocated
     with pytest.raises(MemoryError, match="does not suffice for a batch of 300") as caught:
         step(inputs)
-    assert "Out of memory allocating 840,000 bytes" in str(caught.value)
+    assert "out of memory allocating 840,000 bytes" in str(caught.value)
     assert "smaller batch" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert os.linesep not in str(caught.value)

@@ -13,6 +13,7 @@ from net import reference
 from net.gpu import arrays, graph
 from tests.gpu import standin
 from tests.gpu.conftest import REAL
+from tests.gpu.shim import build
 
 SCHEDULES = ("at once", "late", "copies first")
 
@@ -231,3 +232,33 @@ def test_the_pool_of_recordings_is_its_own(fp32: ModuleType, pretended: standin.
         inside = fp32.empty((3,), "float32")
     outside = fp32.empty((3,), "float32")
     assert inside.data.mem.pool is not outside.data.mem.pool
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_recording_survives_another_that_runs_out_of_memory(
+    fp32: ModuleType, pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """CuPy's pools give their free blocks back when memory is out; a recording's must not be among them."""
+    if broken:
+        monkeypatch.setattr(graph, "_for_good", lambda size: graph._allocated(size))
+        graph._pool.cache_clear()
+    expected, weights = expected_losses(5)
+    w, v = fp32.asarray(np.ones((4, 6), np.float32)), fp32.asarray(np.zeros((4, 6), np.float32))
+    step = fp32.replayable(update_step(fp32, w, v))
+    losses = [step(inputs) for inputs in ring_uploads(fp32, range(3))]
+    large = fp32.replayable(lambda inputs: fp32.softmax(inputs["x"]))
+    inputs = {"x": fp32.asarray(np.ones((50, 70), np.float32))}
+    pretended.limit = pretended.allocated
+    with pytest.raises(MemoryError, match="batch of 50"):
+        large(inputs)
+    pretended.limit = None
+    if broken:
+        (inputs,) = ring_uploads(fp32, range(3, 4))
+        with pytest.raises(build.KernelError, match="outside all memory"):
+            step(inputs)
+        graph._pool.cache_clear()
+        return
+    losses += [step(inputs) for inputs in ring_uploads(fp32, range(3, 5))]
+    for got, e in zip(losses, expected, strict=True):
+        np.testing.assert_allclose(fp32.to_host(got), e, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(fp32.to_host(w), weights, rtol=1e-5, atol=1e-6)

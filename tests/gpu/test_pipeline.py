@@ -14,6 +14,8 @@ from PIL import Image
 
 import run_pipeline
 from pipeline.checkpoint import checkpoints, load_checkpoint
+from tests.gpu import standin
+from tests.gpu.conftest import REAL
 
 SMALL = ("preprocess.size=80", "input.crop=72", "train.batch_size=4", "eval.batch_size=40", "train.log_every=1")
 
@@ -70,3 +72,22 @@ def test_training_resume_and_evaluation(
     train(whole, "--device", "reference", "--steps", "1", "--resume")
     train(whole, *gpu, "--steps", "1", "--resume")
     assert all(np.isfinite(a).all() for a in weights(whole).values() if a.dtype == np.float32)
+
+
+def test_a_batch_that_does_not_fit_is_refused_in_one_line(
+    backend: Callable[[str], ModuleType], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if REAL:
+        pytest.skip("a real GPU has memory for this")
+    run = tmp_path / "run"
+    shutil.copytree(shards, run)
+    standin.machine.others = standin.machine.memory - standin.machine.allocated - 2**26
+    try:
+        command = ["--stage", "train", "--run", str(run), "--device", "gpu", "--steps", "1"]
+        assert run_pipeline.main(command) == 1
+    finally:
+        standin.machine.others = 0
+    said = capsys.readouterr().err
+    assert "needs about" in said
+    assert said.count("\n") == 1
+    assert not (run / "train" / "metrics.jsonl").exists()

@@ -43,6 +43,7 @@ FUSED_POSITIONAL = {
     "linear_block_forward": 3,
     "linear_block_backward": 3,
     "replayable": 1,
+    "check_memory": 3,
 }
 
 
