@@ -334,14 +334,17 @@ def _check(config: Config) -> None:
         (1 <= config.preprocess.shard_images <= 65536, "preprocess.shard_images must lie between 1 and 65536"),
         (inp.crop > 0, "input.crop must be positive"),
         (min(inp.border) >= 0 and max(inp.border) <= 64, "input.border must lie between 0 and 64"),
-        (side >= 63, "input.crop plus input.border must be at least 63, or nothing is left after three pools"),
+        (1 <= net.pool_stride <= net.pool_size <= 5, "network.pool_size must lie between network.pool_stride and 5"),
+        (
+            side >= _least_side(net),
+            f"input.crop plus input.border must be at least {_least_side(net)}, or nothing is left after three pools",
+        ),
         (inp.mean in ("none", "image", "center"), "input.mean must be none, image or center"),
         (inp.jitter >= 0, "input.jitter must not be negative"),
         (len(net.weight_std) == 8 and min(net.weight_std) >= 0, "network.weight_std needs eight values, none negative"),
         (len(net.bias) == 8, "network.bias needs eight values"),
         (0 < net.dropout_keep <= 1, "network.dropout_keep must lie in (0, 1]"),
         (net.lrn_size >= 0 and net.lrn_k > 0, "network.lrn_size must not be negative, network.lrn_k must be positive"),
-        (1 <= net.pool_stride <= net.pool_size <= 5, "network.pool_size must lie between network.pool_stride and 5"),
         (1 <= train.batch_size <= 65536, "train.batch_size must lie between 1 and 65536"),
         (1 <= config.eval.batch_size <= 65536, "eval.batch_size must lie between 1 and 65536"),
         (config.eval.views in (1, 10), "eval.views must be 1 or 10"),
@@ -362,6 +365,14 @@ def _check(config: Config) -> None:
     for holds, rule in rules:
         if not holds:
             raise PipelineError(f"{rule}")
+
+
+def _least_side(net: Network) -> int:
+    """The smallest input that leaves one pixel after conv1 (11x11, stride 4) and three pools, which round down."""
+    side = 1
+    for _ in range(3):
+        side = (side - 1) * net.pool_stride + net.pool_size
+    return (side - 1) * 4 + 11
 
 
 def _ascending(schedule: Schedule) -> bool:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline import config as c
 from pipeline.errors import PipelineError
+from stages.setup import network_layers
 
 
 @pytest.mark.parametrize("name", c.RECIPES)
@@ -156,6 +157,20 @@ def test_values_out_of_range_are_refused(setting: str) -> None:
     key = setting.partition("=")[0]
     with pytest.raises(PipelineError, match=re.escape(key)):
         c.override(c.SEED, settings=[setting])
+
+
+@pytest.mark.parametrize(("pool", "least"), [((3, 2), 67), ((2, 2), 39), ((3, 1), 35), ((4, 3), 167)])
+def test_the_least_input_is_the_one_that_leaves_a_pixel(pool: tuple[int, int], least: int) -> None:
+    size, stride = pool
+    pools = [f"network.pool_size={size}", f"network.pool_stride={stride}", "input.border=[0, 0]"]
+    config = c.override(c.SEED, settings=[*pools, f"input.crop={least}"])
+    layers = network_layers(config, classes=10)
+    shapes = [(least, least, 3)]
+    for layer in layers:
+        shapes.append(layer.output_shape(shapes[-1]))
+    assert min(min(shape) for shape in shapes) == 1
+    with pytest.raises(PipelineError, match=rf"input\.crop plus input\.border must be at least {least}, or nothing"):
+        c.override(c.SEED, settings=[*pools, f"input.crop={least - 1}"])
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
