@@ -99,6 +99,8 @@ def _stage(stage: str, options: argparse.Namespace, config: Config | None, run: 
     if stage == "preprocess":
         from stages import preprocess
 
+        if options.check_archives:
+            preprocess.check_archives(source)
         preprocess.run(config, run, source=source, jobs=options.jobs or os.cpu_count() or 1)
         if not checkpoints(run.train):  # what a network was trained with stays
             write_sealed(run.config, to_dict(config))

@@ -160,6 +160,12 @@ _FLAGS: Final = (
         {"metavar": "DIR"},
     ),
     _Flag("--jobs", ("preprocess",), "processes (default: one a core)", {"type": _count, "metavar": "N"}),
+    _Flag(
+        "--check-archives",
+        ("preprocess",),
+        "first compare the ILSVRC archives with their published MD5 sums",
+        {"action": "store_true"},
+    ),
     _Flag("--resume", ("train",), "go on from the newest checkpoint", {"action": "store_true"}),
     _Flag("--restart", ("train",), "start over; old checkpoints are moved aside", {"action": "store_true"}),
     _Flag("--epochs", ("train",), "train N epochs more, then stop", {"type": _count, "metavar": "N"}),

@@ -21,7 +21,7 @@ import joblib
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from data import demo
+from data import demo, published
 from data.convert import ShardResult, ShardTask, make_shard
 from data.listing import SPLITS
 from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
@@ -35,6 +35,7 @@ from pipeline.progress import Progress
 from pipeline.run_dir import RunDir, make_folder, put_in_place, read_sealed
 from pipeline.signals import StopRequest
 
+_MB: Final = 1_000_000
 _WORDS: Final = {"train": "training", "val": "validation"}
 
 
@@ -62,7 +63,10 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int) -> None:
         return
     root = source if source is not None else _draw_demo(run)
     start = time.perf_counter()
-    plan = make_plan(config, read_source(root))
+    listed = read_source(root)
+    for shortfall in published.shortfalls(listed):
+        print(f"preprocess: note: {shortfall}")
+    plan = make_plan(config, listed)
     tasks = shard_tasks(plan, folder)
     _check_place(plan, folder, tasks)
     tally = Tally(plan)
@@ -80,6 +84,35 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int) -> None:
         forget_damage(folder)
         log.write(_last_record(tally, jobs, root, start))
     _summary(tally, manifest, folder, time.perf_counter() - start)
+
+
+def check_archives(source: Path | None) -> None:
+    """Compare the official archives with their published MD5 sums.
+
+    Raises
+    ------
+    PipelineError
+        One is not the published file, or there are none.
+    """
+    paths = [] if source is None else published.archives_in(source)
+    if not paths:
+        raise PipelineError(
+            f"--check-archives compares the official ILSVRC-2012 archives, but {source or 'the demo set'} holds none; "
+            "leave it out, or name their folder with --source"
+        )
+    total = sum(path.stat().st_size for path in paths)
+    with Progress("check", -(-total // _MB), "MB") as progress:
+        done = shown = 0
+
+        def count(read: int) -> None:
+            nonlocal done, shown
+            done += read
+            progress.advance(-(-done // _MB) - shown)
+            shown = -(-done // _MB)
+
+        for path in paths:
+            published.check(path, count)
+    print(f"preprocess: {', '.join(path.name for path in paths)} are the published archives, by their MD5 sums")
 
 
 def _finished(config: Config, folder: Path, source: Path | None) -> bool:
