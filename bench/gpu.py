@@ -1,9 +1,13 @@
 """The GPU backend beside PyTorch on the same card: training step, 10-view evaluation, the naive port.
 
-    python -m bench.gpu                              all of it: bf16 and tf32, batches of 128 and 1024
-    python -m bench.gpu --precision bf16 --batch 128 --json out.json
-    python -m bench.gpu --curve 500                  loss curves of both from the same weights on the same batches
-    python -m bench.gpu --loader RUN                 the rate with the real loader feeding it, from RUN's shards
+    python -m bench.gpu                              all of it: bf16, tf32 and fp32, batches of 128 and 1024
+    python -m bench.gpu --precision bf16 --minutes 8 --json gpu-bf16.json
+    python -m bench.gpu --kernels                    every kernel of a step beside the prediction of bench.gpu_model
+    python -m bench.gpu --curve 500 --precision fp32 loss curves of both from the same weights on the same batches
+    python -m bench.gpu --resume                     stop, save, go on: the same bits as without stopping
+    python -m bench.gpu --fed                        the rate with the loader's threads feeding it, pictures in memory
+    python -m bench.gpu --loader RUN                 the same through the command line, from RUN's shards
+    python -m bench.gpu --sanitize                   the kernels under compute-sanitizer: memory, races, barriers
     python -m bench.gpu --dry-run                    on any machine: the same code on the CPU, in small
 
 Contenders take turns: every round times a window of steps of each, from batches in pinned host memory to the device's
@@ -30,16 +34,19 @@ from typing import Any
 
 import numpy as np
 
+from bench import gpu_checks
+from bench.gpu_checks import BORDER, SCALE, SEED, Host, batches, ours
 from net.alexnet import alexnet
 from net.backend import BackendUnavailableError, load
-from net.layers import fuse
-from net.network import Descent, Preparation, initial_parameters, parameter_shapes, prediction, training_step
+from net.network import initial_parameters, parameter_shapes
 
-Host = dict[str, np.ndarray]
-SCALE, BORDER, SEED = 1 / 255, (2, 1), 1
 TARGET = 1.2  # ours / best PyTorch mode
-EPOCH = 1_281_167  # pictures of ILSVRC-2012's training set
 DRY_CROP, CROP = 64, 224
+VIEWS = 10
+WHY_NAIVE_IS_SLOW = """\
+  why the port is slow: each NumPy call becomes at least one launch with tens of microseconds of Python before it,
+  hundreds a layer (one for each kernel offset and group); slices are copied before each product; temporaries go
+  through memory between elementwise operations; the loops over pictures and the dropout key wait for the device."""
 
 
 @dataclass(frozen=True)
@@ -64,41 +71,14 @@ class Contender:
     wait: Callable[[], None]
 
 
-def batches(count: int, images: int, crop: int, classes: int, empty: Callable[..., np.ndarray]) -> list[Host]:
-    """Random batches in the buffers the loader would use."""
-    made = []
-    for number in range(count):
-        random = np.random.default_rng(number)
-        values = {
-            "images": random.integers(0, 256, (images, crop, crop, 3), dtype=np.uint8),
-            "corner": np.zeros((images, 2), np.int32),
-            "flip": random.integers(0, 2, images).astype(np.uint8),
-            "shift": random.standard_normal((images, 3), dtype=np.float32),
-            "labels": random.integers(0, classes, images).astype(np.int32),
-            "rates": np.full(16, 1e-3, np.float32),
-            "step": np.array([number], np.uint64),
-        }
-        pinned = {name: empty(a.shape, a.dtype) for name, a in values.items()}
-        for name, a in values.items():
-            pinned[name][...] = a
-        made.append(pinned)
-    return made
+@dataclass(frozen=True)
+class Effort:
+    """How long a race takes."""
 
-
-def ours(ops: ModuleType, host: Host, classes: int, keep: float, *, views: int = 0) -> Callable[[Host], Any]:
-    """Our training step, or prediction where ``views`` is given, as a function of a batch in host memory."""
-    layers = alexnet(classes, dropout_keep=keep)
-    parameters = {name: ops.asarray(a) for name, a in host.items()}
-    prepared = Preparation(None, SCALE, False, BORDER)
-    fused = fuse(layers, ops)
-    if views:
-        predict = prediction(ops, fused, parameters, prepared, views)
-        names = ("images", "corner", "flip", "shift")
-        return lambda batch: predict(ops.upload({name: batch[name] for name in names}))
-    momenta = {name: ops.asarray(np.zeros_like(a)) for name, a in host.items()}
-    descent = Descent(0.9, dict.fromkeys(host, 5e-4))
-    step = training_step(ops, fused, parameters, momenta, prepared, descent, SEED)
-    return lambda batch: step(ops.upload(batch))
+    rounds: int
+    window: int  # steps a round, at most
+    seconds: float  # a contender's timed steps, at most: slow ones get fewer
+    deadline: float  # of time.monotonic(): nobody starts after it
 
 
 def contenders(ops: ModuleType, precision: str, host: Host, classes: int, keep: float, views: int, dry: bool) -> list:
@@ -108,23 +88,28 @@ def contenders(ops: ModuleType, precision: str, host: Host, classes: int, keep: 
         return ours(ops, host, classes, keep, views=views)
 
     found = [Contender("ours", start_ours, ops.to_host, ops.synchronize)]
-    found += _torch_contenders(precision, host, classes, keep, views, dry)
+    found += torch_contenders(precision, host, classes, keep, views, dry)
     if precision == "fp32" and not views:
         from bench import gpu_naive
 
+        def start_naive() -> Callable[[Host], Any]:
+            return ours(naive, host, classes, keep)
+
         naive = gpu_naive.load("numpy" if dry else "cupy")
-        name = "numpy replaced by cupy"
-        found.append(Contender(name, lambda: ours(naive, host, classes, keep), naive.to_host, ops.synchronize))
+        found.append(Contender("numpy replaced by cupy", start_naive, naive.to_host, ops.synchronize))
     return found
 
 
-def _torch_contenders(precision: str, host: Host, classes: int, keep: float, views: int, dry: bool) -> list[Contender]:
+def torch_contenders(precision: str, host: Host, classes: int, keep: float, views: int, dry: bool) -> list[Contender]:
     try:
         import torch
 
         from bench import gpu_torch
     except ImportError:
         print("PyTorch is not installed (python -m pip install torch): nothing to compare with")
+        return []
+    if not dry and not torch.cuda.is_available():
+        print(f"PyTorch {torch.__version__} sees no GPU (a build for CUDA is needed): nothing to compare with")
         return []
     device = "cpu" if dry else "cuda"
     gpu_torch.set_tf32(precision)
@@ -140,38 +125,41 @@ def _torch_contenders(precision: str, host: Host, classes: int, keep: float, vie
 
 
 def race(
-    what: str,
-    runners: Sequence[Contender],
-    precision: str,
-    given: Sequence[Host],
-    images: int,
-    rounds: int,
-    window: int,
+    what: str, runners: Sequence[Contender], precision: str, given: Sequence[Host], images: int, effort: Effort
 ) -> list[Figure]:
     """Time the contenders in turns; one that fails is reported and left out."""
     steps: dict[str, Callable[[Host], Any]] = {}
     losses: dict[str, float] = {}
+    windows: dict[str, int] = {}
     for runner in runners:
+        if time.monotonic() > effort.deadline:
+            print(f"  {runner.name} is left out: the time is up")
+            continue
         try:
-            steps[runner.name] = step = runner.start()
+            step = runner.start()
             losses[runner.name] = float(np.mean(runner.read(step(given[0])) ** 2))
             for batch in given[1:4]:  # compile, record, and settle the clocks
                 step(batch)
             runner.wait()
-        except (RuntimeError, MemoryError, ImportError, TypeError, AttributeError, ValueError) as error:
-            steps.pop(runner.name, None)
+            begin = time.perf_counter()
+            step(given[0])
+            runner.wait()
+        except Exception as error:  # noqa: BLE001  whatever another's code raises, the others' figures are wanted
             print(f"  {runner.name} does not run: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            continue
+        share = effort.seconds / effort.rounds / (time.perf_counter() - begin)
+        steps[runner.name], windows[runner.name] = step, max(1, min(effort.window, int(share)))
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    for _ in range(effort.rounds):
         for runner in runners:
             if runner.name not in steps:
                 continue
             runner.wait()
             begin = time.perf_counter()
-            for number in range(window):
+            for number in range(windows[runner.name]):
                 steps[runner.name](given[number % len(given)])
             runner.wait()
-            times[runner.name].append((time.perf_counter() - begin) / window)
+            times[runner.name].append((time.perf_counter() - begin) / windows[runner.name])
     figures = []
     for name, each in times.items():
         median = statistics.median(each)
@@ -187,13 +175,39 @@ def report(figures: Sequence[Figure]) -> list[str]:
         numbers = f"{f.images_per_second:12,.1f} images/s {f.milliseconds:10.3f} ms, spread {f.spread:.0%}"
         lines.append(f"  {numbers}, first result {f.first:.6f}: {f.contender}")
     mine = next((f for f in figures if f.contender == "ours"), None)
-    theirs = [f for f in figures if f.contender.startswith("PyTorch")]
-    if mine and theirs:
-        ratio = min(f.milliseconds for f in theirs) / mine.milliseconds
+    if mine and (ratio := ratio_to_best(figures)):
         lines.append(f"  ours / best PyTorch mode: {ratio:.2f} (target {TARGET})")
     if mine and mine.what == "training step":
-        lines.append(f"  90 epochs of ILSVRC at this rate: {90 * EPOCH / mine.images_per_second / 60:,.0f} minutes")
+        minutes = 90 * gpu_checks.EPOCH / mine.images_per_second / 60
+        lines.append(f"  90 epochs of ILSVRC at this rate: {minutes:,.0f} minutes")
+    if any(f.contender.startswith("numpy") for f in figures):
+        lines.append(WHY_NAIVE_IS_SLOW)
     return lines
+
+
+def ratio_to_best(figures: Sequence[Figure]) -> float | None:
+    """Our rate over that of PyTorch's best mode; None where one of them is missing."""
+    mine = [f.milliseconds for f in figures if f.contender == "ours"]
+    theirs = [f.milliseconds for f in figures if f.contender.startswith("PyTorch")]
+    return min(theirs) / mine[0] if mine and theirs else None
+
+
+def summary(figures: Sequence[Figure]) -> str:
+    """One table of everything measured, as Markdown."""
+    lines = [
+        "| what | precision | batch | ours, images/s | best PyTorch mode, images/s | which | ratio | target |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for what, precision, batch in dict.fromkeys((f.what, f.precision, f.batch) for f in figures):
+        race_of = [f for f in figures if (f.what, f.precision, f.batch) == (what, precision, batch)]
+        mine = next((f"{f.images_per_second:,.0f}" for f in race_of if f.contender == "ours"), "-")
+        theirs = [f for f in race_of if f.contender.startswith("PyTorch")]
+        best = min(theirs, key=lambda f: f.milliseconds) if theirs else None
+        ratio = ratio_to_best(race_of)
+        rate, name = (f"{best.images_per_second:,.0f}", best.contender[8:]) if best else ("-", "-")
+        shown = f"{ratio:.2f}" if ratio else "-"
+        lines.append(f"| {what} | {precision} | {batch} | {mine} | {rate} | {name} | {shown} | {TARGET} |")
+    return "\n".join(lines)
 
 
 def report_dry(figures: Sequence[Figure], tolerance: float) -> list[str]:
@@ -213,36 +227,21 @@ def report_dry(figures: Sequence[Figure], tolerance: float) -> list[str]:
 
 def curve(
     ops: ModuleType, host: Host, classes: int, steps: int, given: Sequence[Host], precision: str, dry: bool
-) -> dict:
+) -> dict[str, Any]:
     """Losses of both over the same batches from the same weights, without dropout, whose masks differ."""
     runners = contenders(ops, precision, host, classes, 1.0, 0, dry)[:2]
     losses = {}
     for runner in runners:
         step = runner.start()
-        losses[runner.name] = [float(np.mean(runner.read(step(given[n % len(given)])))) for n in range(steps)]
+        queued = [step(given[n % len(given)]) for n in range(steps)]
+        losses[runner.name] = [float(np.mean(runner.read(loss))) for loss in queued]
         print(f"  {runner.name}: {losses[runner.name][0]:.4f} -> {losses[runner.name][-1]:.4f}")
     if len(losses) == 2:
         a, b = (np.array(v) for v in losses.values())
-        print(f"  largest relative difference {np.max(np.abs(a - b) / np.abs(b)):.2%} over {steps} steps")
+        apart = np.abs(a - b) / np.abs(b)
+        ends = f"{apart[0]:.2e} at the first, {apart[-1]:.2%} at the last"
+        print(f"  relative difference: {ends}, at most {apart.max():.2%}, over {steps} steps")
     return losses
-
-
-def loader_command(run: str, steps: int, precision: str) -> list[str]:
-    """The pipeline's own training, whose metrics.jsonl then has the rate and the share of time waiting for data."""
-    return [
-        *(sys.executable, "run_pipeline.py", "--stage", "train", "--run", run, "--resume"),
-        *("--device", "gpu", "--precision", precision, "--steps", str(steps)),
-    ]
-
-
-def loader_rate(run: str, steps: int, precision: str) -> None:
-    subprocess.run(loader_command(run, steps, precision), check=True)
-    lines = [json.loads(line) for line in (Path(run) / "train" / "metrics.jsonl").read_text().splitlines()]
-    rates = [line["images_per_second"] for line in lines if "images_per_second" in line][1:]
-    waits = [line["data_wait"] for line in lines if "data_wait" in line][1:]
-    rate = statistics.median(rates)
-    print(f"fed by the loader: {rate:,.0f} images/s, {statistics.median(waits):.1%} of the time waiting for data")
-    print(f"90 epochs of ILSVRC at this rate: {90 * EPOCH / rate / 60:,.0f} minutes")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -251,21 +250,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", nargs="+", choices=("bf16", "tf32", "fp32"), default=None)
     parser.add_argument("--batch", nargs="+", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--window", type=int, default=None, help="steps a round")
+    parser.add_argument("--window", type=int, default=None, help="steps a round, at most")
+    parser.add_argument("--minutes", type=float, default=60.0, help="nothing new is started after so long")
+    parser.add_argument("--kernels", action="store_true", help="time every kernel of a step instead")
     parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="compare loss curves instead")
+    parser.add_argument("--resume", action="store_true", help="check that resuming gives the same bits instead")
+    parser.add_argument("--fed", action="store_true", help="measure the rate with the loader's threads instead")
     parser.add_argument("--loader", metavar="RUN", help="measure the rate with RUN's shards instead")
+    parser.add_argument("--sanitize", action="store_true", help="run the kernels under compute-sanitizer instead")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args(arguments)
     dry = options.dry_run
     precisions = options.precision or ["bf16", "tf32", "fp32"]
     sizes = options.batch or ([2] if dry else [128, 1024])
-    rounds, window = options.rounds or (1 if dry else 9), options.window or (1 if dry else 30)
     if options.loader:
-        if dry:
-            print("would run:", " ".join(loader_command(options.loader, 400, precisions[0])))
-        else:
-            loader_rate(options.loader, 400, precisions[0])
+        gpu_checks.loader_rate(options.loader, 400, precisions[0], dry)
         return
+    if options.sanitize:
+        gpu_checks.sanitize(dry)
+        return
+    effort = Effort(
+        rounds=options.rounds or (1 if dry else 9),
+        window=options.window or (1 if dry else 30),
+        seconds=6.0,
+        deadline=time.monotonic() + 60 * options.minutes,
+    )
     crop, classes = (DRY_CROP, 10) if dry else (CROP, 1000)
     side = crop + sum(BORDER)
     with ExitStack() as stack:
@@ -273,14 +282,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from tests.gpu import standin
 
             stack.enter_context(standin.installed())
-        results: dict[str, Any] = {"machine": _machine(dry), "figures": []}
+        results: dict[str, Any] = {"machine": {}, "figures": []}
+        measured: list[Figure] = []
+
+        def keep_results() -> None:
+            """After each part, so that a command that is stopped leaves what it has."""
+            results["machine"], results["figures"] = machine(dry), [asdict(f) for f in measured]
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
 
         def finish(figures: Sequence[Figure]) -> None:
-            results["figures"] += [asdict(f) for f in figures]
+            measured.extend(figures)
             if figures:
                 print(f"{figures[0].what}, {figures[0].precision}, batch {figures[0].batch}")
                 tolerance = 1e-3 if figures[0].precision == "fp32" else 0.03
-                print(*(report_dry(figures, tolerance) if dry else report(figures)), sep="\n")
+                print(*(report_dry(figures, tolerance) if dry else report(figures)), sep="\n", flush=True)
+            keep_results()
 
         shapes = parameter_shapes(alexnet(classes), (side, side, 3))
         host = initial_parameters(shapes, (0.0,) * 8, (0.0,) * 8, SEED)
@@ -289,28 +306,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 ops = load("gpu", precision)
             except BackendUnavailableError as error:
                 raise SystemExit(f"bench.gpu: {error}; python -m bench.gpu --dry-run works without a GPU") from error
-            print(ops.describe())
-            if options.curve:
-                given = batches(8, sizes[0], crop, classes, ops.host_empty)
-                results[f"curve {precision}"] = curve(ops, host, classes, options.curve, given, precision, dry)
+            print(ops.describe(), flush=True)
+            selected = False
+            if options.curve or dry:
+                given, selected = batches(8, sizes[0], crop, classes, ops.host_empty), True
+                steps = options.curve or 2
+                results[f"curve {precision}"] = curve(ops, host, classes, steps, given, precision, dry)
+            if options.resume or dry:
+                given, selected = batches(4, sizes[0], crop, classes, ops.host_empty), True
+                gpu_checks.resume(ops, host, classes, given, 2 if dry else 20)
+            for images in sizes if options.kernels or dry else ():
+                given, selected = batches(1, images, crop, classes, ops.host_empty), True
+                times = gpu_checks.kernel_times(ops, host, classes, given[0], precision, (side, side, 3), crop, dry)
+                results[f"kernels {precision} {images}"] = times
+            for images in sizes if options.fed or dry else ():
+                selected = True
+                rate = gpu_checks.fed(ops, host, classes, images, crop, steps=4 if dry else 300, dry=dry)
+                results[f"fed by the loader {precision} {images}"] = rate
+            keep_results()
+            if selected and not dry:
                 continue
             for images in sizes:
                 given = batches(4, images, crop, classes, ops.host_empty)
                 runners = contenders(ops, precision, host, classes, 1.0 if dry else 0.5, 0, dry)
-                figures = race("training step", runners, precision, given, images, rounds, window)
-                finish(figures)
-            crops = 10 if dry else 1280
+                finish(race("training step", runners, precision, given, images, effort))
+            crops = VIEWS if dry else 128 * VIEWS
             given = batches(4, crops, crop, classes, ops.host_empty)
-            runners = contenders(ops, precision, host, classes, 1.0, 10, dry)
-            figures = race("10-view evaluation", runners, precision, given, crops, rounds, window)
-            finish(figures)
+            runners = contenders(ops, precision, host, classes, 1.0, VIEWS, dry)
+            finish(race("10-view evaluation", runners, precision, given, crops, effort))
         if dry:
-            print("would run:", " ".join(loader_command("RUN", 400, precisions[0])))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+            gpu_checks.loader_rate("RUN", 400, precisions[0], dry)
+            gpu_checks.sanitize(dry)
+        elif measured:
+            print(summary(measured))
 
 
-def _machine(dry: bool) -> dict[str, str]:
+def machine(dry: bool) -> dict[str, str]:
     """What the figures were measured on."""
     found = {"python": platform.python_version(), "dry run": str(dry), "date": time.strftime("%Y-%m-%d")}
     for name in ("numpy", "cupy", "torch"):

@@ -69,7 +69,8 @@ H100: Final = Card("H100 SXM", 3.35e12, {"bf16": 989.4e12, "tf32": 494.7e12, "fp
 RTX4090: Final = Card(
     "RTX 4090", 1.008e12, {"bf16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12}, 128, 2.52e9, 24 * 2**30
 )
-CARDS: Final = (H100, RTX4090)
+H200: Final = Card("H200", 4.8e12, H100.peak, 132, 1.755e9, 141 * 10**9)
+CARDS: Final = (H100, H200, RTX4090)
 PRECISIONS: Final = ("bf16", "tf32", "fp32")
 BATCHES: Final = (128, 1024)
 

@@ -18,15 +18,21 @@ RACES_BLOCKS = ("odd maps", "4 maps")
 
 def everything() -> None:
     with standin.installed():
-        for precision in ("fp32", "bf16"):
-            ops = load("gpu", precision)
-            for case in cases.ALL:
-                if not case.layer and (precision == "fp32" or case.operation.startswith(("conv", "linear", "augment"))):
-                    cases.run(ops, case)
-            for block in test_blocks.BLOCKS[1:]:
-                x, w, b, dy = (ops.asarray(a) for a in test_blocks.draw(block))
-                _, kept = ops.conv_block_forward(x, w, b, **test_blocks.options(block), training=True)
-                ops.conv_block_backward(dy, kept, w, **test_blocks.options(block), need_dx=True)
+        card()
+
+
+def card() -> None:
+    """All kernels on small inputs: on a real GPU under compute-sanitizer (``python -m bench.gpu --sanitize``)."""
+    for precision in ("fp32", "bf16"):
+        ops = load("gpu", precision)
+        for case in cases.ALL:
+            if not case.layer and (precision == "fp32" or case.operation.startswith(("conv", "linear", "augment"))):
+                cases.run(ops, case)
+        for block in test_blocks.BLOCKS[1:]:
+            x, w, b, dy = (ops.asarray(a) for a in test_blocks.draw(block))
+            _, kept = ops.conv_block_forward(x, w, b, **test_blocks.options(block), training=True)
+            ops.conv_block_backward(dy, kept, w, **test_blocks.options(block), need_dx=True)
+        ops.synchronize()
 
 
 def races() -> None:
@@ -60,5 +66,5 @@ if __name__ == "__main__":
     job, *change = sys.argv[1:]
     if change:
         broken(*(text.encode().decode("unicode_escape") for text in change))
-    {"everything": everything, "races": races}[job]()
+    {"everything": everything, "races": races, "card": card}[job]()
     print("done")

@@ -1,0 +1,322 @@
+"""The parts of ``bench.gpu`` beside the races: kernel times, resuming, the loader, compute-sanitizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+
+from bench import gpu_model
+from data.loader import load as load_batches
+from data.sampling import Augmentation, Crops, training_crops
+from net.alexnet import alexnet
+from net.layers import fuse
+from net.network import Descent, Preparation, prediction, training_step
+
+Host = dict[str, np.ndarray]
+SCALE, BORDER, SEED = 1 / 255, (2, 1), 1
+EPOCH: Final = 1_281_167  # pictures of ILSVRC-2012's training set
+STORED: Final = 256  # side of a stored picture
+
+
+def batches(count: int, images: int, crop: int, classes: int, empty: Callable[..., np.ndarray]) -> list[Host]:
+    """Random batches in the buffers the loader would use."""
+    made = []
+    for number in range(count):
+        random = np.random.default_rng(number)
+        values = {
+            "images": random.integers(0, 256, (images, crop, crop, 3), dtype=np.uint8),
+            "corner": np.zeros((images, 2), np.int32),
+            "flip": random.integers(0, 2, images).astype(np.uint8),
+            "shift": random.standard_normal((images, 3), dtype=np.float32),
+            "labels": random.integers(0, classes, images).astype(np.int32),
+            "rates": np.full(16, 1e-3, np.float32),
+            "step": np.array([number], np.uint64),
+        }
+        pinned = {name: empty(a.shape, a.dtype) for name, a in values.items()}
+        for name, a in values.items():
+            pinned[name][...] = a
+        made.append(pinned)
+    return made
+
+
+def ours(ops: ModuleType, host: Host, classes: int, keep: float, *, views: int = 0) -> Callable[[Host], Any]:
+    """Our training step, or prediction where ``views`` is given, as a function of a batch in host memory."""
+    if not views:
+        step, *_ = training(ops, host, classes, keep)
+        return lambda batch: step(ops.upload(batch))
+    parameters = {name: ops.asarray(a) for name, a in host.items()}
+    fused = fuse(alexnet(classes, dropout_keep=keep), ops)
+    predict = prediction(ops, fused, parameters, Preparation(None, SCALE, False, BORDER), views)
+    names = ("images", "corner", "flip", "shift")
+    return lambda batch: predict(ops.upload({name: batch[name] for name in names}))
+
+
+def training(
+    ops: ModuleType, host: Host, classes: int, keep: float, momenta: Host | None = None
+) -> tuple[Callable[[dict[str, Any]], Any], dict[str, Any], dict[str, Any]]:
+    """Our training step as a function of device arrays, and the parameters and momenta it changes."""
+    parameters = {name: ops.asarray(a) for name, a in host.items()}
+    speeds = {name: ops.asarray(np.zeros_like(a) if momenta is None else momenta[name]) for name, a in host.items()}
+    fused = fuse(alexnet(classes, dropout_keep=keep), ops)
+    descent = Descent(0.9, dict.fromkeys(host, 5e-4))
+    prepared = Preparation(None, SCALE, False, BORDER)
+    return training_step(ops, fused, parameters, speeds, prepared, descent, SEED), parameters, speeds
+
+
+# --- every kernel --------------------------------------------------------------------------------------------------
+
+
+def kernel_times(
+    ops: ModuleType,
+    host: Host,
+    classes: int,
+    batch: Host,
+    precision: str,
+    shape: tuple[int, int, int],
+    crop: int,
+    dry: bool,
+) -> list[dict[str, Any]]:
+    """Time every kernel of a training step and print it beside the model's prediction.
+
+    The step runs unrecorded, with an event after each kernel. Recorded steps queued before it keep the device busy
+    while Python queues, so that no kernel waits for Python; the events add about a microsecond each.
+    """
+    from net.gpu import cublas, kernels
+    from net.gpu.device import current
+
+    device, images = current(), len(batch["labels"])
+    plain = ModuleType("net.gpu without recording")
+    vars(plain).update({name: getattr(ops, name) for name in ops.__all__ if name != "replayable"})
+    recorded, *_ = training(ops, host, classes, 0.5)
+    step, *_ = training(plain, host, classes, 0.5)
+    inputs = ops.upload(batch)
+    for _ in range(3):
+        recorded(inputs)
+    step(inputs)
+    ops.synchronize()
+    begin = time.perf_counter()
+    recorded(inputs)
+    ops.synchronize()
+    ahead = 1 if dry else ceil(0.05 / (time.perf_counter() - begin))  # 50 ms: Python needs a few to queue a step
+    marks: list[tuple[str, Any]] = []
+
+    def mark(name: str) -> None:
+        event = device.cupy.cuda.Event()
+        event.record(device.stream)
+        marks.append((name, event))
+
+    make_kernel, multiply = kernels._kernel, cublas.multiply
+
+    def timed_kernel(file: str, name: str, real: str) -> Callable[..., None]:
+        def call(*arguments: Any, **options: Any) -> None:
+            make_kernel(file, name, real)(*arguments, **options)
+            mark(name)
+
+        return call
+
+    def timed_product(*arguments: Any, **options: Any) -> None:
+        multiply(*arguments, **options)
+        mark("product")
+
+    rounds: list[list[float]] = []
+    kernels._kernel, cublas.multiply = timed_kernel, timed_product  # type: ignore[assignment]
+    try:
+        for _ in range(1 if dry else 7):
+            marks.clear()
+            for _ in range(ahead):
+                recorded(inputs)
+            mark("start")
+            step(inputs)
+            ops.synchronize()
+            elapsed = device.cupy.cuda.get_elapsed_time
+            rounds.append([elapsed(a, b) * 1e3 for (_, a), (_, b) in pairwise(marks)])
+    finally:
+        kernels._kernel, cublas.multiply = make_kernel, multiply
+    names = [name for name, _ in marks[1:]]
+    microseconds = [statistics.median(each) for each in zip(*rounds, strict=True)]
+    card = _card(device.name)
+    modelled = gpu_model.training_step(alexnet(classes), shape, crop, gpu_model.Setting(card, precision, images))
+    if names != [kernel.name for kernel in modelled]:
+        raise SystemExit("bench.gpu: the model's kernels are not those of the step; see tests/gpu/test_model.py")
+    rows = [
+        {
+            "layer": kernel.layer,
+            "kernel": kernel.name,
+            "predicted us": round(kernel.seconds(card, precision) * 1e6, 1),
+            "measured us": round(us, 1),
+            "MB": round(kernel.bytes / 1e6, 1),
+            "GFLOP": round(kernel.products / 1e9, 1),
+        }
+        for kernel, us in zip(modelled, microseconds, strict=True)
+    ]
+    print(f"every kernel, {precision}, batch {images}: predicted for {card.name} and measured, microseconds")
+    if not dry:
+        for row in rows:
+            place = f"{row['layer']:9s} {row['kernel']:22s}"
+            print(f"  {place} {row['predicted us']:9.1f} {row['measured us']:9.1f} {row['MB']:9.1f} MB")
+    for layer in dict.fromkeys(kernel.layer for kernel in modelled):
+        own = [row for row in rows if row["layer"] == layer]
+        told, took = (sum(row[key] for row in own) for key in ("predicted us", "measured us"))
+        print(f"  {layer:9s} {len(own):3d} kernels {told:9.1f} {took:9.1f}")
+    total = sum(microseconds)
+    print(f"  together  {len(rows):3d} kernels {sum(r['predicted us'] for r in rows):9.1f} {total:9.1f}", flush=True)
+    return rows
+
+
+def _card(name: str) -> gpu_model.Card:
+    """The card of the model that is meant by the driver's name; the H100 where none is."""
+    short = [(card.name.split()[-1] if "RTX" in card.name else card.name.split()[0], card) for card in gpu_model.CARDS]
+    return next((card for word, card in short if word in name), gpu_model.H100)
+
+
+# --- resuming ------------------------------------------------------------------------------------------------------
+
+
+def resume(ops: ModuleType, host: Host, classes: int, given: list[Host], steps: int) -> None:
+    """Twice ``steps`` steps at once, and with the state taken to the host and back in the middle: the same bits.
+
+    Raises
+    ------
+    SystemExit
+        They differ.
+    """
+
+    def run(step: Callable[..., Any], numbers: range) -> list[np.ndarray]:
+        losses = []
+        for number in numbers:
+            batch = given[number % len(given)] | {"step": np.array([number], np.uint64)}
+            losses.append(ops.to_host(step(ops.upload(batch))))
+        return losses
+
+    step, parameters, speeds = training(ops, host, classes, 0.5)
+    whole = run(step, range(2 * steps))
+    ended = {name: ops.to_host(a) for name, a in parameters.items()}
+    step, parameters, speeds = training(ops, host, classes, 0.5)
+    parts = run(step, range(steps))
+    saved = [{name: ops.to_host(a) for name, a in state.items()} for state in (parameters, speeds)]
+    step, parameters, speeds = training(ops, saved[0], classes, 0.5, saved[1])
+    parts += run(step, range(steps, 2 * steps))
+    wrong = [name for name, a in parameters.items() if ops.to_host(a).tobytes() != ended[name].tobytes()]
+    if wrong or np.stack(whole).tobytes() != np.stack(parts).tobytes():
+        raise SystemExit(f"bench.gpu: resuming gives other bits, in {', '.join(wrong) or 'the losses'}")
+    print(f"  resumed after {steps} of {2 * steps} steps: the same bits in all weights and losses", flush=True)
+
+
+# --- the loader ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Pictures as a split has them, without files: what the loader's threads and the way to the GPU can do at most."""
+
+    images: np.ndarray  # uint8 (N, size, size, 3)
+    labels: np.ndarray
+
+    def row(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+
+def fed(
+    ops: ModuleType, host: Host, classes: int, images: int, crop: int, *, steps: int, dry: bool
+) -> dict[str, float | int]:
+    """Train with the loader's threads cutting random crops out of pictures in memory, more than any cache holds."""
+    count, size, threads = (8, crop + 8, 2) if dry else (16384, STORED, max(2, (len(os.sched_getaffinity(0)) * 3) // 4))
+    random = np.random.default_rng(0)
+    pictures = np.empty((count, size, size, 3), np.uint8)
+    some = random.integers(0, 256, (min(count, 256), size, size, 3), dtype=np.uint8)
+    for first in range(0, count, len(some)):
+        pictures[first : first + len(some)] = some[: count - first]
+    labels = random.integers(0, classes, count).astype(np.int32)
+    how = Augmentation(size, crop, True, True, 0.1, np.eye(3))
+    per_epoch = count // images
+
+    def plan(number: int) -> Crops:
+        epoch, place = divmod(number, per_epoch)
+        order = np.random.default_rng(epoch).permutation(count)
+        return training_crops(order, place * images, (place + 1) * images, SEED, epoch, how)
+
+    step, *_ = training(ops, host, classes, 0.5)
+    rates = np.full(16, 1e-3, np.float32)
+    options = {"crop": crop, "largest": images, "slots": 2 * threads, "threads": threads, "allocate": ops.host_empty}
+    waited, begin, warm = 0.0, 0.0, steps // 4
+    with closing(load_batches(InMemory(pictures, labels), plan, range(steps), **options)) as loader:
+        for batch in loader:
+            if batch.number == warm:
+                ops.synchronize()
+                waited, begin = 0.0, time.perf_counter()
+            step(ops.upload({**batch.arrays, "rates": rates, "step": np.array([batch.number], np.uint64)}))
+            waited += batch.waited
+        ops.synchronize()
+    seconds = time.perf_counter() - begin
+    rate = images * (steps - warm) / seconds
+    print(
+        f"fed by {threads} loader threads from memory, batch {images}: {rate:,.0f} images/s, "
+        f"{waited / seconds:.1%} of the time waiting for data; 90 epochs of ILSVRC: {90 * EPOCH / rate / 60:,.0f} "
+        "minutes where the storage delivers as fast",
+        flush=True,
+    )
+    return {"threads": threads, "images_per_second": rate, "data_wait": waited / seconds}
+
+
+def loader_rate(run: str, steps: int, precision: str, dry: bool) -> None:
+    """The pipeline's own training, whose metrics.jsonl then has the rate and the share of time waiting for data."""
+    command = [
+        *(sys.executable, "run_pipeline.py", "--stage", "train", "--run", run, "--resume"),
+        *("--device", "gpu", "--precision", precision, "--steps", str(steps)),
+    ]
+    if dry:
+        print("would run:", " ".join(command))
+        return
+    subprocess.run(command, check=True)
+    lines = [json.loads(line) for line in (Path(run) / "train" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line][1:]
+    waits = [line["data_wait"] for line in lines if "data_wait" in line][1:]
+    rate = statistics.median(rates)
+    print(f"fed by the loader: {rate:,.0f} images/s, {statistics.median(waits):.1%} of the time waiting for data")
+    print(f"90 epochs of ILSVRC at this rate: {90 * EPOCH / rate / 60:,.0f} minutes")
+
+
+# --- compute-sanitizer ---------------------------------------------------------------------------------------------
+
+
+def sanitize(dry: bool) -> None:
+    """Every kernel on small inputs under compute-sanitizer's checkers.
+
+    Raises
+    ------
+    SystemExit
+        A checker found something, or compute-sanitizer is not there.
+    """
+    found = []
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        command = [*checker, sys.executable, "-m", "tests.gpu.sanitized", "card"]
+        if dry:
+            print("would run:", " ".join(command))
+            continue
+        if shutil.which(command[0]) is None:
+            raise SystemExit("bench.gpu: compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
+        begin = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        clean = done.returncode == 0
+        print(f"{tool}: {'clean' if clean else 'NOT CLEAN'} in {time.perf_counter() - begin:.0f} s", flush=True)
+        if not clean:
+            print((done.stdout + done.stderr)[-4000:])
+            found.append(tool)
+    if found:
+        raise SystemExit(f"bench.gpu: {', '.join(found)} found something")
