@@ -3,10 +3,11 @@
 A run is made once without disturbance. Then victims go through the same stages, each killed with SIGKILL, started again
 with the same command, killed again, until they reach the end. Half of the kills come at a moment drawn uniformly over
 the stage's working time, where most of the time goes; the other half at a drawn change of the run directory (see
-site/sitecustomize.py), where the narrow places are. A kill that comes too late, after the stage has ended, does
-not count: the stage is undone and killed earlier. The short form kills at named places instead and depends on no
-clock. At every kill whatever bears its final name must be complete and readable. At the end all files must have the
-bytes of the undisturbed run (metrics lines but for times), and no temporary file and no process may be left.
+site/sitecustomize.py), where the narrow places are. A kill that comes too late, after the stage has ended, does not
+count: the stage is undone and killed earlier, or left where nothing was to be done. The short form kills at named
+places instead and depends on no clock. At every kill whatever bears its final name must be complete and readable. At
+the end all files must have the bytes of the undisturbed run (metrics lines but for times), and no temporary file and no
+process may be left.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +62,7 @@ class Report:
         )
         return (
             f"{self.kills.total()} kills: {by_stage}; {self.victims} runs were finished after them, each identical to "
-            f"the undisturbed one, in {self.seconds:.0f} s; {self.too_late} kills came too late and were drawn again"
+            f"the undisturbed one, in {self.seconds:.0f} s; {self.too_late} more came after the stage's end, not counted"
         )
 
 
@@ -83,6 +85,14 @@ class Kill:
     def earlier(self) -> Kill:
         assert not isinstance(self.at, str), f"no file {self.at} is ever opened to be written"
         return replace(self, at=max(1, self.at // 2) if isinstance(self.at, int) else self.at / 2)
+
+
+class Ended(Enum):
+    """How a stage ended that was to be killed."""
+
+    KILLED = auto()
+    TOO_LATE = auto()
+    NOTHING_TO_DO = auto()
 
 
 # Some shards in place; a checkpoint in place that no index names; the next one begun, its metrics lines written;
@@ -205,34 +215,39 @@ def _kill(stage: str, run: Path, source: Path, kill: Kill, report: Report) -> No
         text = log.read_bytes()
         log.unlink()
         log.write_bytes(text)
-    while not _struck(stage, run, source, kill, report):
+    while (end := _struck(stage, run, source, kill)) is not Ended.KILLED:
         report.too_late += 1
+        if end is Ended.NOTHING_TO_DO:  # the kill before this one came after the stage's last write
+            break
         kill = kill.earlier()
         shutil.rmtree(run)
         if before.exists():
             shutil.copytree(before, run)
+    else:
+        report.kills[stage] += 1
+        report.at_a_change[stage] += not isinstance(kill.at, float)
+        report.half_written[stage] += any(run.rglob("*.tmp*"))
     shutil.rmtree(before, ignore_errors=True)
 
 
-def _struck(stage: str, run: Path, source: Path, kill: Kill, report: Report) -> bool:
-    """Kill a stage; False where it ended before."""
+def _struck(stage: str, run: Path, source: Path, kill: Kill) -> Ended:
+    """Start a stage and kill it."""
+    begun = True
     if not isinstance(kill.at, float):
         process = _start(stage, run, source, CRASH_AT=str(kill.at), CRASH_GROUP=str(int(kill.whole_group)))
     else:
         process = _start(stage, run, source)
-        if _begun(process, stage):
+        begun = _begun(process, stage)
+        if begun:
             try:
                 process.wait(kill.at)
             except subprocess.TimeoutExpired:
                 (os.killpg if kill.whole_group else os.kill)(process.pid, signal.SIGKILL)
-    out, err = process.communicate()
-    if process.returncode != -signal.SIGKILL:
-        assert process.returncode == 0, f"started again, {stage} failed: {out}{err}"
-        return False
-    report.kills[stage] += 1
-    report.at_a_change[stage] += not isinstance(kill.at, float)
-    report.half_written[stage] += any(run.rglob("*.tmp*"))
-    return True
+    out, err = process.communicate(timeout=600)
+    if process.returncode == -signal.SIGKILL:
+        return Ended.KILLED
+    assert process.returncode == 0, f"started again, {stage} failed: {out}{err}"
+    return Ended.TOO_LATE if begun else Ended.NOTHING_TO_DO
 
 
 def _check_what_is_there(run: Path) -> None:
