@@ -62,7 +62,7 @@ class Report:
         )
         return (
             f"{self.kills.total()} kills: {by_stage}; {self.victims} runs were finished after them, each identical to "
-            f"the undisturbed one, in {self.seconds:.0f} s; {self.too_late} more came after the stage's end, not counted"
+            f"the undisturbed one, in {self.seconds:.0f} s; {self.too_late} more came too late, not counted"
         )
 
 
