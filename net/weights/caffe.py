@@ -144,6 +144,8 @@ def _blob(data: memoryview) -> Blob:
     shape = tuple(dims) if dims is not None else tuple(legacy.get(axis, 0) for axis in (1, 2, 3, 4))
     size = sum(len(part) for part in parts)
     width = np.dtype(dtype).itemsize
+    if not size:
+        raise WeightsError(f"an array of shape {shape} comes with 0 bytes")
     if any(len(part) % width for part in parts) or math.prod(shape) * width != size:
         raise WeightsError(f"an array of shape {shape} comes with {size} bytes, not {math.prod(shape) * width}")
     return Blob(shape, dtype, parts)

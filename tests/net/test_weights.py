@@ -273,6 +273,9 @@ def test_caffe_mean_image(tmp_path: Path) -> None:
     path.write_bytes(blob(mean))
     with pytest.raises(WeightsError, match="not a mean image"):
         caffe.read_mean(path)
+    path.write_bytes(field(1, 1) + field(2, 3))  # three channels of nothing, as fuzzing found it
+    with pytest.raises(WeightsError, match=r"shape \(1, 3, 0, 0\) comes with 0 bytes"):
+        caffe.read_mean(path)
 
 
 TINY = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.array([1, 2], dtype=np.float32)}
