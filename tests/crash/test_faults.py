@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,12 +92,28 @@ def every_failure(
                 sentence = str(error)
             else:
                 assert len(calls) < number, f"the failure of call {number} ({calls[number - 1]}) went unnoticed"
+                every_rename_is_durable(calls)
                 return len(calls)
         where = f"call {number} ({calls[number - 1]})"
         assert told in sentence, f"{where}: {sentence}"
         assert str(folder) in sentence, f"{where}: {sentence}"
         assert not list(folder.rglob("*.tmp*")), f"{where} leaves a temporary file"
         check()
+
+
+def every_rename_is_durable(calls: list[str]) -> None:
+    """A kill leaves what was written to the system, a power cut only what was flushed: the order is what counts.
+
+    Before a file gets its name its content is flushed, and right after that the folder.
+    """
+    for place, call in enumerate(calls):
+        what, name = call.split(" ", 1)
+        if what != "replace":
+            continue
+        around = f"{name}: {calls[place - 2 : place + 2]}"
+        before, after = calls[place - 1], calls[place + 1]
+        assert re.fullmatch(rf"fsync {re.escape(name)}\..*tmp", before), f"not flushed before it is named, {around}"
+        assert re.fullmatch(r"fsync [a-z]+", after), f"its folder is not flushed, {around}"
 
 
 @pytest.fixture
