@@ -1,13 +1,11 @@
 """Kill the pipeline at random moments; started again it must end as if nothing had happened.
 
-A run is made once without disturbance. Then victims go through the same stages, each killed with SIGKILL, started again
-with the same command, killed again, until they reach the end. Half of the kills come at a moment drawn uniformly over
-the stage's working time, where most of the time goes; the other half at a drawn change of the run directory (see
-site/sitecustomize.py), where the narrow places are. A kill that comes too late, after the stage has ended, does not
-count: the stage is undone and killed earlier, or left where nothing was to be done. The short form kills at named
-places instead and depends on no clock. At every kill whatever bears its final name must be complete and readable. At
-the end all files must have the bytes of the undisturbed run (metrics lines but for times), and no temporary file and no
-process may be left.
+A run is made once without disturbance. Then victims go through the same stages: each stage is killed with SIGKILL,
+started again with the same command, killed again, until it ends before the next kill. Half of the kills come at a
+random moment of the stage's work, where most of the time goes; the other half at a random change of the run directory
+(see site/sitecustomize.py), where the narrow places are. The short form kills at named places instead and depends on
+no clock. At every kill whatever bears its final name must be complete and readable. At the end all files must have the
+bytes of the undisturbed run (metrics lines but for times), and no temporary file and no process may be left.
 """
 
 from __future__ import annotations
@@ -21,9 +19,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum, auto
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +35,8 @@ STAGES = ("preprocess", "train", "eval")
 # What a stage prints before its work begins; kills are drawn from then on. Imports before it write nothing.
 BEGINS = {"preprocess": "preprocess: the shards need", "train": "train ", "eval": "computing on"}
 TIMES = ("images_per_second", "data_wait", "seconds")
-LONG = ({"train": (24,) * 5, "val": (8,) * 5}, 200, 420)
+SHARE = 0.4  # kills are drawn over so much of a stage's work, so that each stage is killed several times
+LONG = ({"train": (16,) * 5, "val": (8,) * 5}, 200, 420)
 SHORT = ({"train": (4,) * 5, "val": (2,) * 5}, 80, 120)
 SITE = Path(__file__).resolve().parent / "site"
 
@@ -50,7 +48,6 @@ class Report:
     kills: Counter[str] = field(default_factory=Counter)
     at_a_change: Counter[str] = field(default_factory=Counter)
     half_written: Counter[str] = field(default_factory=Counter)
-    too_late: int = 0
     victims: int = 0
     seconds: float = 0.0
 
@@ -62,7 +59,7 @@ class Report:
         )
         return (
             f"{self.kills.total()} kills: {by_stage}; {self.victims} runs were finished after them, each identical to "
-            f"the undisturbed one, in {self.seconds:.0f} s; {self.too_late} more came too late, not counted"
+            f"the undisturbed one, in {self.seconds:.0f} s"
         )
 
 
@@ -81,18 +78,6 @@ class Kill:
 
     at: float | int | str
     whole_group: bool  # or the parent alone: its workers outlive it, as where the system kills one big process
-
-    def earlier(self) -> Kill:
-        assert not isinstance(self.at, str), f"no file {self.at} is ever opened to be written"
-        return replace(self, at=max(1, self.at // 2) if isinstance(self.at, int) else self.at / 2)
-
-
-class Ended(Enum):
-    """How a stage ended that was to be killed."""
-
-    KILLED = auto()
-    TOO_LATE = auto()
-    NOTHING_TO_DO = auto()
 
 
 # Some shards in place; a checkpoint in place that no index names; the next one begun, its metrics lines written;
@@ -114,16 +99,17 @@ def kill_many(folder: Path, kills: int, seed: int, *, say: Callable[[object], No
     """
     random, report, start = np.random.default_rng(seed), Report(), time.monotonic()
     source, wholes = _wholes(folder, LONG)
+
+    def draw(stage: str) -> Iterator[Kill]:
+        while report.kills.total() < kills:
+            at: float | int = random.uniform(0, SHARE * wholes[stage].seconds)
+            if random.integers(2):
+                at = int(random.integers(max(12, SHARE * wholes[stage].changes))) + 1
+            yield Kill(at, bool(random.integers(2)))
+
     while report.kills.total() < kills:
-        victim, planned = folder / f"victim-{report.victims}", {}
-        for stage in STAGES:
-            planned[stage] = []
-            for _ in range(int(random.integers(1, 5))):
-                at: float | int = random.uniform(0, wholes[stage].seconds)
-                if random.integers(2):
-                    at = int(random.integers(wholes[stage].changes)) + 1
-                planned[stage].append(Kill(at, bool(random.integers(2))))
-        _end_alike(victim, source, planned, wholes, report)
+        victim = folder / f"victim-{report.victims}"
+        _end_alike(victim, source, {stage: draw(stage) for stage in STAGES}, wholes, report)
         report.seconds = time.monotonic() - start
         say(report)
     return report
@@ -133,7 +119,7 @@ def kill_at_places(folder: Path) -> Report:
     """The short form: one victim, killed at :data:`PLACES`; raises as :func:`kill_many` does."""
     report = Report()
     source, wholes = _wholes(folder, SHORT)
-    _end_alike(folder / "victim", source, PLACES, wholes, report)
+    _end_alike(folder / "victim", source, {stage: iter(kills) for stage, kills in PLACES.items()}, wholes, report)
     return report
 
 
@@ -143,14 +129,15 @@ def _wholes(folder: Path, size: tuple[dict[str, tuple[int, ...]], int, int]) -> 
 
 
 def _end_alike(
-    victim: Path, source: Path, planned: Mapping[str, Sequence[Kill]], wholes: dict[str, Whole], report: Report
+    victim: Path, source: Path, planned: dict[str, Iterator[Kill]], wholes: dict[str, Whole], report: Report
 ) -> None:
     """Take a run through all stages, killed as planned; it must end as the whole ones did."""
     for stage in STAGES:
-        for kill in planned[stage]:
-            _kill(stage, victim, source, kill, report)
+        ended = False
+        while not ended:
+            kill = next(planned[stage], None)
+            ended = _ends_before(stage, victim, source, kill, report)
             _check_what_is_there(victim)
-        _run(stage, victim, source)
         assert _state(stage, victim) == wholes[stage].state, f"{victim}: {stage} ended otherwise than undisturbed"
         _no_process_left(victim)
     left = [str(path) for path in victim.rglob("*.tmp*")]
@@ -200,54 +187,25 @@ def _undisturbed(stage: str, run: Path, source: Path) -> Whole:
     return Whole(time.monotonic() - start, int(count.read_text()), _state(stage, run))
 
 
-def _run(stage: str, run: Path, source: Path) -> None:
-    process = _start(stage, run, source)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, f"started again, {stage} failed: {out}{err}"
-
-
-def _kill(stage: str, run: Path, source: Path, kill: Kill, report: Report) -> None:
-    """Start a stage and kill it; where it ended before, undo it and kill it earlier."""
-    before = run.with_name(f"{run.name}-before")
-    if run.exists():
-        shutil.copytree(run, before, copy_function=os.link)  # every file is replaced, never changed, but for the logs
-    for log in before.rglob("metrics.jsonl"):
-        text = log.read_bytes()
-        log.unlink()
-        log.write_bytes(text)
-    while (end := _struck(stage, run, source, kill)) is not Ended.KILLED:
-        report.too_late += 1
-        if end is Ended.NOTHING_TO_DO:  # the kill before this one came after the stage's last write
-            break
-        kill = kill.earlier()
-        shutil.rmtree(run)
-        if before.exists():
-            shutil.copytree(before, run)
-    else:
-        report.kills[stage] += 1
-        report.at_a_change[stage] += not isinstance(kill.at, float)
-        report.half_written[stage] += any(run.rglob("*.tmp*"))
-    shutil.rmtree(before, ignore_errors=True)
-
-
-def _struck(stage: str, run: Path, source: Path, kill: Kill) -> Ended:
-    """Start a stage and kill it."""
-    begun = True
-    if not isinstance(kill.at, float):
+def _ends_before(stage: str, run: Path, source: Path, kill: Kill | None, report: Report) -> bool:
+    """Start a stage and kill it as told; whether it came to its end before that."""
+    if kill is not None and not isinstance(kill.at, float):
         process = _start(stage, run, source, CRASH_AT=str(kill.at), CRASH_GROUP=str(int(kill.whole_group)))
     else:
         process = _start(stage, run, source)
-        begun = _begun(process, stage)
-        if begun:
+        if kill is not None and _begun(process, stage):
             try:
                 process.wait(kill.at)
             except subprocess.TimeoutExpired:
                 (os.killpg if kill.whole_group else os.kill)(process.pid, signal.SIGKILL)
     out, err = process.communicate(timeout=600)
-    if process.returncode == -signal.SIGKILL:
-        return Ended.KILLED
-    assert process.returncode == 0, f"started again, {stage} failed: {out}{err}"
-    return Ended.TOO_LATE if begun else Ended.NOTHING_TO_DO
+    if kill is None or process.returncode != -signal.SIGKILL:
+        assert process.returncode == 0, f"started again, {stage} failed: {out}{err}"
+        return True
+    report.kills[stage] += 1
+    report.at_a_change[stage] += not isinstance(kill.at, float)
+    report.half_written[stage] += any(run.rglob("*.tmp*"))
+    return False
 
 
 def _check_what_is_there(run: Path) -> None:
