@@ -312,7 +312,8 @@ class Plateau:
         return (
             f"warning: the loss has stayed at {loss:.3f}, which is ln(classes) = {self._level:.3f}, for "
             f"{self._patience} steps: the network says the same of every picture. Known causes are initial biases of "
-            "1 together with weights of standard deviation 0.01 everywhere (the paper's text); try "
+            "1 together with weights of standard deviation 0.01 everywhere (the paper's text), or scores that have all "
+            "become negative before a last ReLU (network.final_relu; the loss is then exactly ln(classes)); try "
             "--recipe original or --recipe caffe, --set network.weight_std=[0,0,0,0,0,0,0,0] (He's rule), or another "
             "--seed, each in a new run (--run)"
         )
