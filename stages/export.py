@@ -40,7 +40,8 @@ def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str, format: str) -> Pa
     trained = load_trained(run_dir, checkpoint)
     metadata = {
         "config": json.dumps(to_dict(trained.config)),
-        "classes": json.dumps([{key: entry.get(key, "") for key in ("wnid", "words")} for entry in trained.classes]),
+        # Class folders have no words of their own: null in classes.json, no text here.
+        "classes": json.dumps([{key: entry.get(key) or "" for key in ("wnid", "words")} for entry in trained.classes]),
     }
     note = ""
     if format == "onnx":

@@ -162,8 +162,8 @@ def _json_line(answer: Answer, trained: Trained) -> None:
     top = [
         {
             "class": number,
-            "wnid": trained.classes[number].get("wnid", ""),
-            "words": trained.classes[number].get("words", ""),
+            "wnid": trained.classes[number].get("wnid") or "",
+            "words": trained.classes[number].get("words") or "",
             "probability": round(probability, 6),
         }
         for number, probability in answer.top

@@ -73,11 +73,12 @@ def screen(
     rates = [r["images_per_second"] for r in steps[-_RATES:]]
     rate = sum(rates) / len(rates)
     left = max(0, total - done) * config.train.batch_size / rate if rate > 0 else 0.0
+    ago = f"last line {duration(time.time() - written)} ago"
     lines = [
         f"{root}  recipe {config.recipe}",
         f"step {done:,} of {total:,}  epoch {done / per_epoch:.2f} of {config.train.epochs}",
         f"loss {last['loss']:.4f}  lr {last['lr']:.4g}  {rate:.1f} images/s  waiting for data {last['data_wait']:.1%}",
-        f"{duration(left)} left to the recipe's end at this speed; last line {duration(time.time() - written)} ago",
+        f"{duration(left)} left to the recipe's end at this speed; {ago}" if left else f"the recipe's end; {ago}",
     ]
     if validations:
         best = max(validations, key=lambda record: record["top1"])

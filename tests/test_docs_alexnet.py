@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +112,20 @@ def test_the_example_runs(capsys):
 @pytest.mark.parametrize("name", ["lrn", "relu", "convolution", "maxpool"])
 def test_the_textbook_names_the_papers_section(name):
     assert "(paper, section" in (PAGE.parent.parent / "net" / "reference" / f"{name}.py").read_text(encoding="utf-8")
+
+
+def test_the_walk_with_the_debugger(run: Path):
+    """The lines of the page, typed into the page's command, on small pictures."""
+    (lines,) = re.findall(r"<!-- debugger -->\n```\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+    (command,) = re.findall(r"^python (-m pdb run_pipeline\.py .*)$", TEXT, flags=re.MULTILINE)
+    typed = "".join(line.partition("#")[0].strip() + "\n" for line in lines.splitlines())
+    arguments = shlex.split(command.replace("runs/debug", shlex.quote(str(run))))
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=PAGE.parents[1], input=typed, capture_output=True, text=True, timeout=120
+    )
+    said = result.stdout
+    assert "***" not in said, said  # what pdb puts before an error
+    assert "(2, 15, 15, 96)" in said
+    assert "-> loss = self._step_function(epoch)(inputs)" in said
+    assert "((2, 3, 3, 256), (3, 3, 192, 256)," in said
+    assert "[(2, 3, 3, 384), (3, 3, 192, 256), (256,)]" in said

@@ -16,7 +16,7 @@ from net.weights.tensors import read_header, to_bytes
 from pipeline.checkpoint import checkpoints, load_checkpoint
 from pipeline.config import RECIPES, override
 from pipeline.run_dir import RunDir
-from stages import export
+from stages import export, import_weights
 from stages.setup import input_shape, network_layers, shapes
 from stages.trained import load_trained
 from tests.command_line import QUICK, settings
@@ -48,7 +48,7 @@ def test_export_says_what_it_holds(trained_run: Path, exported: Path) -> None:
     header = read_header(exported / "alexnet.safetensors")
     assert header.shapes["conv2.w"] == (5, 5, 48, 256)
     assert json.loads(header.metadata["config"])["recipe"] == "seed"
-    assert json.loads(header.metadata["classes"])[3] == {"wnid": "class3", "words": "class3"}
+    assert json.loads(header.metadata["classes"])[3] == {"wnid": "class3", "words": ""}
     torch = read_header(exported / "alexnet.torch.safetensors")
     assert torch.shapes["conv2.weight"] == (256, 48, 5, 5)
     assert torch.shapes["mean"] == (67, 67, 3)
@@ -80,6 +80,16 @@ def test_import_brings_back_every_bit_and_predicts_the_same(
     assert [entry["probability"] for entry in first] == [entry["probability"] for entry in second]
     assert [entry["words"] for entry in first] == [entry["words"] for entry in second]
     checkpoints(run / "train")[0].unlink()  # 80 MB
+
+
+def test_names_of_classes_come_back_with_and_without_words() -> None:
+    entries = [{"wnid": "n01", "words": "tench, Tinca tinca"}, {"wnid": "n02", "words": ""}]
+    assert import_weights._names(json.dumps(entries), 2) == {
+        "wnids": ["n01", "n02"],
+        "words": ["tench, Tinca tinca", ""],
+    }
+    assert import_weights._names(json.dumps([{"wnid": "", "words": ""}] * 2), 2) == {}  # an import without names
+    assert import_weights._names(None, 2) == {}
 
 
 def test_onnx_is_compared_with_this_network(

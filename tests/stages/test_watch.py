@@ -35,6 +35,7 @@ def test_screen_says_how_far_and_how_long(monkeypatch: pytest.MonkeyPatch) -> No
     assert "best top-1 40.00% (step 20)" in text
     assert all(len(line) <= 80 for line in text.splitlines())
     assert len(text.splitlines()) <= 24
+    assert "the recipe's end; last line" in screen(Path("runs/x"), demo, 10, records, time.time(), 80, 24)
     assert "no step has been logged yet" in screen(Path("runs/x"), demo, 20, [], time.time(), 80, 24)
 
 

@@ -1,0 +1,83 @@
+"""What 90 epochs of ILSVRC-2012 take: predicted hours and euros on common cards, and what the disk must deliver.
+
+    python -m bench.full_run                 the table of docs/full_run.md
+    python -m bench.full_run --rate 30000    the same for a rate of your own in images/s, as --stage train prints it
+
+Rates of cards are predictions of ``bench.gpu_model``, prices are assumptions that stand below.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Final
+
+from bench.gpu_model import CROP, EPOCH, H100, LAYERS, RTX4090, SHAPE, Card, Setting, prediction, training_step
+
+EPOCHS: Final = 90
+VALIDATION: Final = 50_000  # pictures, once an epoch
+STORED: Final = 256 * 256 * 3  # bytes of a picture in a shard
+BATCH: Final = 128
+
+A100: Final = Card(
+    "A100 SXM 80 GB", 2.039e12, {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}, 108, 1.41e9, 80 * 2**30
+)
+# Euros an hour, assumed: rented by the hour in 2026, towards the cheaper end of what is asked.
+PRICES: Final = ((H100, 2.7), (A100, 1.3), (RTX4090, 0.4))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A full run at a rate of images a second."""
+
+    rate: float
+    forward: float
+
+    @property
+    def hours(self) -> float:
+        """Of training and of the validation after each epoch; reading the pictures is assumed to keep up."""
+        return EPOCHS * (EPOCH / self.rate + VALIDATION / self.forward) / 3600
+
+    @property
+    def gigabytes(self) -> float:
+        """Read from the shards in a second."""
+        return self.rate * STORED / 1e9
+
+
+def predicted(card: Card, precision: str) -> Plan:
+    s = Setting(card, precision, BATCH)
+    step, forward = (
+        sum(kernel.seconds(s.card, s.precision) for kernel in made(LAYERS, SHAPE, CROP, s))
+        for made in (training_step, prediction)
+    )
+    return Plan(BATCH / step, BATCH / forward)
+
+
+def table() -> str:
+    lines = [
+        "| card | precision | images/s, predicted | hours | euros an hour, assumed | euros | GB/s from the shards |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for card, price in PRICES:
+        for precision in ("bf16", "fp32"):
+            plan = predicted(card, precision)
+            lines.append(
+                f"| {card.name} | {precision} | {plan.rate:,.0f} | {plan.hours:.1f} | {price:.2f} "
+                f"| {plan.hours * price:.1f} | {plan.gigabytes:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.full_run", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rate", type=float, help="training images/s that were measured")
+    rate = parser.parse_args().rate
+    if rate is None:
+        print(table())
+        return
+    plan = Plan(rate, 3 * rate)  # a forward pass is a third of a step's arithmetic
+    print(f"{EPOCHS} epochs: {plan.hours:,.1f} hours; the shards must deliver {plan.gigabytes:.2f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
