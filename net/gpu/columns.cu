@@ -22,13 +22,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) columns_any(
     int row = r * stride - pad;
     const real* picture = x + (long long)image * height * width * channels;
     real* to = columns + (long long)blockIdx.x * out_width * groups * padded + vector * WIDE;
-    // Where this thread's places lie relative to the window's corner; those of the filling below every picture.
+    // Where this thread's places lie relative to the window's corner.
     int offset[WIDE], kh[WIDE], kw[WIDE];
 #pragma unroll
     for (int v = 0; v < WIDE; v++) {
         int i = (k + v) % each;
         kw[v] = (k + v) / each % kernel_w;
-        kh[v] = k + v < depth ? (k + v) / each / kernel_w : height + pad + stride * out_height;
+        kh[v] = (k + v) / each / kernel_w;
         offset[v] = (kh[v] * width + kw[v]) * channels + g * each + i;
     }
     for (int c = lane; c < out_width; c += lanes) {
@@ -38,8 +38,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) columns_any(
 #pragma unroll
         for (int v = 0; v < WIDE; v++) {
             // Without padding every window lies inside the picture, and only the filling has no value.
-            bool inside = row + kh[v] < height;
-            if (pad > 0) inside = inside && row + kh[v] >= 0 && col + kw[v] >= 0 && col + kw[v] < width;
+            bool inside = k + v < depth;
+            if (pad > 0)
+                inside = inside && row + kh[v] >= 0 && row + kh[v] < height && col + kw[v] >= 0 && col + kw[v] < width;
             if (inside)
                 pack.at[v] = picture[corner + offset[v]];
             else

@@ -34,15 +34,14 @@ def augment(
     count, height, width, _ = images.shape
     before, after = border
     y = empty((count, height + before + after, width + before + after, 3), current().storage)
-    (each,) = blocks(y[0].size) if count else (1,)
     side = 0 if mean is None else mean.shape[0]
     mean = None if mean is None else floats(mean)
     launch(
         "augment",
-        (count * each,),
+        (count * y.shape[1],),
         (
             *(dense(images), dense(corner), dense(flip), floats(shift), mean, y),
-            *(height, width, side, before, after, scale, bgr, each),
+            *(height, width, side, before, after, scale, bgr),
         ),
         dtype=y.dtype,
     )

@@ -14,7 +14,8 @@
 // window. A thread owns V neighbouring channels; channels/V threads side by side make a pixel, and the block's
 // further threads ("lanes") take further pixels. V = 4, half = 2 is AlexNet's case, V = 1 takes any.
 
-__device__ __forceinline__ bool beats(float x, float best) { return x > best || (isnan(x) && !isnan(best)); }
+// x > best, or only x is NaN; written so that it takes two instructions.
+__device__ __forceinline__ bool beats(float x, float best) { return !(x <= best) && best == best; }
 
 // sums[v] = sum over the channels within `half` of i + v of f(pixel[channel]), for one pixel's channels in shared
 // memory. HALF 2 and V 4 need three vector reads.
@@ -47,13 +48,15 @@ __device__ __forceinline__ void window_sums(const float* pixel, int i, int chann
 }
 
 // One block computes a tile of tile_rows x tile_cols outputs of one image from the pixels under it, held in shared
-// memory as floats: [row][col][channel]. Grid: image, tile row, tile column.
-template <int V>
+// memory as floats: [row][col][channel]. Grid: image, tile row, tile column. SIZE and STRIDE are the pool's where they
+// are known when compiling, else 0: loops over a window are written out and divisions by the stride are shifts.
+template <int V, int SIZE, int STRIDE>
 __device__ __forceinline__ void forward(
     const real* c, const float* b, real* y, uint8* winner, int height, int width, int channels, int out_height,
-    int out_width, int tile_rows, int tile_cols, int tiles_down, int tiles_right, int size, int stride, int lrn,
+    int out_width, int tile_rows, int tile_cols, int tiles_down, int tiles_right, int any_size, int any_stride, int lrn,
     int half, float k, float alpha, float beta) {
     extern __shared__ __align__(16) float shared[];
+    const int size = SIZE ? SIZE : any_size, stride = SIZE ? STRIDE : any_stride;
     int vectors = channels / V, lane = threadIdx.x / vectors, lanes = blockDim.x / vectors;
     int i = threadIdx.x % vectors * V;
     int image = blockIdx.x / (tiles_down * tiles_right);
@@ -100,8 +103,11 @@ __device__ __forceinline__ void forward(
         int r = o / cols, q = o % cols;
         float best[V], x[V];
         int at[V];
-        for (int place = 0, kh = 0; kh < size; kh++) {
-            for (int kw = 0; kw < size; kw++, place++) {
+#pragma unroll
+        for (int kh = 0; kh < size; kh++) {
+#pragma unroll
+            for (int kw = 0; kw < size; kw++) {
+                int place = kh * size + kw;
                 load<V>(shared + ((r * stride + kh) * across + q * stride + kw) * channels + i, x);
 #pragma unroll
                 for (int v = 0; v < V; v++) {
@@ -126,12 +132,15 @@ __device__ __forceinline__ void forward(
 // Pixels are dealt out over blocks and lanes; a thread keeps its channels, so db adds up in its registers. `partial`
 // (gridDim.x, channels) holds each block's share of db, added up by column_sum.cu in a fixed order. Where winner is
 // null there was no pool; where b is null, c is already a. Shared memory: a and t, [lane][channel] each.
-template <int V>
+template <int V, int SIZE, int STRIDE>
 __device__ __forceinline__ void backward(
     const real* dy, const uint8* winner, const real* c, const float* b, real* dc, float* partial, int pixels,
-    int height, int width, int channels, int out_height, int out_width, int size, int stride, int lrn, int half,
+    int height, int width, int channels, int out_height, int out_width, int any_size, int any_stride, int lrn, int half,
     float k, float alpha, float beta) {
     extern __shared__ __align__(16) float shared[];
+    const int size = SIZE ? SIZE : any_size, stride = SIZE ? STRIDE : any_stride;
+    // Windows along one side that a pixel lies in, at most.
+    const int windows = SIZE ? (SIZE + STRIDE - 1) / STRIDE : any_size;
     int vectors = channels / V, lane = threadIdx.x / vectors, lanes = blockDim.x / vectors;
     int i = threadIdx.x % vectors * V;
     int own_a = lane * channels, own_t = own_a + lanes * channels;
@@ -155,10 +164,18 @@ __device__ __forceinline__ void backward(
             if (winner) {
 #pragma unroll
                 for (int v = 0; v < V; v++) d[v] = 0.0f;
-                int first_q = max(0, (col - size + stride) / stride);
-                for (int r = max(0, (row - size + stride) / stride); r <= min(row / stride, out_height - 1); r++) {
-                    for (int q = first_q; q <= min(col / stride, out_width - 1); q++) {
-                        long long from = (((long long)image * out_height + r) * out_width + q) * channels + i;
+                int first_r = max(0, (row - size + stride) / stride), last_r = min(row / stride, out_height - 1);
+                int first_q = max(0, (col - size + stride) / stride), last_q = min(col / stride, out_width - 1);
+                long long first = (long long)image * out_height * out_width * channels + i;
+#pragma unroll
+                for (int down = 0; down < windows; down++) {
+                    int r = first_r + down;
+                    if (r > last_r) break;
+#pragma unroll
+                    for (int right = 0; right < windows; right++) {
+                        int q = first_q + right;
+                        if (q > last_q) break;
+                        long long from = first + (r * out_width + q) * channels;
                         int place = (row - r * stride) * size + (col - q * stride);
                         Pack<uint8, V> won = *reinterpret_cast<const Pack<uint8, V>*>(winner + from);
                         float g[V];
@@ -217,34 +234,42 @@ __device__ __forceinline__ void backward(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) block_forward_4(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) block_forward_4(
     const real* c, const float* b, real* y, uint8* winner, int height, int width, int channels, int out_height,
     int out_width, int tile_rows, int tile_cols, int tiles_down, int tiles_right, int size, int stride, int lrn,
     int half, float k, float alpha, float beta) {
-    forward<4>(c, b, y, winner, height, width, channels, out_height, out_width, tile_rows, tile_cols, tiles_down,
-               tiles_right, size, stride, lrn, half, k, alpha, beta);
+    if (size == 3 && stride == 2)
+        forward<4, 3, 2>(c, b, y, winner, height, width, channels, out_height, out_width, tile_rows, tile_cols,
+                         tiles_down, tiles_right, size, stride, lrn, half, k, alpha, beta);
+    else
+        forward<4, 0, 0>(c, b, y, winner, height, width, channels, out_height, out_width, tile_rows, tile_cols,
+                         tiles_down, tiles_right, size, stride, lrn, half, k, alpha, beta);
 }
 
 extern "C" __global__ void __launch_bounds__(512) block_forward_1(
     const real* c, const float* b, real* y, uint8* winner, int height, int width, int channels, int out_height,
     int out_width, int tile_rows, int tile_cols, int tiles_down, int tiles_right, int size, int stride, int lrn,
     int half, float k, float alpha, float beta) {
-    forward<1>(c, b, y, winner, height, width, channels, out_height, out_width, tile_rows, tile_cols, tiles_down,
-               tiles_right, size, stride, lrn, half, k, alpha, beta);
+    forward<1, 0, 0>(c, b, y, winner, height, width, channels, out_height, out_width, tile_rows, tile_cols, tiles_down,
+                     tiles_right, size, stride, lrn, half, k, alpha, beta);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3) block_backward_4(
     const real* dy, const uint8* winner, const real* c, const float* b, real* dc, float* partial, int pixels,
     int height, int width, int channels, int out_height, int out_width, int size, int stride, int lrn, int half,
     float k, float alpha, float beta) {
-    backward<4>(dy, winner, c, b, dc, partial, pixels, height, width, channels, out_height, out_width, size, stride,
-                lrn, half, k, alpha, beta);
+    if (size == 3 && stride == 2)
+        backward<4, 3, 2>(dy, winner, c, b, dc, partial, pixels, height, width, channels, out_height, out_width, size,
+                          stride, lrn, half, k, alpha, beta);
+    else
+        backward<4, 0, 0>(dy, winner, c, b, dc, partial, pixels, height, width, channels, out_height, out_width, size,
+                          stride, lrn, half, k, alpha, beta);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) block_backward_1(
     const real* dy, const uint8* winner, const real* c, const float* b, real* dc, float* partial, int pixels,
     int height, int width, int channels, int out_height, int out_width, int size, int stride, int lrn, int half,
     float k, float alpha, float beta) {
-    backward<1>(dy, winner, c, b, dc, partial, pixels, height, width, channels, out_height, out_width, size, stride,
-                lrn, half, k, alpha, beta);
+    backward<1, 0, 0>(dy, winner, c, b, dc, partial, pixels, height, width, channels, out_height, out_width, size,
+                      stride, lrn, half, k, alpha, beta);
 }

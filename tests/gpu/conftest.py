@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
@@ -13,6 +14,10 @@ from tests.gpu import standin
 from tests.gpu.shim import build
 
 REAL = os.environ.get("ALEXNET_TEST_GPU") == "1"
+
+# A machine lent for its GPU may lack the product's other packages; everywhere else their absence is an error.
+_STAGES_NEED = ("h5py", "safetensors", "jinja2", "matplotlib")
+collect_ignore = ["test_pipeline.py"] if REAL and not all(map(find_spec, _STAGES_NEED)) else []
 
 
 @pytest.fixture(scope="package")

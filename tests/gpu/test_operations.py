@@ -10,6 +10,7 @@ import pytest
 
 from net import reference
 from net.gpu.arrays import cast
+from tests.gpu.conftest import REAL
 from tests.gpu.standin import round_to_bf16
 from tests.net import cases
 
@@ -31,8 +32,9 @@ def test_layers_of_alexnet_agree_with_the_reference(fp32: ModuleType, case: case
     cases.check(fp32, case, 1e-5)
 
 
-# Rounded operands: a product of two is off by two roundings, and the sum of many by about as much, relatively.
-@pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 2.0**-10), ("bf16", 2.0**-6)])
+# Rounded operands: a product of two is off by two roundings, and the sum of many by about as much, relatively. Tensor
+# cores may cut TF32's operands off where the stand-in rounds them: twice the error, and all of it towards zero.
+@pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 2.0**-8 if REAL else 2.0**-10), ("bf16", 2.0**-6)])
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_products_in_lower_precision(
     backend: Callable[[str], ModuleType], precision: str, tolerance: float, case: cases.Case
