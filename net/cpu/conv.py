@@ -86,7 +86,7 @@ def _forward(
         return to
     to = results(outputs, finish, keep=True)
     im2col.forward(x, w, to.y, stride, pad, groups)
-    finish_all(to.y, b, finish, to, n)
+    finish_all(to.y, b, finish, to, numba.get_num_threads())
     return to
 
 
@@ -126,15 +126,15 @@ def _convolve_and_finish(
     together = s.mosaic_rows * s.mosaic_columns
     # Where no map is padded, the maps of all groups lie side by side and are finished in one go.
     groups, each = (1, s.groups * s.maps) if s.maps == s.maps_padded else (s.groups, s.maps_padded)
-    for mosaic in prange((x.shape[0] + together - 1) // together):
-        core = numba.get_thread_id()
-        first = mosaic * together
-        winograd.convolve(x, first, u, s, work, core)
-        outputs = work.outputs[core].reshape(s.tile_rows * s.m, s.tile_columns * s.m, groups, each)
-        for image in range(min(together, x.shape[0] - first)):
-            top = image // s.mosaic_columns * s.pitch_rows
-            left = image % s.mosaic_columns * s.pitch_columns
-            finish_image(outputs, top, left, b, finish, to, first + image, core)
+    tasks = work.canvas.shape[0]
+    for task in prange(tasks):
+        outputs = work.outputs[task].reshape(s.tile_rows * s.m, s.tile_columns * s.m, groups, each)
+        for first in range(task * together, x.shape[0], tasks * together):
+            winograd.convolve(x, first, u, s, work, task)
+            for image in range(min(together, x.shape[0] - first)):
+                top = image // s.mosaic_columns * s.pitch_rows
+                left = image % s.mosaic_columns * s.pitch_columns
+                finish_image(outputs, top, left, b, finish, to, first + image, task)
 
 
 def _windows(length: int, kernel: int, stride: int, pad: int) -> int:

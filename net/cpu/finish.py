@@ -84,7 +84,7 @@ def results(shape: tuple[int, int, int, int], finish: Finish, keep: bool) -> Res
 
 @inner
 def finish_image(
-    source: np.ndarray, top: int, left: int, bias: np.ndarray, finish: Finish, to: Results, image: int, core: int
+    source: np.ndarray, top: int, left: int, bias: np.ndarray, finish: Finish, to: Results, image: int, task: int
 ) -> None:
     """Bias, ReLU, LRN and pool of one image.
 
@@ -92,7 +92,7 @@ def finish_image(
     ``top`` and ``left`` on. It may be y itself.
     """
     kept = len(to.out) == 0 or len(to.y) == len(to.out)
-    y = to.y[np.intp(image) if kept else np.intp(core)]
+    y = to.y[np.intp(image) if kept else np.intp(task)]
     height, width, maps = y.shape
     groups = source.shape[2]
     each = maps // groups
@@ -109,21 +109,22 @@ def finish_image(
                     v = source[top + r, left + q, g, a] + bias_groups[g, a]
                     y_groups[r, q, g, a] = zero if finish.relu and v < zero else v
         if half >= 0:
-            z = to.ring[core, r % size] if size > 0 else to.out[image, r]
+            z = to.ring[task, r % size] if size > 0 else to.out[image, r]
             normalise(y[r], half, finish.k, finish.alpha, finish.beta, squares, s, z)
         first = r - size + 1
         if size > 0 and first >= 0 and first % finish.stride == 0:
             to_row = first // finish.stride
-            rows = to.ring[core] if half >= 0 else y
+            rows = to.ring[task] if half >= 0 else y
             pool_row(rows, first, size, finish.stride, best, to.out[image, to_row], to.winner[image, to_row])
 
 
 @kernel
-def finish_all(source: np.ndarray, bias: np.ndarray, finish: Finish, to: Results, images: int) -> None:
+def finish_all(source: np.ndarray, bias: np.ndarray, finish: Finish, to: Results, tasks: int) -> None:
     """Bias, ReLU, LRN and pool of a whole batch whose convolution is in ``source`` (N, OH, OW, maps)."""
-    _, height, width, maps = source.shape
-    for n in prange(images):
-        finish_image(source[n].reshape(height, width, 1, maps), 0, 0, bias, finish, to, n, numba.get_thread_id())
+    images, height, width, maps = source.shape
+    for task in prange(tasks):
+        for n in range(task, images, tasks):
+            finish_image(source[n].reshape(height, width, 1, maps), 0, 0, bias, finish, to, n, task)
 
 
 def unfinish(dy: np.ndarray, y: np.ndarray, winner: np.ndarray, finish: Finish) -> tuple[np.ndarray, np.ndarray]:

@@ -6,32 +6,100 @@
 ``inner``
     a function that kernels call; runs on the caller's thread.
 
-Two habits keep inner loops fast. Their array's *last index is the plain loop variable*: Numba lets indices count from
-the end, and where it cannot see that a sum such as ``at + c`` is never negative, it checks each one, which stops the
-loop from becoming vector code. And *no slices per pixel*: making one costs as much as tens of multiplications; rows are
-sliced, pixels are indexed.
+Three habits keep kernels right and fast. *Scratch memory belongs to a task, not to a thread*: where a task needs more
+than a few rows of it, ``prange`` counts the pieces of scratch and each task walks through its share of the work. No
+kernel asks on which thread it runs. In inner loops an array's *last index is the plain loop variable*: Numba lets
+indices count from the end, and where it cannot see that a sum such as ``at + c`` is never negative, it checks each one,
+which stops the loop from becoming vector code. And *no slices per pixel*: making one costs as much as tens of
+multiplications; rows are sliced, pixels are indexed.
 
 Fast maths is switched on but for two of its liberties, ``nnan`` and ``ninf``: NaN and infinity have to pass through
 every operation, or a diverged training would look healthy.
 
-Compiled code is cached on disk beside the sources. The first call ever compiles, and one line on standard error says
+Compiled code is kept on disk. Numba's own cache looks at the file of the compiled function only, not at the functions
+of other files that were inlined into it, and would go on using stale code after an update. So the folder's name holds
+a hash of everything that goes into the machine code: all sources of this package, the versions of Numba and llvmlite,
+and the processor. It lies in ``__pycache__`` beside the sources; in the user's cache folder where the checkout cannot
+be written; in ``NUMBA_CACHE_DIR`` where that is set. The first call ever compiles, and one line on standard error says
 so, because that takes up to a minute.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
+import llvmlite
 import numba
+from llvmlite import binding
 from numba.core import event
 
 numba.config.THREADING_LAYER = "workqueue"
 
+_HERE: Final = Path(__file__).resolve().parent
 _FASTMATH: Final = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
-inner = numba.njit(cache=True, nogil=True, fastmath=_FASTMATH, error_model="numpy")
-kernel = numba.njit(cache=True, nogil=True, fastmath=_FASTMATH, error_model="numpy", parallel=True)
+
+def cache_name(sources: Path) -> str:
+    """``kernels-<where>-<what>``: where is this processor and this folder of sources, what is their contents' hash."""
+    processor = f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}"
+    where = hashlib.sha256(f"{processor} {sources}".encode()).hexdigest()
+    what = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version}".encode())
+    for path in sorted(sources.glob("*.py")):
+        what.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"kernels-{where[:12]}-{what.hexdigest()[:16]}"
+
+
+def cache_folder(sources: Path) -> Path | None:
+    """The folder for compiled kernels, made where it is not there; None where none of the places can be written.
+
+    What an older version of the same sources left for the same processor is removed.
+    """
+    name = cache_name(sources)
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alexnet-by-hand"
+    given = [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else []
+    for place in (*given, sources / "__pycache__", user):
+        folder = place / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # a folder that is there may still not be ours to write
+        except OSError:
+            continue
+        for old in place.glob(name[: name.rindex("-")] + "-*"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+        return folder
+    return None
+
+
+_FOLDER: Final = cache_folder(_HERE)
+if _FOLDER is None:
+    print("no folder to keep compiled kernels in; set NUMBA_CACHE_DIR to one that can be written", file=sys.stderr)
+
+
+def _compiler(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    def compiled(function: Callable[..., Any]) -> Any:
+        # Numba reads its setting when a function is decorated; other users of Numba in this process keep theirs.
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = "" if _FOLDER is None else str(_FOLDER)
+        try:
+            return numba.njit(
+                cache=_FOLDER is not None, nogil=True, fastmath=_FASTMATH, error_model="numpy", **options
+            )(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return compiled
+
+
+inner = _compiler()
+kernel = _compiler(parallel=True)
 
 
 class _Announce(event.Listener):

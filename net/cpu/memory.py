@@ -56,6 +56,13 @@ def trim() -> None:
         blocks.clear()
 
 
+def poison(value: np.float32) -> None:
+    """Fill all memory that nobody uses with a value: tests show with it that nothing is read before it is written."""
+    for blocks in _free.values():
+        for block in blocks:
+            block.view(np.float32)[:] = value
+
+
 def asarray(a: ArrayLike) -> np.ndarray:
     """A contiguous copy of a host array, of the same dtype."""
     a = np.asarray(a)

@@ -178,7 +178,7 @@ def turned(w: np.ndarray, groups: int) -> np.ndarray:
 
 
 class Workspace(NamedTuple):
-    """What one core needs for one mosaic; the first axis counts the cores."""
+    """What it takes to convolve one mosaic; the first axis counts the tasks, one for each thread."""
 
     canvas: np.ndarray
     tiles: np.ndarray
@@ -200,9 +200,9 @@ def workspace(s: Shape) -> Workspace:
 
 
 @inner
-def convolve(x: np.ndarray, first: int, u: np.ndarray, s: Shape, work: Workspace, core: int) -> None:
-    """The mosaic of the images from ``first`` on, into ``work.outputs[core]``, without bias."""
-    canvas, tiles, products, outputs = work.canvas[core], work.tiles[core], work.products[core], work.outputs[core]
+def convolve(x: np.ndarray, first: int, u: np.ndarray, s: Shape, work: Workspace, task: int) -> None:
+    """The mosaic of the images from ``first`` on, into ``work.outputs[task]``, without bias."""
+    canvas, tiles, products, outputs = work.canvas[task], work.tiles[task], work.products[task], work.outputs[task]
     places, panels = s.n * s.n, s.maps_padded // PANEL
     tiles_step, products_step = s.block * s.depth_padded + _SHIFT, s.block * s.strip * PANEL + _SHIFT
     scratch = np.empty(8 * 8 * LANES, np.float32)
@@ -392,28 +392,29 @@ def _transform_both(
     row = s.groups * s.depth_padded
     tiles_step = count * row + _SHIFT
     products_step = count * s.groups * s.maps_padded + _SHIFT
-    for mosaic in prange(mosaics):
-        core = numba.get_thread_id()
+    tasks = canvas.shape[0]
+    for task in prange(tasks):
         scratch = np.empty(8 * 8 * LANES, np.float32)
-        image = first + mosaic * s.mosaic_rows * s.mosaic_columns
-        fill_canvas(x, image, s, canvas[core])
-        for group in range(s.groups):
-            _transform_inputs(
-                canvas[core],
-                group * s.depth_padded,
-                0,
-                each,
-                s,
-                tiles,
-                mosaic * each * row + group * s.depth_padded,
-                tiles_step,
-                row,
-                scratch,
-            )
-        _fill_outputs(dy, image, s, outputs[core])
-        for group in range(s.groups):
-            at = (group * s.maps_padded // PANEL * count + mosaic * each) * PANEL
-            _transform_gradients(outputs[core], group, s, products, at, products_step, count, scratch)
+        for mosaic in range(task, mosaics, tasks):
+            image = first + mosaic * s.mosaic_rows * s.mosaic_columns
+            fill_canvas(x, image, s, canvas[task])
+            for group in range(s.groups):
+                _transform_inputs(
+                    canvas[task],
+                    group * s.depth_padded,
+                    0,
+                    each,
+                    s,
+                    tiles,
+                    mosaic * each * row + group * s.depth_padded,
+                    tiles_step,
+                    row,
+                    scratch,
+                )
+            _fill_outputs(dy, image, s, outputs[task])
+            for group in range(s.groups):
+                at = (group * s.maps_padded // PANEL * count + mosaic * each) * PANEL
+                _transform_gradients(outputs[task], group, s, products, at, products_step, count, scratch)
 
 
 @inner

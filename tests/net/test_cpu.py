@@ -118,6 +118,7 @@ def test_training_agrees_with_the_reference() -> None:
 
 _WEIGHTS_AFTER_STEPS = """
 import hashlib, sys
+import numpy as np
 import numba
 import net.cpu
 from tests.net.test_cpu import Training
@@ -126,7 +127,10 @@ training = Training(net.cpu, batch=9)
 for _ in range(2):
     training.step()
 digest = hashlib.sha256()
-for a in (*training.parameters.values(), *training.momenta.values()):
+parameters = training.parameters
+picture = training.random.standard_normal((1, 256), np.float32)
+scores = net.cpu.linear_forward(picture, parameters["fc6.w"], parameters["fc6.b"])
+for a in (*parameters.values(), *training.momenta.values(), scores):
     digest.update(a.tobytes())
 print(digest.hexdigest())
 """

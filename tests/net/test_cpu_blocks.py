@@ -10,6 +10,7 @@ import pytest
 
 import net.cpu
 from net import reference
+from net.cpu import memory
 from tests.net import cases
 
 
@@ -126,3 +127,25 @@ def test_a_test_pass_on_few_images_and_many_cores() -> None:
     for _ in range(20):
         y, _ = net.cpu.conv_block_forward(x, w, b, **asdict(options), training=False)
         np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["all of it, conv1", "all of it, conv2", "seven images in mosaics", "without transforms"]
+)
+def test_the_same_input_gives_the_same_output_whatever_memory_held(name: str) -> None:
+    """No task may read what it has not written, or write where another one works."""
+    shape, kernel, maps, options = BLOCKS[name]
+    random = cases.random_for("again " + name)
+    x = random.standard_normal((7, *shape[1:]), dtype=np.float32)
+    w = random.standard_normal((*kernel, shape[3] // options.groups, maps), dtype=np.float32)
+    b, first, dy = np.zeros(maps, np.float32), None, None
+    for number in range(12):
+        memory.poison(np.float32(np.nan) if number % 2 else np.float32(1e30))
+        y, kept = net.cpu.conv_block_forward(x, w, b, **asdict(options), training=True)
+        dy = random.standard_normal(y.shape, dtype=np.float32) if dy is None else dy
+        results = [y, *kept[1:], *net.cpu.conv_block_backward(dy, kept, w, **asdict(options), need_dx=True)]
+        results.append(net.cpu.conv_block_forward(x, w, b, **asdict(options), training=False)[0])
+        if first is None:
+            first = [a.copy() for a in results]
+        for a, expected in zip(results, first, strict=True):
+            np.testing.assert_array_equal(a, expected)
