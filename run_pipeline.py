@@ -78,6 +78,8 @@ def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[N
         raise PipelineError(f"there is no run {run.root}; name one with --run, or train first")
     if stage in _READING:
         return contextlib.nullcontext()
+    if stage == "verify" and not os.access(run.root, os.W_OK):
+        return contextlib.nullcontext()  # a run on a read-only disk: nobody writes there
     return locked(RunDir(run.root / stage) if stage in _BESIDE else run)
 
 

@@ -68,7 +68,7 @@ def run(run_dir: RunDir) -> None:
         print(f"damaged: {path}: {text}")
     if wrong:
         shards = [item.path.name for item in made if item.path in wrong]
-        if shards:
+        if shards and os.access(run_dir.preprocess, os.W_OK):
             note_damage(run_dir.preprocess, shards)
         damaged = ", ".join(str(path) for path in wrong)
         raise PipelineError(f"{len(wrong)} of {files} files are damaged ({damaged}); {_remedy(run_dir, wrong)}")

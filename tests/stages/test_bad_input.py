@@ -336,6 +336,7 @@ def test_read_only_run_directory(tmp_path: Path, trained: Path, small_source: Pa
                 rf"no permission to write {run}/lock \(Read-only file system\); choose a writable directory with --run"
             )
         preprocess(disk / "new", small_source).refused(rf"no permission to write {disk}/new")
+        pipeline("--stage", "verify", "--run", run).done()
         assert contents(run) == before
 
 
