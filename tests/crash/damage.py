@@ -229,14 +229,18 @@ def damaged(data: bytes, random: np.random.Generator) -> bytes:
     place, kind = int(random.integers(len(data))) if data else 0, random.uniform()
     if not data:
         return b"\0"
-    if kind < 0.5:
-        return data[:place] + bytes([data[place] ^ 1 << int(random.integers(8))]) + data[place + 1 :]
-    if kind < 0.75:
-        return data[:place]
-    if kind < 0.9:
+    changed = data
+    if 0.5 <= kind < 0.75:
+        changed = data[:place]
+    elif 0.75 <= kind < 0.9:
         some = random.bytes(int(random.integers(1, 512)))
-        return data[:place] + some[: len(data) - place] + data[place + len(some) :]
-    return data[:place] + bytes(min(PAGE, len(data) - place)) + data[place + PAGE :]
+        changed = data[:place] + some[: len(data) - place] + data[place + len(some) :]
+    elif kind >= 0.9:
+        changed = data[:place] + bytes(min(PAGE, len(data) - place)) + data[place + PAGE :]
+    if changed != data:
+        return changed
+    # One bit; also where zeros would replace zeros.
+    return data[:place] + bytes([data[place] ^ 1 << int(random.integers(8))]) + data[place + 1 :]
 
 
 def _outcome(subject: Subject, kind: str, path: Path) -> str:

@@ -22,3 +22,4 @@ def test_damage_always_changes_something() -> None:
     assert all(damaged(data, random) != data for _ in range(500))
     assert {len(damaged(data, random)) == 10_000 for _ in range(100)} == {True, False}
     assert damaged(b"", random) != b""
+    assert all(damaged(bytes(10_000), random) != bytes(10_000) for _ in range(100))
