@@ -2,7 +2,7 @@
 
 Shapes
     x (N, H, W, Cin), w (KH, KW, Cin / groups, Cout), b (Cout,), y (N, OH, OW, Cout) with
-    ``OH = (H + 2 pad - KH) // stride + 1`` and OW likewise.
+    ``OH = (H + 2 pad - KH) // stride + 1`` and OW likewise. All float32, or all float64 in checks.
 
 Forward
     Write p for x with ``pad`` zeros on all four sides. With one group, output pixel (r, c) is::

@@ -1,7 +1,7 @@
 """Softmax and cross-entropy, the loss (paper, section 3.5: multinomial logistic regression).
 
 Shapes
-    z (N, classes), labels int (N,), loss (N,), dz (N, classes)
+    z, dz (N, classes) and loss (N,) float32, or float64 in checks; labels (N,) integers
 
 Forward
     With p = softmax(z), the loss of image n is the negative log-probability of its label t::

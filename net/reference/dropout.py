@@ -1,7 +1,10 @@
 """Dropout (paper, section 4.2: keep = 0.5 in fc6 and fc7).
 
+Shapes
+    x, y of any one shape, float32, or float64 in checks
+
 Forward
-    ``y = x * mask * scale``, any shape, where mask is 1 with probability ``keep`` and 0 otherwise, each element on its
+    ``y = x * mask * scale``, where mask is 1 with probability ``keep`` and 0 otherwise, each element on its
     own. The paper trains with scale = 1 and multiplies by keep in test; Caffe trains with scale = 1 / keep and leaves
     the test alone. Either way the expected value seen by the next layer is the same in training and test.
 

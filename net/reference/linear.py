@@ -1,7 +1,7 @@
 """Fully connected layer (paper, section 3.5: fc6, fc7, fc8).
 
 Shapes
-    x (N, Cin), w (Cin, Cout), b (Cout,), y (N, Cout)
+    x (N, Cin), w (Cin, Cout), b (Cout,), y (N, Cout), all float32, or all float64 in checks
 
 Forward
     ``y[n, o] = b[o] + sum_i x[n, i] w[i, o]``, that is ``y = x w + b``.

@@ -1,7 +1,7 @@
 """Local response normalisation over neighbouring channels (paper, section 3.3).
 
 Shapes
-    x, s, y (N, H, W, C); every pixel on its own.
+    x, s, y (N, H, W, C), all float32, or all float64 in checks; every pixel on its own.
 
 Forward
     With h = size // 2 (integer division, as in the paper's formula)::

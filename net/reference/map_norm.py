@@ -4,7 +4,7 @@ Not in the paper. Net 145 of the authors' published code, whose results are thos
 block 2 (``type=rnorm``: size 5, scale 0.001, pow 0.75, the sum starting at 1).
 
 Shapes
-    x, s, y (N, H, W, C); every channel on its own.
+    x, s, y (N, H, W, C), all float32, or all float64 in checks; every channel on its own.
 
 Forward
     With h = size // 2 and the window clipped at the picture's border::

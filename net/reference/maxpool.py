@@ -1,8 +1,9 @@
 """Max pooling, overlapping where stride < size (paper, section 3.4: size 3, stride 2).
 
 Shapes
-    x (N, H, W, C), y and winner (N, OH, OW, C) with ``OH = (H - size) // stride + 1`` and OW likewise. No padding;
-    rows and columns left over at the end are not looked at.
+    x (N, H, W, C) and y (N, OH, OW, C) float32 (float64 in checks), winner (N, OH, OW, C) uint8, with
+    ``OH = (H - size) // stride + 1`` and OW likewise. No padding; rows and columns left over at the end are not
+    looked at.
 
 Forward
     ``y[n, r, c, a] = max_{i, j < size} x[n, r stride + i, c stride + j, a]``

@@ -1,7 +1,10 @@
 """Rectified linear unit (paper, section 3.1).
 
+Shapes
+    x, y of any one shape, float32, or float64 in checks
+
 Forward
-    ``y = max(x, 0)``, element by element, any shape.
+    ``y = max(x, 0)``, element by element.
 
 Backward
     The derivative of max(x, 0) is 1 where x > 0 and 0 where x < 0. At x = 0 there is none; any value in [0, 1] is a

@@ -1,7 +1,7 @@
 """Softmax: the scores of the classes turned into probabilities (paper, section 3.5).
 
 Shapes
-    z, p (N, classes)
+    z, p (N, classes), float32, or float64 in checks
 
 Formula
     ``p[n, c] = exp(z[n, c]) / sum_j exp(z[n, j])``
