@@ -88,14 +88,25 @@ def _onnx(trained: Trained, run_dir: RunDir, ops: ModuleType, metadata: dict[str
     crops, which = _crops(run_dir, trained)
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     scores, _ = session.run(None, {"crops": crops})
-    wanted = _scores(trained, ops, crops)
+    difference, largest = agreement(scores, _scores(trained, ops, crops))
+    return data, f"; onnxruntime's scores of {which} differ by at most {difference:.1e} (largest {largest:.3g})"
+
+
+def agreement(scores: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+    """The largest difference between onnxruntime's scores and this network's, and the largest score.
+
+    Raises
+    ------
+    PipelineError
+        They differ by more than rounding, or a number is not finite.
+    """
     difference, largest = float(np.abs(scores - wanted).max()), float(np.abs(wanted).max())
     if not difference <= TOLERANCE * max(1.0, largest):
         raise PipelineError(
             f"onnxruntime's scores differ from this network's by {difference:.2g} (the largest is {largest:.3g}); "
             "nothing was written. Try --device reference; if that fails too, please report it"
         )
-    return data, f"; onnxruntime's scores of {which} differ by at most {difference:.1e} (largest {largest:.3g})"
+    return difference, largest
 
 
 def _crops(run_dir: RunDir, trained: Trained) -> tuple[np.ndarray, str]:

@@ -15,6 +15,7 @@ from net.weights.layout import to_torch
 from net.weights.tensors import read_header, to_bytes
 from pipeline.checkpoint import checkpoints, load_checkpoint
 from pipeline.config import RECIPES, override
+from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
 from stages import export, import_weights
 from stages.setup import input_shape, network_layers, shapes
@@ -111,13 +112,25 @@ def test_onnx_is_compared_with_this_network(
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     path.unlink()
 
-    right = export._scores
-    monkeypatch.setattr(export, "_scores", lambda *arguments: right(*arguments) + np.float32(0.01))
+    monkeypatch.setattr(export, "agreement", lambda scores, wanted: refused(scores + np.float32(0.01), wanted))
     assert pipeline("--stage", "export", "--run", trained_run, "--format", "onnx") == 1
     assert "differ from this network's by 0.01" in capsys.readouterr().err
-    monkeypatch.setattr(export, "_scores", lambda *arguments: right(*arguments) * np.float32(np.nan))
-    assert pipeline("--stage", "export", "--run", trained_run, "--format", "onnx") == 1
     assert not path.exists()
+
+
+refused = export.agreement
+
+
+def test_scores_agree_to_rounding_or_not_at_all() -> None:
+    scores = np.array([[1.0, -20.0]], np.float32)
+    assert export.agreement(scores, scores + np.float32(1e-4)) == (
+        pytest.approx(1e-4, rel=0.1),
+        pytest.approx(20, rel=1e-4),
+    )
+    for wrong in (scores + np.float32(1e-3), scores * np.float32(np.nan), scores + np.float32(np.inf)):
+        for pair in ((wrong, scores), (scores, wrong)):
+            with pytest.raises(PipelineError, match="differ from this network's"):
+                export.agreement(*pair)
 
 
 def caffe_settings() -> list[str]:
