@@ -8,9 +8,10 @@ Arrays are float32 in NHWC order (image, row, column, channel); convolution weig
 fully connected weights (Cin, Cout). Gradients overwrite, they never add. Arguments are not modified, except by
 ``sgd_update``.
 
-Two values change at every step of a training run, the learning rate and the step number in a dropout key. Both may
-be given as Python numbers or as arrays of one element that live on the backend's device, so that a recorded step
-can be replayed with other values.
+Three values change from step to step of a training run: the learning rate, the step number in a dropout key, and
+dropout's ``first``, the place in the global batch of the first row, which is not 0 where several processes share a
+batch. Each may be given as a Python number or as an array of one element that lives on the backend's device, so that a
+recorded step can be replayed with other values.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ OPERATIONS: Final[dict[str, tuple[str, ...]]] = {
     "maxpool_backward": ("dy", "winner", "height", "width", "size", "stride"),
     "linear_forward": ("x", "w", "b"),
     "linear_backward": ("dy", "x", "w", "need_dx"),
-    "dropout_forward": ("x", "keep", "scale", "key"),
-    "dropout_backward": ("dy", "keep", "scale", "key"),
+    "dropout_forward": ("x", "keep", "scale", "key", "first"),
+    "dropout_backward": ("dy", "keep", "scale", "key", "first"),
     # Loss and update.
     "softmax": ("z",),
     "cross_entropy": ("z", "labels"),

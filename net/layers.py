@@ -30,11 +30,15 @@ Parameters = dict[str, Array]
 
 @dataclass(frozen=True)
 class Run:
-    """What a forward pass must know beside its input: whether it trains, and the key of its dropout masks."""
+    """What a forward pass must know beside its input: whether it trains, and the key of its dropout masks.
+
+    ``first`` is the place in the global batch of the input's first picture, where several processes share a batch.
+    """
 
     training: bool
     seed: int = 0
     step: int | Array = 0  # a number, or an array of one element on the backend's device
+    first: int | Array = 0  # likewise
 
 
 class Layer(Protocol):
@@ -231,14 +235,15 @@ class Dropout(_WithoutParameters):
         if not run.training:
             return (x if self.scale_in_training else x * self.keep), None
         key = (run.seed, run.step, self.number)
-        return ops.dropout_forward(x, keep=self.keep, scale=self._scale, key=key), key
+        return ops.dropout_forward(x, keep=self.keep, scale=self._scale, key=key, first=run.first), (key, run.first)
 
     def backward(
         self, ops: ModuleType, parameters: Parameters, dy: Array, kept: Any, need_dx: bool
     ) -> tuple[Array | None, Parameters]:
         if kept is None:
             raise ValueError("dropout keeps no mask in a test pass; run the forward pass with training=True")
-        return ops.dropout_backward(dy, keep=self.keep, scale=self._scale, key=kept), {}
+        key, first = kept
+        return ops.dropout_backward(dy, keep=self.keep, scale=self._scale, key=key, first=first), {}
 
     @property
     def _scale(self) -> float:

@@ -19,35 +19,43 @@ from net.cpu.philox import philox4x32
 Key = tuple[int, int | np.ndarray, int]  # seed, step (a number or an array of one element), layer
 
 
-def dropout_forward(x: np.ndarray, *, keep: float, scale: float, key: Key) -> np.ndarray:
+def dropout_forward(
+    x: np.ndarray, *, keep: float, scale: float, key: Key, first: int | np.ndarray = 0
+) -> np.ndarray:
     """x -> y of the same shape; keep the key."""
-    return _masked(x, keep, scale, key)
+    return _masked(x, keep, scale, key, first)
 
 
-def dropout_backward(dy: np.ndarray, *, keep: float, scale: float, key: Key) -> np.ndarray:
+def dropout_backward(
+    dy: np.ndarray, *, keep: float, scale: float, key: Key, first: int | np.ndarray = 0
+) -> np.ndarray:
     """dy -> dx of the same shape."""
-    return _masked(dy, keep, scale, key)
+    return _masked(dy, keep, scale, key, first)
 
 
-def _masked(x: np.ndarray, keep: float, scale: float, key: Key) -> np.ndarray:
+def _masked(x: np.ndarray, keep: float, scale: float, key: Key, first: int | np.ndarray) -> np.ndarray:
     seed, step, layer = int(key[0]), int(np.asarray(key[1]).item()), int(key[2])
     x = contiguous(x)
     y = empty(x.shape)
     words = np.array([layer, step % 2**32, step >> 32, seed % 2**32, seed >> 32], dtype=np.uint32)
     # keep = 1 makes the bound 2**32, one more than fits 32 bits: every word is below it.
-    _mask(x.reshape(-1), y.reshape(-1), words, np.uint64(math.floor(keep * 2**32)), np.float32(scale))
+    start = int(np.asarray(first).item()) * math.prod(x.shape[1:])
+    _mask(x.reshape(-1), y.reshape(-1), start, words, np.uint64(math.floor(keep * 2**32)), np.float32(scale))
     return y
 
 
 @kernel
-def _mask(x: np.ndarray, y: np.ndarray, words: np.ndarray, bound: np.uint64, scale: np.float32) -> None:
-    blocks = (x.size + 3) // 4
+def _mask(
+    x: np.ndarray, y: np.ndarray, start: int, words: np.ndarray, bound: np.uint64, scale: np.float32
+) -> None:
+    skipped = start % 4  # elements of the first block that belong to the rows before
+    blocks = (skipped + x.size + 3) // 4
     run = 1024  # blocks a task
     for task in prange((blocks + run - 1) // run):
         for block in range(task * run, min(blocks, (task + 1) * run)):
-            drawn = philox4x32(np.uint32(block), words[0], words[1], words[2], words[3], words[4])
-            e = block * 4
-            for i in range(min(4, x.size - e)):
+            drawn = philox4x32(np.uint32(start // 4 + block), words[0], words[1], words[2], words[3], words[4])
+            e = block * 4 - skipped
+            for i in range(max(0, -e), min(4, x.size - e)):
                 # A product, not a selection: 0 times NaN is NaN, as in the formula.
                 kept = np.float32(1) if np.uint64(drawn[i]) < bound else np.float32(0)
                 y[e + i] = x[e + i] * kept * scale

@@ -122,8 +122,8 @@ def maxpool_backward(dy: Array, winner: Array, *, height: int, width: int, size:
     return dx
 
 
-def dropout_forward(x: Array, *, keep: float, scale: float, key: Key) -> Array:
-    """y = x * mask * scale; the mask is a function of the key and the element's place."""
+def dropout_forward(x: Array, *, keep: float, scale: float, key: Key, first: Any = 0) -> Array:
+    """y = x * mask * scale; the mask is a function of the key and the element's place in the batch."""
     x = dense(x)
     y = empty(x.shape, x.dtype)
     seed, step, layer = key
@@ -133,14 +133,17 @@ def dropout_forward(x: Array, *, keep: float, scale: float, key: Key) -> Array:
     arguments = (
         *(x, y, x.size, math.floor(keep * 2**32), scale, layer, seed, number),
         *(step if words else None, words),
+        *((0, first) if hasattr(first, "dtype") else (first, None)),
+        math.prod(x.shape[1:]),
     )
-    launch("dropout", blocks(x.size, 4), arguments, dtype=x.dtype)
+    # Up to three elements of the first thread belong to the row before.
+    launch("dropout", blocks(x.size + 3, 4) if x.size else (0,), arguments, dtype=x.dtype)
     return y
 
 
-def dropout_backward(dy: Array, *, keep: float, scale: float, key: Key) -> Array:
+def dropout_backward(dy: Array, *, keep: float, scale: float, key: Key, first: Any = 0) -> Array:
     """dx = dy * mask * scale: the same function."""
-    return dropout_forward(dy, keep=keep, scale=scale, key=key)
+    return dropout_forward(dy, keep=keep, scale=scale, key=key, first=first)
 
 
 def softmax(z: Array) -> Array:

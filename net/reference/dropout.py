@@ -11,9 +11,10 @@ Forward
 Backward
     mask and scale do not depend on x: ``dx = dy * mask * scale``.
 
-The mask is a pure function of ``key`` = (seed, step, layer) and of the element's place in C order, so it is drawn
-again in the backward pass instead of being kept, and is the same on every backend: element e uses word e % 4 of
-Philox4x32-10 (``philox.py``) with::
+The mask is a pure function of ``key`` = (seed, step, layer) and of the element's place e in C order in the whole batch,
+so it is drawn again in the backward pass instead of being kept, and is the same on every backend. ``first`` is the
+place in the batch of x's first row: a process that computes rows 64 to 127 of a batch draws the mask they have in the
+whole. Element e uses word e % 4 of Philox4x32-10 (``philox.py``) with::
 
     counter = (e // 4, layer, step mod 2³², step div 2³²)      key = (seed mod 2³², seed div 2³²)
 
@@ -31,22 +32,27 @@ from net.reference.philox import philox4x32
 Key = tuple[int, int | np.ndarray, int]  # seed, step (a number or an array of one), layer
 
 
-def dropout_forward(x: np.ndarray, *, keep: float, scale: float, key: Key) -> np.ndarray:
+def dropout_forward(
+    x: np.ndarray, *, keep: float, scale: float, key: Key, first: int | np.ndarray = 0
+) -> np.ndarray:
     """x -> y of the same shape; keep the key."""
-    return x * dropout_mask(x.shape, keep, key) * scale
+    return x * dropout_mask(x.shape, keep, key, first) * scale
 
 
-def dropout_backward(dy: np.ndarray, *, keep: float, scale: float, key: Key) -> np.ndarray:
+def dropout_backward(
+    dy: np.ndarray, *, keep: float, scale: float, key: Key, first: int | np.ndarray = 0
+) -> np.ndarray:
     """dy -> dx of the same shape."""
-    return dy * dropout_mask(dy.shape, keep, key) * scale
+    return dy * dropout_mask(dy.shape, keep, key, first) * scale
 
 
-def dropout_mask(shape: tuple[int, ...], keep: float, key: Key) -> np.ndarray:
-    """Boolean mask, True where the element is kept."""
+def dropout_mask(shape: tuple[int, ...], keep: float, key: Key, first: int | np.ndarray = 0) -> np.ndarray:
+    """Boolean mask, True where the element is kept; ``first`` is the place of the first row in the batch."""
     seed, step, layer = int(key[0]), int(np.asarray(key[1]).item()), int(key[2])
     size = math.prod(shape)
-    blocks = np.arange(-(-size // 4))
+    start = int(np.asarray(first).item()) * math.prod(shape[1:])
+    blocks = np.arange(start // 4, -(-(start + size) // 4))
     words = philox4x32((blocks, layer, step % 2**32, step >> 32), (seed % 2**32, seed >> 32))
-    drawn = np.stack(words, axis=-1).reshape(-1)[:size]
+    drawn = np.stack(words, axis=-1).reshape(-1)[start % 4 :][:size]
     # keep = 1 makes the bound 2**32, one more than fits 32 bits: every word is below it.
     return (drawn.astype(np.uint64) < np.uint64(math.floor(keep * 2**32))).reshape(shape)

@@ -114,6 +114,8 @@ MISTAKES = [
             "sgd_update: visible decay"),
     Mistake("the step's upper half is dropped", "dropout", "(uint32)(step >> 32)}", "0u}",
             "dropout_forward: step above 32 bits"),
+    Mistake("rows before the first are not counted", "dropout", "start / 4 + block", "block",
+            "dropout_forward: half, scaled, from row 64"),
     Mistake("nine rounds of Philox", "dropout", "round < 10", "round < 9", "dropout_forward: half"),
     Mistake("the mean does not mirror", "augment", "corner[2 * n + 1] + from", "corner[2 * n + 1] + c",
             "augment: mean larger than the crop"),

@@ -417,6 +417,10 @@ def _dropout() -> Iterator[Case]:
         yield Case("dropout_forward", name, (x,), {"keep": keep, "scale": scale, "key": key})
         yield Case("dropout_backward", name, (x,), {"keep": keep, "scale": scale, "key": key})
         if name == "half, scaled":
+            for first in (1, 64, np.array([3], dtype=np.uint64)):  # rows of 129: the first block is shared with a row
+                rest = {"keep": keep, "scale": scale, "key": key, "first": first}
+                yield Case("dropout_forward", f"{name}, from row {first}", (x,), rest)
+                yield Case("dropout_backward", f"{name}, from row {first}", (x,), rest)
             rest = {"keep": keep, "scale": scale, "key": key}
             yield Case("dropout_forward", f"{name}, views", (strided(x),), rest, strided=True)
             yield Case("dropout_backward", f"{name}, views", (strided(x),), rest, strided=True)

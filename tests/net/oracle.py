@@ -169,10 +169,11 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     return c[0], c[1], c[2], c[3]
 
 
-def dropout_forward(x: Array, *, keep: float, scale: float, key: tuple[Any, Any, Any]) -> Array:
+def dropout_forward(x: Array, *, keep: float, scale: float, key: tuple[Any, Any, Any], first: Any = 0) -> Array:
     seed, step, layer = (int(np.asarray(part).item()) for part in key)
     y = np.zeros(x.shape)
-    for e, place in enumerate(np.ndindex(x.shape)):
+    start = int(np.asarray(first).item()) * math.prod(x.shape[1:])
+    for e, place in enumerate(np.ndindex(x.shape), start):
         counter = (e // 4, layer, step % 2**32, step // 2**32)
         word = philox4x32(counter, (seed % 2**32, seed // 2**32))[e % 4]
         if word < int(keep * 2**32):
