@@ -25,11 +25,13 @@ from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
 from pipeline.config import Config, from_dict, load_config, override, to_dict
 from pipeline.errors import PipelineError, StoppedError
+from pipeline.ranks import Ranks, joined
 from pipeline.run_dir import RunDir, locked, read_sealed, write_sealed
 
 _CONFIGURED = frozenset(("preprocess", "train", "eval"))
 _READING = frozenset(("predict", "watch"))
 _BESIDE = frozenset(("export", "report"))
+_SHARED = frozenset(("train", "eval"))  # stages that several processes can share
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        _run(options)
+        with joined() as ranks:
+            _run(options, ranks)
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum
@@ -59,15 +62,20 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise StoppedError(signum, "terminated; everything finished so far is kept")
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace, ranks: Ranks) -> None:
+    if ranks.size > 1 and options.stage not in _SHARED:
+        raise PipelineError(
+            f"{ranks.size} ranks can share --stage {' and --stage '.join(sorted(_SHARED))} only; run the other stages "
+            "without mpiexec or srun (--stage preprocess has --jobs and --scheduler)"
+        )
     run = RunDir(Path(options.run))
     stages = [options.stage] if options.stage else list(IN_ORDER)
     source = _source(options.source, must_exist="preprocess" in stages)
     # The other stages find their configuration in a checkpoint.
     config = _config(options, run, demo=source is None) if _CONFIGURED.intersection(stages) else None
-    with _lock(options.stage, run):
+    with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
         for stage in stages:
-            _stage(stage, options, config, run, source)
+            _stage(stage, options, config, run, source, ranks)
     if not options.stage and config is not None:
         _summary(run, config)
 
@@ -83,7 +91,9 @@ def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[N
     return locked(RunDir(run.root / stage) if stage in _BESIDE else run)
 
 
-def _stage(stage: str, options: argparse.Namespace, config: Config | None, run: RunDir, source: Path | None) -> None:
+def _stage(
+    stage: str, options: argparse.Namespace, config: Config | None, run: RunDir, source: Path | None, ranks: Ranks
+) -> None:
     # Each stage is imported when it runs: preprocessing needs no network, and none should wait for the others' imports.
     if stage == "import":
         from stages import import_weights
@@ -138,11 +148,12 @@ def _stage(stage: str, options: argparse.Namespace, config: Config | None, run: 
             goal=goal,
             device=device,
             tensorboard=options.tensorboard,
+            ranks=ranks,
         )
     elif stage == "eval":
         from stages import eval as evaluation
 
-        evaluation.run(config, run, ops, checkpoint=options.checkpoint, views=options.views)
+        evaluation.run(config, run, ops, checkpoint=options.checkpoint, views=options.views, ranks=ranks)
     elif stage == "predict":
         from stages import predict
 

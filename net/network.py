@@ -6,7 +6,7 @@ reference, the CPU and the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 
 from net.layers import Array, Layer, Parameters, Run, Shape
+
+# Gradients as they become known -> their sums over all processes
+Reduce = Callable[[Iterable[tuple[str, Array]]], Iterator[tuple[str, Array]]]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def training_step(
     preparation: Preparation,
     descent: Descent,
     seed: int,
+    reduce: Reduce | None = None,
 ) -> Callable[[dict[str, Array]], Array]:
     """One step of training as a function of the batch: augment, forward, loss, backward, update.
 
@@ -106,15 +110,21 @@ def training_step(
     backend's ``augment`` and ``cross_entropy``), ``rates`` (the learning rate of each parameter, float32, in the
     order of ``parameters``) and ``step`` (uint64, one element, the key of the dropout masks). It updates
     ``parameters`` and ``momenta`` in place and returns each image's loss, float32 (N,).
+
+    Where several processes share a batch, ``reduce`` turns each one's gradients into their sums over all. The inputs
+    then have ``first`` (uint64, one element, the place of its first picture in the batch) and ``share`` (float32, one
+    element, its part of the batch's pictures): the batch's gradient is the sum of each part's mean times its share.
     """
     position = {name: number for number, name in enumerate(parameters)}
 
     def step(inputs: dict[str, Array]) -> Array:
         x = prepare(ops, preparation, inputs)
-        scores, tape = forward(ops, layers, parameters, x, Run(training=True, seed=seed, step=inputs["step"]))
+        run = Run(training=True, seed=seed, step=inputs["step"], first=inputs.get("first", 0))
+        scores, tape = forward(ops, layers, parameters, x, run)
         loss, dz = ops.cross_entropy(scores, inputs["labels"])
         del x, scores
-        for name, gradient in backward(ops, layers, parameters, dz, tape):
+        gradients = backward(ops, layers, parameters, dz if reduce is None else dz * inputs["share"], tape)
+        for name, gradient in gradients if reduce is None else reduce(gradients):
             rate = inputs["rates"][position[name] : position[name] + 1]
             ops.sgd_update(
                 parameters[name],
@@ -126,7 +136,8 @@ def training_step(
             )
         return loss
 
-    return ops.replayable(step) if hasattr(ops, "replayable") else step
+    # A recording would have to hold the exchange as well.
+    return ops.replayable(step) if hasattr(ops, "replayable") and reduce is None else step
 
 
 def prediction(

@@ -23,6 +23,7 @@ from pipeline.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from pipeline.config import Config, from_dict
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
+from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir, make_folder, write_atomic, write_json
 from stages.setup import MEAN, Dataset, network_layers, open_dataset, preparation, require_memory, require_size, shapes
 
@@ -53,8 +54,16 @@ class Evaluation:
         return float(np.mean(np.any(self.top == self.labels[:, None], axis=1)))
 
 
-def run(config: Config, run_dir: RunDir, ops: ModuleType, *, checkpoint: str, views: int | None) -> dict[str, Any]:
-    """Evaluate a checkpoint on the validation split and write ``<run>/eval/``."""
+def run(
+    config: Config,
+    run_dir: RunDir,
+    ops: ModuleType,
+    *,
+    checkpoint: str,
+    views: int | None,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint on the validation split, shared by ``ranks``, and write ``<run>/eval/``."""
     dataset = open_dataset(run_dir)
     saved = load_checkpoint(find_checkpoint(run_dir.train, checkpoint))
     network_config = checkpoint_config(saved, dataset)
@@ -67,7 +76,7 @@ def run(config: Config, run_dir: RunDir, ops: ModuleType, *, checkpoint: str, vi
     require_memory(ops, layers, network_config, batch, training=False, views=views)
     predict = predictor(network_config, len(dataset.classes), mean, ops, parameters, views)
     with Progress("evaluate", len(dataset.val), "images") as progress:
-        result = evaluate(ops, predict, dataset.val, network_config, config.eval.batch_size, views, progress)
+        result = evaluate(ops, predict, dataset.val, network_config, config.eval.batch_size, views, progress, ranks)
     metrics = {
         "images": len(result.labels),
         "loss": float(result.loss.mean()),
@@ -78,7 +87,8 @@ def run(config: Config, run_dir: RunDir, ops: ModuleType, *, checkpoint: str, vi
         "checkpoint": saved.path.name,
         "step": saved.header["step"],
     }
-    _write(make_folder(run_dir.eval), dataset, result, metrics)
+    if ranks.leads:
+        _write(make_folder(run_dir.eval), dataset, result, metrics)
     print(
         f"evaluated {saved.path.name} on {metrics['images']} pictures, {views} view{'s' if views > 1 else ''}: "
         f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, loss {metrics['loss']:.4f}, "
@@ -103,11 +113,17 @@ def evaluate(
     batch_size: int,
     views: int,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Run ``predict`` over a whole split, each picture once, the last partial batch included."""
+    """Run ``predict`` over a whole split, each picture once, the last partial batch included.
+
+    Of several ranks each takes every so-many-th batch, whole, so that their number changes no bit; all of them get
+    the result.
+    """
     count = len(split)
-    batches = range(steps_per_epoch(count, batch_size))
+    batches = range(ranks.rank, steps_per_epoch(count, batch_size), ranks.size)
     tops, probabilities, losses = [], [], []
+    done = 0
 
     def plan(batch: int) -> Any:
         first = batch * batch_size
@@ -135,12 +151,23 @@ def evaluate(
             probabilities.append(np.take_along_axis(p, top, axis=1))
             true = p[np.arange(len(p)), batch.arrays["labels"][::views]].astype(np.float64)
             losses.append(-np.log(np.maximum(true, np.finfo(np.float32).tiny)))
+            everywhere = min(len(p) * ranks.size, count - done)  # the other ranks are about as far
+            done += everywhere
             if progress is not None:
-                progress.advance(len(p))
-    seconds = time.perf_counter() - start
-    return Evaluation(
-        split.labels, np.concatenate(tops), np.concatenate(probabilities), np.concatenate(losses), seconds
-    )
+                progress.advance(everywhere)
+    mine = [row for b in batches for row in range(b * batch_size, min((b + 1) * batch_size, count))]
+    columns = ranks.largest(tops[0].shape[1] if tops else 0)  # a rank may have had no batch
+
+    def whole(parts: list[np.ndarray], dtype: type, *shape: int) -> np.ndarray:
+        rows = np.zeros((count, *shape), dtype)
+        if parts:
+            rows[mine] = np.concatenate(parts)
+        ranks.unite(rows)
+        return rows
+
+    top, probability = whole(tops, np.int32, columns), whole(probabilities, np.float32, columns)
+    loss = whole(losses, np.float64)
+    return Evaluation(split.labels, top, probability, loss, time.perf_counter() - start)
 
 
 def parameter_names(saved: Checkpoint) -> list[str]:

@@ -17,6 +17,7 @@ from net.layers import Layer, Shape
 from net.network import Preparation, parameter_shapes
 from pipeline.config import Config, at_epoch
 from pipeline.errors import PipelineError
+from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir, read_json
 
 MEAN: Final = "mean"  # name of a mean picture among a checkpoint's arrays: only imported weights bring their own
@@ -142,11 +143,25 @@ def jittered(config: Config, epoch: int) -> bool:
     return inp.jitter > 0 and (inp.jitter_epochs is None or epoch < inp.jitter_epochs)
 
 
-class TrainingPlan:
-    """Which crops make the training batch of a given step; safe to ask from several loader threads."""
+@dataclass(frozen=True)
+class Part:
+    """What one rank computes of a batch of ``total`` pictures: those at the places ``first`` to ``last - 1``.
 
-    def __init__(self, config: Config, dataset: Dataset) -> None:
-        self._config = config
+    ``counted`` of them count. A rank for which the batch has no picture computes a neighbour's with the weight 0,
+    so that it takes the same way through the network as the others.
+    """
+
+    first: int
+    last: int
+    counted: int
+    total: int
+
+
+class TrainingPlan:
+    """Which crops a rank takes of the training batch of a given step; safe to ask from several loader threads."""
+
+    def __init__(self, config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> None:
+        self._config, self._ranks = config, ranks
         self._pictures = len(dataset.train)
         self.steps_per_epoch = steps_per_epoch(self._pictures, config.train.batch_size)
         inp = config.input
@@ -157,10 +172,25 @@ class TrainingPlan:
 
     def __call__(self, step: int) -> Crops:
         epoch, place = divmod(step, self.steps_per_epoch)
-        size = self._config.train.batch_size
-        first, last = place * size, min((place + 1) * size, self._pictures)
+        start, part = place * self._config.train.batch_size, self.part(step)
         how = self._how if jittered(self._config, epoch) else replace(self._how, jitter=0.0)
-        return training_crops(self._order(epoch), first, last, self._config.seed, epoch, how)
+        order, seed = self._order(epoch), self._config.seed
+        return training_crops(order, start + part.first, start + part.last, seed, epoch, how)
+
+    def part(self, step: int) -> Part:
+        """This rank's part of the batch."""
+        size = self._config.train.batch_size
+        total = min(size, self._pictures - step % self.steps_per_epoch * size)
+        first, last = self._ranks.part(total)
+        if first < last:
+            return Part(first, last, last - first, total)
+        first = min(first, total - 1)
+        return Part(first, first + 1, 0, total)
+
+    @property
+    def largest(self) -> int:
+        """Pictures in the largest part of a batch."""
+        return -(-self._config.train.batch_size // self._ranks.size)
 
     def _order(self, epoch: int) -> np.ndarray:
         order = self._orders.get(epoch)

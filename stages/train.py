@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from data.loader import Batch, load
 from net.layers import fuse
-from net.network import Descent, initial_parameters, prediction, training_step
+from net.network import Descent, Reduce, initial_parameters, prediction, training_step
 from pipeline.checkpoint import (
     Checkpoint,
     checkpoints,
@@ -31,12 +33,14 @@ from pipeline.config import Config, at_epoch, difference, from_dict, to_dict
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, cut_back, read_metrics
 from pipeline.progress import Progress
+from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir, fingerprint, make_folder, write_sealed
 from pipeline.signals import StopRequest
 from pipeline.tensorboard import events
 from stages.eval import evaluate
 from stages.setup import (
     Dataset,
+    Part,
     TrainingPlan,
     decays,
     jittered,
@@ -60,6 +64,14 @@ class State:
     step: int
     parameters: dict[str, Any]
     momenta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Records:
+    """What of a run outlives its process: lines of metrics, and checkpoints. Only the first rank keeps any."""
+
+    write: Callable[[dict[str, Any]], None]
+    save: Callable[[State, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -87,20 +99,23 @@ def run(
     goal: Goal,
     device: str,
     tensorboard: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train from the beginning or from the newest sound checkpoint, and write ``<run>/train/``.
 
-    ``tensorboard`` writes the metrics as event files too, to ``<run>/train/tensorboard/``.
+    ``tensorboard`` writes the metrics as event files too, to ``<run>/train/tensorboard/``. ``ranks`` are the processes
+    that share each batch; their number changes nothing but rounding.
     """
     dataset = open_dataset(run_dir)
     require_size(config, dataset, run_dir)
     layers = network_layers(config, len(dataset.classes))
-    header = _header(config, dataset, device)
-    require_memory(ops, layers, config, min(config.train.batch_size, len(dataset.train)), training=True)
-    state = _begin(config, run_dir, ops, layers, header, resume=resume, restart=restart)
-    # Only now: a run that is refused keeps its configuration, and --resume with it.
-    write_sealed(run_dir.config, to_dict(config))
-    plan = TrainingPlan(config, dataset)
+    header = _header(config, dataset, device, ranks)
+    ranks.require_same(lambda: fingerprint(header).encode(), "the ranks have different data, settings or software")
+    plan = TrainingPlan(config, dataset, ranks)
+    require_memory(ops, layers, config, min(plan.largest, len(dataset.train)), training=True)
+    expected = shapes(layers, config)
+    begin = partial(_begin, config, run_dir, expected, header, resume=resume, restart=restart)
+    state = _on_device(ops, _shared(ranks, expected, begin))
     last = goal.last_step(config, state.step, plan.steps_per_epoch)
     if state.step >= last:
         print(f"nothing to train: {state.step} steps are done; add --epochs N or --steps N to train on")
@@ -108,20 +123,31 @@ def run(
     fused = fuse(layers, ops)
     print(
         f"train {len(dataset.train)} pictures, {len(dataset.classes)} classes, recipe {config.recipe}: "
-        f"step {state.step} to {last}, {plan.steps_per_epoch} steps an epoch, batch {config.train.batch_size}",
+        f"step {state.step} to {last}, {plan.steps_per_epoch} steps an epoch, batch {config.train.batch_size}"
+        + (f" shared by {ranks.size} ranks" if ranks.size > 1 else ""),
         flush=True,
     )
+    with contextlib.ExitStack() as stack:
+        records = stack.enter_context(_records(config, run_dir, ops, tensorboard)) if ranks.leads else _NO_RECORDS
+        stop = stack.enter_context(StopRequest())
+        with Progress("train", last, "steps", done=state.step) as progress:
+            trainer = _Trainer(config, dataset, ops, fused, state, records, progress, plan, ranks)
+            _loop(config, run_dir, dataset, ops, plan, trainer, header, last, stop)
+    print(f"trained to step {state.step}; checkpoints and metrics are in {run_dir.train}")
+
+
+_NO_RECORDS: Final = Records(write=lambda record: None, save=lambda state, header: None)
+
+
+@contextlib.contextmanager
+def _records(config: Config, run_dir: RunDir, ops: ModuleType, tensorboard: bool) -> Iterator[Records]:
     path = run_dir.train / "metrics.jsonl"
     with contextlib.ExitStack() as stack:
         mirror = None
         if tensorboard:
             mirror = stack.enter_context(events(run_dir.train / "tensorboard", read_metrics(path)))
         log = stack.enter_context(MetricsLog(path, mirror))
-        stop = stack.enter_context(StopRequest())
-        with Progress("train", last, "steps", done=state.step) as progress:
-            trainer = _Trainer(config, dataset, ops, fused, state, log, progress, plan.steps_per_epoch)
-            _loop(config, run_dir, dataset, ops, plan, trainer, header, last, stop)
-    print(f"trained to step {state.step}; checkpoints and metrics are in {run_dir.train}")
+        yield Records(log.write, partial(_save, run_dir, ops, log, config.train.keep_checkpoints))
 
 
 def _loop(
@@ -141,7 +167,7 @@ def _loop(
         plan,
         range(trainer.state.step, last),
         crop=config.input.crop,
-        largest=config.train.batch_size,
+        largest=plan.largest,
         slots=config.loader.slots,
         threads=config.loader.threads,
         allocate=ops.host_empty,
@@ -151,13 +177,14 @@ def _loop(
             trainer.step(batch)
             done = trainer.state.step
             epoch_ends = done % plan.steps_per_epoch == 0
-            if epoch_ends or done == last or done % config.train.checkpoint_every == 0 or stop.signum is not None:
+            signum = trainer.ranks.largest(stop.signum or 0)  # a signal to any rank stops all after the same step
+            if epoch_ends or done == last or done % config.train.checkpoint_every == 0 or signum:
                 trainer.settle()
                 validation = trainer.validate() if epoch_ends else None
-                _save(run_dir, ops, trainer, {**header, "validation": validation}, config.train.keep_checkpoints)
-            if stop.signum is not None and done < last:
+                trainer.save({**header, "validation": validation})
+            if signum and done < last:
                 raise StoppedError(
-                    stop.signum,
+                    signum,
                     f"stopped at step {done}, everything is saved; go on with: "
                     f"python run_pipeline.py --stage train --resume --run {run_dir.root}",
                 )
@@ -173,42 +200,44 @@ class _Trainer:
         ops: ModuleType,
         layers: tuple[Any, ...],
         state: State,
-        log: MetricsLog,
+        records: Records,
         progress: Progress,
-        steps_per_epoch: int,
+        plan: TrainingPlan,
+        ranks: Ranks,
     ) -> None:
-        self.state = state
+        self.state, self.ranks = state, ranks
         self._config, self._dataset, self._ops, self._layers = config, dataset, ops, layers
-        self._log, self._progress = log, progress
-        self._steps_per_epoch = steps_per_epoch
+        self._records, self._progress = records, progress
+        self._plan, self._steps_per_epoch = plan, plan.steps_per_epoch
         self._names = list(state.parameters)
         self._descent = Descent(config.train.momentum, decays(config, self._names))
         self._function: Callable[[dict[str, Any]], Any] | None = None
         self._jittered: bool | None = None
-        self._pending: tuple[int, int, Any] | None = None
+        self._pending: tuple[int, int, Any, int] | None = None
         self._plateau = Plateau(len(dataset.classes), config.train.plateau_steps)
         self._restart_clock()
 
     def step(self, batch: Batch) -> None:
         """Start the step of this batch, then note the loss of the one before."""
-        epoch = batch.number // self._steps_per_epoch
+        epoch, part = batch.number // self._steps_per_epoch, self._plan.part(batch.number)
         inputs = self._ops.upload(
             {
                 **batch.arrays,
                 "rates": learning_rates(self._config, self._names, epoch),
                 "step": np.array([batch.number], dtype=np.uint64),
+                **_place(part, self.ranks),
             }
         )
         loss = self._step_function(epoch)(inputs)
         self.settle()
         self._waited += batch.waited
-        self._images += len(batch.arrays["labels"])
+        self._images += part.total
         self.state.step = batch.number + 1
         # On a device of its own, reading a loss makes the host wait: only the losses that are logged are read, each
         # after the next step has been started. On the host every loss is there to look at.
         on_host = isinstance(loss, np.ndarray)
         if on_host or self.state.step % self._config.train.log_every == 0:
-            self._pending = self.state.step, epoch, loss
+            self._pending = self.state.step, epoch, loss, part.counted
         if on_host:
             self.settle()
         self._progress.advance(1)
@@ -217,9 +246,9 @@ class _Trainer:
         """Look at the loss that is still pending: stop on NaN, warn of a plateau, write the metrics line."""
         if self._pending is None:
             return
-        step, epoch, loss_each = self._pending
+        step, epoch, loss_each, counted = self._pending
         self._pending = None
-        loss = float(np.mean(self._ops.to_host(loss_each), dtype=np.float64))
+        loss = self.ranks.mean(self._ops.to_host(loss_each)[:counted])
         if not math.isfinite(loss):
             raise PipelineError(
                 f"the loss is {loss} at step {step}: training has diverged; the last good checkpoint is kept. "
@@ -235,10 +264,10 @@ class _Trainer:
         ops, config = self._ops, self._config
         prepared = preparation(config, self._dataset.mean, ops, jittered=False)
         predict = prediction(ops, self._layers, self.state.parameters, prepared, views=1)
-        result = evaluate(ops, predict, self._dataset.val, config, config.eval.batch_size, 1)
+        result = evaluate(ops, predict, self._dataset.val, config, config.eval.batch_size, 1, ranks=self.ranks)
         epochs = self.state.step // self._steps_per_epoch
         scores = {"top1": result.top1, "top5": result.top5, "validation_loss": float(result.loss.mean())}
-        self._log.write({"step": self.state.step, "epochs_done": epochs, **scores, "seconds": result.seconds})
+        self._records.write({"step": self.state.step, "epochs_done": epochs, **scores, "seconds": result.seconds})
         self._progress.say(
             f"epoch {epochs} done: validation top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%}, "
             f"loss {scores['validation_loss']:.4f}"
@@ -246,8 +275,16 @@ class _Trainer:
         self._restart_clock()
         return scores
 
-    def sync_metrics(self) -> None:
-        self._log.sync()
+    def save(self, header: dict[str, Any]) -> None:
+        """Write a checkpoint, once all ranks have been found to have the same weights."""
+        ops, parameters = self._ops, self.state.parameters
+        self.ranks.require_same(
+            lambda: b"".join(hashlib.sha256(ops.to_host(value)).digest() for value in parameters.values()),
+            f"the ranks' weights have come apart at step {self.state.step}, which a sound machine does not do; "
+            "the last checkpoint is kept",
+        )
+        self._records.save(self.state, header)
+        self.ranks.wait()
 
     def _step_function(self, epoch: int) -> Callable[[dict[str, Any]], Any]:
         now = jittered(self._config, epoch)
@@ -262,13 +299,14 @@ class _Trainer:
                 prepared,
                 self._descent,
                 self._config.seed,
+                _reduction(self._ops, self.ranks),
             )
         return self._function
 
     def _write_line(self, step: int, epoch: int, loss: float) -> None:
         elapsed = max(time.perf_counter() - self._clock, 1e-9)
         rate, wait = self._images / elapsed, min(self._waited / elapsed, 1.0)
-        self._log.write(
+        self._records.write(
             {
                 "step": step,
                 "epoch": epoch,
@@ -319,19 +357,68 @@ class Plateau:
         )
 
 
+def _place(part: Part, ranks: Ranks) -> dict[str, np.ndarray]:
+    """What a training step must know of a rank's place in the batch; nothing for a process on its own."""
+    if ranks.size == 1:
+        return {}
+    share = np.array([part.counted / part.total], dtype=np.float32)
+    return {"first": np.array([part.first], dtype=np.uint64), "share": share}
+
+
+def _reduction(ops: ModuleType, ranks: Ranks) -> Reduce | None:
+    """How gradients become their sums over all ranks: by the device's own means where it has them."""
+    if ranks.size == 1:
+        return None
+    return ops.reduction(ranks.rank, ranks.size, ranks.broadcast) if hasattr(ops, "reduction") else ranks.reduce
+
+
+def _shared(ranks: Ranks, expected: dict[str, tuple[int, ...]], begin: Callable[[], State]) -> State:
+    """The state the first rank begins with, on all ranks: it alone reads and tidies the run directory."""
+    if ranks.leads:
+        state = begin()
+    else:
+        parameters, momenta = ({name: np.empty(s, np.float32) for name, s in expected.items()} for _ in range(2))
+        state = State(0, parameters, momenta)
+    step = np.array([state.step], dtype=np.int64)
+    for array in (step, *state.parameters.values(), *state.momenta.values()):
+        ranks.broadcast(array)
+    state.step = int(step[0])
+    return state
+
+
+def _on_device(ops: ModuleType, state: State) -> State:
+    parameters, momenta = (
+        {name: ops.asarray(value) for name, value in arrays.items()} for arrays in (state.parameters, state.momenta)
+    )
+    return State(state.step, parameters, momenta)
+
+
 def _begin(
     config: Config,
     run_dir: RunDir,
-    ops: ModuleType,
-    layers: tuple[Any, ...],
+    expected: dict[str, tuple[int, ...]],
     header: dict[str, Any],
     *,
     resume: bool,
     restart: bool,
 ) -> State:
     """The state to train on from: the newest sound checkpoint when resuming, fresh parameters otherwise."""
+    state = _first_state(config, run_dir, expected, header, resume=resume, restart=restart)
+    # Only now: a run that is refused keeps its configuration, and --resume with it.
+    write_sealed(run_dir.config, to_dict(config))
+    return state
+
+
+def _first_state(
+    config: Config,
+    run_dir: RunDir,
+    expected: dict[str, tuple[int, ...]],
+    header: dict[str, Any],
+    *,
+    resume: bool,
+    restart: bool,
+) -> State:
     folder = run_dir.train
-    expected = shapes(layers, config)
     if checkpoints(folder) and not resume and not restart:
         raise PipelineError(
             f"{folder} holds checkpoints up to step {step_of(checkpoints(folder)[-1])}; add --resume to go on from "
@@ -344,7 +431,7 @@ def _begin(
         for complaint in complaints:
             print(f"warning: {complaint}")
         if saved is not None:
-            return _resume(saved, config, run_dir, ops, header, expected)
+            return _resume(saved, config, run_dir, header, expected)
         if complaints:
             raise PipelineError(
                 f"no checkpoint in {folder} can be read; start over with --restart (the old ones are moved aside)"
@@ -353,16 +440,13 @@ def _begin(
     make_folder(folder)
     cut_back(folder / "metrics.jsonl", 0)
     start = initial_parameters(expected, config.network.weight_std, config.network.bias, config.seed)
-    parameters = {name: ops.asarray(value) for name, value in start.items()}
-    momenta = {name: ops.asarray(np.zeros_like(value)) for name, value in start.items()}
-    return State(0, parameters, momenta)
+    return State(0, start, {name: np.zeros_like(value) for name, value in start.items()})
 
 
 def _resume(
     saved: Checkpoint,
     config: Config,
     run_dir: RunDir,
-    ops: ModuleType,
     header: dict[str, Any],
     expected: dict[str, tuple[int, ...]],
 ) -> State:
@@ -395,13 +479,16 @@ def _resume(
             f"note: so far it was trained on the {saved.header.get('device')} backend, from here on the "
             f"{header['device']} backend; the two round differently"
         )
-    parameters = {name: ops.asarray(saved.arrays[name]) for name in expected}
-    momenta = {name: ops.asarray(saved.arrays[f"momentum/{name}"]) for name in expected}
-    return State(step, parameters, momenta)
+    if saved.header.get("ranks", 1) != header["ranks"]:
+        print(
+            f"note: so far a batch was shared by {saved.header.get('ranks', 1)} ranks, from here on by "
+            f"{header['ranks']}; the pictures and draws are the same, the sums round differently"
+        )
+    parameters = {name: saved.arrays[name] for name in expected}
+    return State(step, parameters, {name: saved.arrays[f"momentum/{name}"] for name in expected})
 
 
-def _save(run_dir: RunDir, ops: ModuleType, trainer: _Trainer, header: dict[str, Any], keep: int) -> None:
-    state = trainer.state
+def _save(run_dir: RunDir, ops: ModuleType, log: MetricsLog, keep: int, state: State, header: dict[str, Any]) -> None:
     arrays = {name: np.asarray(ops.to_host(value)) for name, value in state.parameters.items()}
     broken = [name for name, value in arrays.items() if not np.all(np.isfinite(value))]
     if broken:
@@ -410,14 +497,14 @@ def _save(run_dir: RunDir, ops: ModuleType, trainer: _Trainer, header: dict[str,
             "Lower train.lr in a new run (--run)"
         )
     arrays |= {f"momentum/{name}": np.asarray(ops.to_host(value)) for name, value in state.momenta.items()}
-    trainer.sync_metrics()
+    log.sync()
     path = save_checkpoint(run_dir.train, state.step, header, arrays)
     if header["validation"] is not None:
         note_best(run_dir.train, path, state.step, header["validation"]["top1"])
     prune(run_dir.train, keep)
 
 
-def _header(config: Config, dataset: Dataset, device: str) -> dict[str, Any]:
+def _header(config: Config, dataset: Dataset, device: str, ranks: Ranks) -> dict[str, Any]:
     """What a checkpoint says of the run it belongs to."""
     return {
         "schema": 1,
@@ -426,6 +513,7 @@ def _header(config: Config, dataset: Dataset, device: str) -> dict[str, Any]:
         "classes": len(dataset.classes),
         "wnids": [entry["wnid"] for entry in dataset.classes],
         "device": device,
+        "ranks": ranks.size,
         "numpy": np.__version__,
         "python": platform.python_version(),
     }

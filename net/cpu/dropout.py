@@ -19,16 +19,12 @@ from net.cpu.philox import philox4x32
 Key = tuple[int, int | np.ndarray, int]  # seed, step (a number or an array of one element), layer
 
 
-def dropout_forward(
-    x: np.ndarray, *, keep: float, scale: float, key: Key, first: int | np.ndarray = 0
-) -> np.ndarray:
+def dropout_forward(x: np.ndarray, *, keep: float, scale: float, key: Key, first: int | np.ndarray = 0) -> np.ndarray:
     """x -> y of the same shape; keep the key."""
     return _masked(x, keep, scale, key, first)
 
 
-def dropout_backward(
-    dy: np.ndarray, *, keep: float, scale: float, key: Key, first: int | np.ndarray = 0
-) -> np.ndarray:
+def dropout_backward(dy: np.ndarray, *, keep: float, scale: float, key: Key, first: int | np.ndarray = 0) -> np.ndarray:
     """dy -> dx of the same shape."""
     return _masked(dy, keep, scale, key, first)
 
@@ -45,9 +41,7 @@ def _masked(x: np.ndarray, keep: float, scale: float, key: Key, first: int | np.
 
 
 @kernel
-def _mask(
-    x: np.ndarray, y: np.ndarray, start: int, words: np.ndarray, bound: np.uint64, scale: np.float32
-) -> None:
+def _mask(x: np.ndarray, y: np.ndarray, start: int, words: np.ndarray, bound: np.uint64, scale: np.float32) -> None:
     skipped = start % 4  # elements of the first block that belong to the rows before
     blocks = (skipped + x.size + 3) // 4
     run = 1024  # blocks a task

@@ -32,16 +32,12 @@ from net.reference.philox import philox4x32
 Key = tuple[int, int | np.ndarray, int]  # seed, step (a number or an array of one), layer
 
 
-def dropout_forward(
-    x: np.ndarray, *, keep: float, scale: float, key: Key, first: int | np.ndarray = 0
-) -> np.ndarray:
+def dropout_forward(x: np.ndarray, *, keep: float, scale: float, key: Key, first: int | np.ndarray = 0) -> np.ndarray:
     """x -> y of the same shape; keep the key."""
     return x * dropout_mask(x.shape, keep, key, first) * scale
 
 
-def dropout_backward(
-    dy: np.ndarray, *, keep: float, scale: float, key: Key, first: int | np.ndarray = 0
-) -> np.ndarray:
+def dropout_backward(dy: np.ndarray, *, keep: float, scale: float, key: Key, first: int | np.ndarray = 0) -> np.ndarray:
     """dy -> dx of the same shape."""
     return dy * dropout_mask(dy.shape, keep, key, first) * scale
 

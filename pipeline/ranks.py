@@ -1,0 +1,319 @@
+"""Several processes as one run: who takes which part of a batch, and what they exchange, over MPI.
+
+``mpiexec -n 4 python run_pipeline.py --stage train`` starts four processes, the ranks. :func:`joined` gives each a
+:class:`Ranks`: its number and a few plain functions. A process on its own gets :data:`ALONE`, the same value with one
+rank, whose functions have nothing to do and which needs no MPI.
+
+All ranks must call the collective functions in the same order. Only whole buffers travel, never pickled objects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from pipeline.errors import PipelineError
+
+Gradients = Iterable[tuple[str, np.ndarray]]
+
+BUCKET: Final = 4 << 20  # bytes; smaller gradients travel together, larger ones on their own and without a copy
+PATIENCE: Final = 2.0  # seconds in which the other ranks are expected to end too, before the job is aborted
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A process's place among the processes of a run, and how it talks to them.
+
+    Attributes
+    ----------
+    rank, size : int
+        Its number, from 0, and how many there are.
+    local : int
+        Its number among those on the same machine.
+    add : callable
+        Sum an array over all ranks, in place.
+    unite : callable
+        Or all bits of an array over all ranks, in place: each has filled in some rows and left the others 0.
+    broadcast : callable
+        Overwrite an array with the first rank's.
+    largest : callable
+        The largest of the ranks' whole numbers.
+    gather : callable
+        The arrays of all ranks, of one shape, one a row.
+    wait : callable
+        Wait until every rank has come here.
+    reduce : callable
+        From a backward pass's gradients, as they become known, to their sums over all ranks. Host arrays only.
+    """
+
+    rank: int
+    size: int
+    local: int
+    add: Callable[[np.ndarray], None]
+    unite: Callable[[np.ndarray], None]
+    broadcast: Callable[[np.ndarray], None]
+    largest: Callable[[int], int]
+    gather: Callable[[np.ndarray], np.ndarray]
+    wait: Callable[[], None]
+    reduce: Callable[[Gradients], Iterator[tuple[str, np.ndarray]]]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that writes files."""
+        return self.rank == 0
+
+    def part(self, count: int) -> tuple[int, int]:
+        """The first of this rank's among ``count`` things in order, and the one after its last."""
+        return self.rank * count // self.size, (self.rank + 1) * count // self.size
+
+    def mean(self, values: np.ndarray) -> float:
+        """The mean over all ranks' values, of which a rank may have none."""
+        if self.size == 1:
+            return float(np.mean(values, dtype=np.float64))
+        sums = np.array([np.sum(values, dtype=np.float64), len(values)])
+        self.add(sums)
+        return float(sums[0] / sums[1])
+
+    def require_same(self, value: Callable[[], bytes], complaint: str) -> None:
+        """Refuse to go on where ``value()`` is not the same on all ranks.
+
+        Raises
+        ------
+        PipelineError
+            On every rank: ``complaint``, and which ranks differ from the first.
+        """
+        if self.size == 1:
+            return
+        digests = self.gather(np.frombuffer(hashlib.sha256(value()).digest(), dtype=np.uint8))
+        other = [str(rank) for rank in range(self.size) if (digests[rank] != digests[0]).any()]
+        if other:
+            raise PipelineError(f"{complaint}: rank {', '.join(other)} of {self.size} differs from rank 0")
+
+
+def _nothing(_: np.ndarray) -> None:
+    pass
+
+
+ALONE: Final = Ranks(
+    rank=0,
+    size=1,
+    local=0,
+    add=_nothing,
+    unite=_nothing,
+    broadcast=_nothing,
+    largest=int,
+    gather=lambda a: a[np.newaxis],
+    wait=lambda: None,
+    reduce=iter,
+)
+
+
+def launched(environment: Mapping[str, str]) -> int:
+    """How many ranks the launcher that started this process says there are; 1 without a launcher."""
+    size = environment.get("PMI_SIZE") or environment.get("OMPI_COMM_WORLD_SIZE")  # MPICH, Slurm's pmi2; Open MPI
+    if size is None and "PMIX_RANK" in environment:  # srun --mpi=pmix
+        size = environment.get("SLURM_STEP_NUM_TASKS")
+    return int(size) if size and size.isdecimal() else 1
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """Take part in the run that mpiexec or srun started, or be alone.
+
+    Only the first rank prints. Where a rank leaves by an exception that the first rank does not share, it may print
+    again and the whole job is aborted when the process ends, so that nobody waits for it for ever.
+
+    Raises
+    ------
+    PipelineError
+        The launcher says that there are several ranks, but mpi4py is not installed or finds another MPI.
+    """
+    count = launched(os.environ)
+    if count == 1:
+        yield ALONE
+        return
+    world = _start(count)
+    ranks = _ranks(world)
+    _share_machine(world, ranks)
+    # Messages of the end must not meet those of the run that other ranks may still be in.
+    leaving = world.Dup()
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as muted:
+        if not ranks.leads:
+            muted.enter_context(contextlib.redirect_stdout(nowhere))
+            muted.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            yield ranks
+        except BaseException:
+            if not _leave(leaving, failed=True):
+                muted.close()
+                sys.stdout.flush()
+                print(f"rank {ranks.rank} of {ranks.size}, on {socket.gethostname()}, ends the job:", file=sys.stderr)
+            raise
+        _leave(leaving, failed=False)
+
+
+def _start(count: int) -> Any:
+    """MPI's communicator of all ranks, and what happens at the end of the process."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.finalize = False  # whether the end is orderly is known in _leave
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise PipelineError(
+            f"{count} ranks were started, but MPI cannot be loaded ({str(error).splitlines()[0]}): "
+            "python -m pip install '.[cluster]', or mpi4py for the MPI whose mpiexec or srun this is"
+        ) from error
+    world = MPI.COMM_WORLD
+    if world.Get_size() != count:
+        raise PipelineError(
+            f"the launcher started {count} ranks, but MPI finds {world.Get_size()}: mpiexec and mpi4py belong to "
+            "different MPIs; use the mpiexec beside this python (python -m pip install '.[cluster]' brings one)"
+        )
+    import atexit
+
+    atexit.register(_end)
+    return world
+
+
+_orderly = False  # whether every rank has said that it leaves
+
+
+def _end() -> None:
+    from mpi4py import MPI
+
+    if _orderly:
+        MPI.Finalize()
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    MPI.COMM_WORLD.Abort(1)
+
+
+def _leave(leaving: Any, *, failed: bool) -> bool:
+    """Tell the others that this rank leaves; False where it fails alone, or without the first rank."""
+    global _orderly
+    said = np.array([failed], dtype=np.int64)
+    heard = np.zeros(leaving.Get_size(), dtype=np.int64)
+    request = leaving.Iallgather(said, heard)
+    end = time.monotonic() + PATIENCE
+    while not request.Test():
+        # A rank that has finished waits for the slowest; one that failed must not.
+        if failed and time.monotonic() > end:
+            return False
+        time.sleep(0.002)
+    _orderly = True
+    return not failed or leaving.Get_rank() == 0 or bool(heard[0])
+
+
+def _share_machine(world: Any, ranks: Ranks) -> None:
+    """Give each rank of a machine its cores and its GPU, where the launcher has not.
+
+    Cores are shared out by their number only: pinning is the launcher's business (``mpiexec -bind-to core``).
+    """
+    from mpi4py import MPI
+    from threadpoolctl import threadpool_limits
+
+    here = world.Split_type(MPI.COMM_TYPE_SHARED)
+    mine = sorted(os.sched_getaffinity(0))
+    mask = np.zeros(max(os.cpu_count() or 1, mine[-1] + 1), dtype=np.int64)
+    mask[mine] = 1
+    here.Allreduce(MPI.IN_PLACE, mask)
+    bound = int(mask[mine].max()) < here.Get_size()
+    cores = len(mine) if bound else max(1, len(mine) // here.Get_size())
+    # Read when the kernels are first loaded, which has not happened yet.
+    os.environ.setdefault("NUMBA_NUM_THREADS", str(cores))
+    threadpool_limits(int(os.environ["NUMBA_NUM_THREADS"]), user_api="blas")
+    devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+    if len(devices) != 1 and here.Get_size() > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[ranks.local % len(devices)] if devices else str(ranks.local)
+    here.Free()
+
+
+def _ranks(world: Any) -> Ranks:
+    from mpi4py import MPI
+
+    here = world.Split_type(MPI.COMM_TYPE_SHARED)
+    local = here.Get_rank()
+    here.Free()
+
+    def largest(number: int) -> int:
+        value = np.array([number], dtype=np.int64)
+        world.Allreduce(MPI.IN_PLACE, value, MPI.MAX)
+        return int(value[0])
+
+    def gather(a: np.ndarray) -> np.ndarray:
+        rows = np.empty((world.Get_size(), *a.shape), dtype=a.dtype)
+        world.Allgather(np.ascontiguousarray(a), rows)
+        return rows
+
+    def reduce(gradients: Gradients) -> Iterator[tuple[str, np.ndarray]]:
+        under_way: list[tuple[Any, np.ndarray, list[tuple[str, np.ndarray]]]] = []
+        for bucket in buckets(gradients, BUCKET):
+            if bucket:
+                flat = packed(bucket)
+                under_way.append((world.Iallreduce(MPI.IN_PLACE, flat), flat, bucket))
+            # MPI moves data while it is called: asking after each layer keeps the exchange going.
+            while under_way and under_way[0][0].Test():
+                yield from unpacked(*under_way.pop(0)[1:])
+        for request, flat, bucket in under_way:
+            request.Wait()
+            yield from unpacked(flat, bucket)
+
+    return Ranks(
+        rank=world.Get_rank(),
+        size=world.Get_size(),
+        local=local,
+        add=lambda a: world.Allreduce(MPI.IN_PLACE, a),
+        unite=lambda a: world.Allreduce(MPI.IN_PLACE, a.view(np.uint8), MPI.BOR),
+        broadcast=lambda a: world.Bcast(a),
+        largest=largest,
+        gather=gather,
+        wait=world.Barrier,
+        reduce=reduce,
+    )
+
+
+def buckets(gradients: Gradients, size: int) -> Iterator[list[tuple[str, np.ndarray]]]:
+    """Group gradients, in the order they come, into few messages.
+
+    One of at least ``size`` bytes is a group of its own; smaller ones wait until together they have as many, or until
+    the end. After each gradient that completes no group an empty list is handed out, so that the receiver can look
+    after its messages.
+    """
+    waiting: list[tuple[str, np.ndarray]] = []
+    for name, gradient in gradients:
+        if gradient.nbytes >= size:
+            yield [(name, gradient)]
+            continue
+        waiting.append((name, gradient))
+        if sum(g.nbytes for _, g in waiting) >= size:
+            yield waiting
+            waiting = []
+        else:
+            yield []
+    if waiting:
+        yield waiting
+
+
+def packed(bucket: list[tuple[str, np.ndarray]]) -> np.ndarray:
+    """The gradients of a bucket as one row; a single one is not copied where it lies in memory without gaps."""
+    rows = [np.ascontiguousarray(gradient).reshape(-1) for _, gradient in bucket]
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+def unpacked(flat: np.ndarray, bucket: list[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The gradients of a bucket from its row."""
+    first = 0
+    for name, gradient in bucket:
+        yield name, flat[first : first + gradient.size].reshape(gradient.shape)
+        first += gradient.size
