@@ -113,7 +113,8 @@ def _stage(
 
         if options.check_archives:
             preprocess.check_archives(source)
-        preprocess.run(config, run, source=source, jobs=options.jobs or os.cpu_count() or 1)
+        jobs = options.jobs or os.cpu_count() or 1
+        preprocess.run(config, run, source=source, jobs=jobs, scheduler=options.scheduler)
         if not checkpoints(run.train):  # what a network was trained with stays
             write_sealed(run.config, to_dict(config))
         return

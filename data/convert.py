@@ -11,6 +11,7 @@ import functools
 import os
 import resource
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from data.color import ColorSum
-from data.images import UnreadableError, read_square
+from data.images import UnreadableError, decoder, read_square
 from data.listing import Listing, text
 from data.shards import Content, Layout, checksums, read_shard, shard_name, write_shard
 from pipeline.errors import PipelineError
@@ -33,7 +34,8 @@ class ShardTask:
     """A slice of the shuffled split, to become shard ``index`` in ``folder``.
 
     ``devkit_ids`` int32 holds each class's devkit ID, -1 where not known. ``known`` is the SHA-256 of the finished
-    shard where one was written before. ``parent`` is the process that gave the task.
+    shard where one was written before. ``decoder`` is what the plan was made with. ``parent`` is the process that gave
+    the task, None where it came from a cluster's scheduler.
     """
 
     folder: Path
@@ -42,7 +44,8 @@ class ShardTask:
     pictures: Listing
     devkit_ids: np.ndarray
     known: str | None
-    parent: int
+    decoder: dict[str, str]
+    parent: int | None
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,15 @@ def make_shard(task: ShardTask) -> ShardResult:
     Raises
     ------
     PipelineError
-        A picture's file or archive cannot be read any more, or the shard cannot be written.
+        A picture's file or archive cannot be read any more, the shard cannot be written, or this machine decodes
+        pictures in another way than the one that made the plan.
     """
-    if os.getpid() != task.parent:
+    if decoder() != task.decoder:
+        raise PipelineError(
+            f"{socket.gethostname()} decodes pictures with {_versions(decoder())}, but this run is made with "
+            f"{_versions(task.decoder)}; install the same packages on all machines, or the shards' bytes would differ"
+        )
+    if task.parent is not None and os.getpid() != task.parent:
         # Ctrl-C on a terminal reaches every process; it is the parent who decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _end_with_parent(task.parent)
@@ -76,8 +85,9 @@ def make_shard(task: ShardTask) -> ShardResult:
     content = _kept(task, path)
     if content is not None and task.known is not None:
         return _result(task, path, None, task.known, content, start)
-    # Named after the process: a worker that outlives a killed parent must not touch its successor's file.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Named after machine and process: a worker that outlives a killed parent, or that a scheduler has given up, must
+    # not touch its successor's file.
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         content = _convert(task)
         write_shard(temporary, task.layout, task.index, content)
@@ -88,6 +98,10 @@ def make_shard(task: ShardTask) -> ShardResult:
         if isinstance(error, OSError):
             raise PipelineError(f"cannot read back {temporary}: {error.strerror or error}") from error
         raise
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return f"{versions['name']} {versions['version']} and libjpeg {versions['jpeg']}"
 
 
 @functools.cache  # one thread a process

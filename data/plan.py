@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +55,8 @@ def settings_fingerprint(config: Config) -> str:
     return fingerprint([dataclasses.asdict(config.preprocess), config.seed])
 
 
-def shard_tasks(plan: Plan, folder: Path) -> list[ShardTask]:
-    """The splits, each shuffled once as a whole, cut into slices of ``shard_images``."""
+def shard_tasks(plan: Plan, folder: Path, parent: int | None) -> list[ShardTask]:
+    """The splits, each shuffled once as a whole, cut into slices of ``shard_images``; ``parent`` as in ShardTask."""
     known = _known_hashes(plan, folder)
     ids = np.array([-1 if c.devkit_id is None else c.devkit_id for c in plan.source.classes], dtype=np.int32)
     tasks = []
@@ -68,7 +67,7 @@ def shard_tasks(plan: Plan, folder: Path) -> list[ShardTask]:
         for index, first in enumerate(range(0, len(order), plan.shard_images)):
             pictures = listing.take(order[first : first + plan.shard_images])
             hashed = known.get(shard_name(split, index))
-            tasks.append(ShardTask(folder, layout, index, pictures, ids, hashed, os.getpid()))
+            tasks.append(ShardTask(folder, layout, index, pictures, ids, hashed, plan.decoder, parent))
     return tasks
 
 

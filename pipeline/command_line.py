@@ -36,6 +36,7 @@ STAGES: Final[dict[str, Stage]] = {
         (
             ("--stage preprocess", "the demo set, or datasets/ilsvrc2012 where that exists"),
             ("--stage preprocess --source /data/ilsvrc2012 --run runs/ilsvrc --jobs 8", "ILSVRC-2012"),
+            ("--stage preprocess --source /data/ilsvrc2012 --scheduler tcp://head:8786", "on the workers of a cluster"),
         ),
     ),
     "train": Stage(
@@ -166,6 +167,12 @@ _FLAGS: Final = (
         "first compare the ILSVRC archives with their published MD5 sums",
         {"action": "store_true"},
     ),
+    _Flag(
+        "--scheduler",
+        ("preprocess",),
+        "let the workers of this Dask scheduler do the work, such as tcp://host:8786 (needs pip install '.[cluster]')",
+        {"metavar": "ADDRESS"},
+    ),
     _Flag("--resume", ("train",), "go on from the newest checkpoint", {"action": "store_true"}),
     _Flag("--restart", ("train",), "start over; old checkpoints are moved aside", {"action": "store_true"}),
     _Flag("--epochs", ("train",), "train N epochs more, then stop", {"type": _count, "metavar": "N"}),
@@ -231,7 +238,7 @@ _FLAGS: Final = (
     _Flag("--run", _ALL, "run directory (default %(default)s)", {"default": "runs/default", "metavar": "DIR"}),
     _Flag("--debug", _ALL, "show the traceback of an error", {"action": "store_true"}),
 )
-_EXCLUSIVE: Final = (("--epochs", "--steps"), ("--resume", "--restart"))
+_EXCLUSIVE: Final = (("--epochs", "--steps"), ("--resume", "--restart"), ("--jobs", "--scheduler"))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

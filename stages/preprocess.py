@@ -10,6 +10,7 @@ The manifest is written last.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 import warnings
@@ -22,6 +23,7 @@ from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from data import demo, published
+from data.cluster import on_cluster
 from data.convert import ShardResult, ShardTask, make_shard
 from data.listing import SPLITS
 from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
@@ -39,7 +41,7 @@ _MB: Final = 1_000_000
 _WORDS: Final = {"train": "training", "val": "validation"}
 
 
-def run(config: Config, run: RunDir, *, source: Path | None, jobs: int) -> None:
+def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, scheduler: str | None = None) -> None:
     """Fill ``<run>/preprocess``, or say that there is nothing to do.
 
     Parameters
@@ -48,6 +50,8 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int) -> None:
         Folder with the official archives or class folders; None draws the built-in demo set into ``<run>/demo``.
     jobs : int
         Worker processes; 1 works in this process.
+    scheduler : str or None
+        Address of a Dask scheduler whose workers make the shards instead.
 
     Raises
     ------
@@ -57,6 +61,8 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int) -> None:
     StoppedError
         SIGINT or SIGTERM came; finished shards are kept.
     """
+    if scheduler:  # the workers' current folder is another one
+        run, source = RunDir(run.root.absolute()), None if source is None else source.absolute()
     folder = make_folder(run.preprocess)
     if _finished(config, folder, source):
         print(f"preprocess: nothing to do, {folder} is complete")
@@ -67,12 +73,12 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int) -> None:
     for shortfall in published.shortfalls(listed):
         print(f"preprocess: note: {shortfall}")
     plan = make_plan(config, listed)
-    tasks = shard_tasks(plan, folder)
+    tasks = shard_tasks(plan, folder, None if scheduler else os.getpid())
     _check_place(plan, folder, tasks)
     tally = Tally(plan)
     with StopRequest() as stop, MetricsLog(folder / "metrics.jsonl") as log:
         with Progress("preprocess", sum(len(task.pictures) for task in tasks), "images") as progress:
-            for result in _results(tasks, jobs, folder, stop):
+            for result in _results(tasks, jobs, folder, stop, scheduler):
                 if result.temporary is not None:
                     # Waiting for the disk here, not in the workers, lets them decode on.
                     put_in_place(result.temporary, folder / result.file)
@@ -82,7 +88,7 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int) -> None:
                 progress.advance(len(result.content.labels) + len(result.content.rejects))
         manifest = tally.write(folder)
         forget_damage(folder)
-        log.write(_last_record(tally, jobs, root, start))
+        log.write(_last_record(tally, {"scheduler": scheduler} if scheduler else {"jobs": jobs}, root, start))
     _summary(tally, manifest, folder, time.perf_counter() - start)
 
 
@@ -191,13 +197,18 @@ def _remove_stray(folder: Path) -> None:
             path.unlink()
 
 
-def _results(tasks: list[ShardTask], jobs: int, folder: Path, stop: StopRequest) -> Iterator[ShardResult]:
+def _results(
+    tasks: list[ShardTask], jobs: int, folder: Path, stop: StopRequest, scheduler: str | None
+) -> Iterator[ShardResult]:
     """Finished shards as they come. Whatever happens, no worker and no temporary file is left behind.
 
     After a signal no shard is begun, and those under way are finished.
     """
-    begun = (joblib.delayed(make_shard)(task) for task in tasks if stop.signum is None)
-    results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=jobs)(begun)
+    if scheduler:
+        jobs, results = 1, on_cluster(tasks, scheduler, stop)
+    else:
+        begun = (joblib.delayed(make_shard)(task) for task in tasks if stop.signum is None)
+        results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=jobs)(begun)
     done = 0
     try:
         for result in results:
@@ -238,13 +249,13 @@ def _record(tally: Tally, result: ShardResult, start: float) -> dict[str, Any]:
     }
 
 
-def _last_record(tally: Tally, jobs: int, root: Path, start: float) -> dict[str, Any]:
+def _last_record(tally: Tally, by: dict[str, Any], root: Path, start: float) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     return {
         "finished": tally.plan.fingerprint,
         "source": str(root),
         "stamp": stamp(root),
-        "jobs": jobs,
+        **by,
         "images_done": tally.images,
         "images_made": tally.made,
         "seconds": round(seconds, 3),

@@ -50,11 +50,11 @@ class Result:
         return errors[0]
 
 
-def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Start ``python run_pipeline.py`` with these arguments."""
+def start(*arguments: object, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
+    """Start ``python run_pipeline.py`` with these arguments; ``launcher`` stands before it on the command line."""
     inherited = {name: value for name, value in os.environ.items() if name != "ILSVRC2012_ROOT"}
     return subprocess.Popen(
-        [sys.executable, "-X", "faulthandler", "run_pipeline.py", *map(str, arguments)],
+        [*launcher, sys.executable, "-X", "faulthandler", "run_pipeline.py", *map(str, arguments)],
         cwd=ROOT,
         env={**inherited, **environment},
         stdout=subprocess.PIPE,
@@ -74,9 +74,9 @@ def finish(process: subprocess.Popen[str], seconds: float = 300) -> Result:
     return Result(process.returncode, out, err)
 
 
-def pipeline(*arguments: object, **environment: str) -> Result:
+def pipeline(*arguments: object, launcher: tuple[str, ...] = (), **environment: str) -> Result:
     """Run ``python run_pipeline.py`` with these arguments to its end."""
-    return finish(start(*arguments, **environment))
+    return finish(start(*arguments, launcher=launcher, **environment))
 
 
 def settings(*values: str) -> list[str]:

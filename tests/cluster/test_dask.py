@@ -1,0 +1,106 @@
+"""Preprocessing on a Dask cluster of separate worker processes: the same bytes, also where a worker is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline.metrics import read_metrics
+from tests.command_line import QUICK, ROOT, finish, pipeline, settings, start, wait_until
+
+pytest.importorskip("distributed", reason="needs pip install '.[test]'")
+
+SHARDS = 35  # of one picture each
+FINE = settings(*QUICK, "preprocess.shard_images=1")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    workers: list[subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A scheduler and two workers, with one thread each, that listen on this machine only."""
+    file = tmp_path / "scheduler.json"
+    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    local = ("--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(file))
+    module = (sys.executable, "-m", "distributed.cli.dask_scheduler")
+    started = [subprocess.Popen([*module, "--port", "0", *local], **quiet)]
+    try:
+        end = time.monotonic() + 60
+        while not (file.exists() and file.read_text().endswith("}")):
+            assert time.monotonic() < end, "no scheduler"
+            time.sleep(0.02)
+        worker = (sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", *local)
+        started += [subprocess.Popen(worker, **quiet) for _ in range(2)]
+        yield Cluster(json.loads(file.read_text())["address"], started[1:])
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, small_source: Path) -> Path:
+    """The same pictures preprocessed by one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    pipeline("--stage", "preprocess", "--source", small_source, "--run", run, "--jobs", 1, *FINE).done()
+    return run
+
+
+def made(run: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (run / "preprocess").iterdir() if p.name != "metrics.jsonl"}
+
+
+def shards(run: Path) -> int:
+    return sum("shard" in record for record in read_metrics(run / "preprocess" / "metrics.jsonl"))
+
+
+def test_a_worker_killed_in_the_middle_costs_its_shard_and_the_bytes_are_the_same(
+    cluster: Cluster, alone: Path, small_source: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    source = os.path.relpath(small_source, ROOT)  # the workers' folder need not be ours
+    process = start("--stage", "preprocess", "--source", source, "--run", run, "--scheduler", cluster.address, *FINE)
+    wait_until(lambda: shards(run) >= 1, process)
+    # Stopped, it holds a shard that nobody else can make before it is dead.
+    cluster.workers[0].send_signal(signal.SIGSTOP)
+    wait_until(lambda: shards(run) >= SHARDS - 1, process)
+    assert process.poll() is None
+    cluster.workers[0].kill()
+    finish(process).done()
+    assert shards(run) == SHARDS
+    assert made(run) == made(alone)
+    assert read_metrics(run / "preprocess" / "metrics.jsonl")[-1]["scheduler"] == cluster.address
+
+    # What another Pillow would decode is refused on the worker. The other one is the one that asks.
+    other = tmp_path / "other"
+    code = "import sys, PIL.Image, run_pipeline; PIL.__version__ = '1.2.3'; sys.exit(run_pipeline.main(sys.argv[1:]))"
+    arguments = ("--stage", "preprocess", "--source", small_source, "--run", other, "--scheduler", cluster.address)
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments), *FINE],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1, result.stderr
+    assert "decodes pictures with Pillow" in result.stderr
+    assert "Pillow 1.2.3" in result.stderr
+
+
+def test_an_address_without_a_scheduler_is_a_plain_sentence(small_source: Path, tmp_path: Path) -> None:
+    arguments = ("--stage", "preprocess", "--source", small_source, "--run", tmp_path / "run", *FINE)
+    for address in ("tcp://127.0.0.1:1", "somewhere"):
+        pipeline(*arguments, "--scheduler", address).refused(f"no Dask scheduler answers at {address} .*dask scheduler")

@@ -1,0 +1,169 @@
+"""Training and evaluation shared by ranks that a real mpiexec starts: the same curve, the same figures, an orderly end.
+
+22 training pictures in batches of 4: the sixth batch has two, so that of four ranks two have none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.checkpoint import checkpoints, load_checkpoint
+from pipeline.metrics import read_metrics
+from tests.command_line import Result, finish, pipeline, settings, start, wait_until
+
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _mpi() -> None:
+    if not MPIEXEC.exists():
+        if os.environ.get("CI"):
+            pytest.fail("mpich is not installed beside this python: pip install '.[test]'")
+        pytest.skip("mpich is not installed beside this python: pip install '.[test]'")
+
+
+def ranks(count: int) -> tuple[str, ...]:
+    return (str(MPIEXEC), "-n", str(count))
+
+
+def train(run: Path, count: int, *arguments: object) -> Result:
+    return pipeline("--stage", "train", "--run", run, *arguments, launcher=ranks(count) if count > 1 else ())
+
+
+def copy(prepared: Path, folder: Path) -> Path:
+    shutil.copytree(prepared, folder / "run")
+    return folder / "run"
+
+
+def newest(run: Path) -> Path:
+    return checkpoints(run / "train")[-1]
+
+
+def digest(run: Path) -> str:
+    return hashlib.sha256(newest(run).read_bytes()).hexdigest()
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_metrics(run / "train" / "metrics.jsonl") if "loss" in r}
+
+
+def agree(run: Path, one: Path) -> None:
+    """The same weights and the same curve as those of one process, within rounding."""
+    expected = losses(one)
+    assert list(losses(run)) == list(expected)
+    np.testing.assert_allclose(list(losses(run).values()), list(expected.values()), rtol=2e-6)
+    validated = [[r for r in read_metrics(each / "train" / "metrics.jsonl") if "top1" in r] for each in (run, one)]
+    assert [r["step"] for r in validated[0]] == [r["step"] for r in validated[1]] == [6]
+    assert validated[0][0]["validation_loss"] == pytest.approx(validated[1][0]["validation_loss"], rel=1e-5)
+    whole = load_checkpoint(newest(one)).arrays
+    for name, value in load_checkpoint(newest(run)).arrays.items():
+        np.testing.assert_allclose(value, whole[name], rtol=0, atol=1e-5 * np.abs(whole[name]).max(), err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Path]:
+    """Seven steps by one process."""
+    run = copy(prepared, tmp_path_factory.mktemp("one"))
+    train(run, 1, "--steps", 7).done()
+    yield run
+    shutil.rmtree(run)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Path]:
+    """Seven steps by two ranks."""
+    run = copy(prepared, tmp_path_factory.mktemp("two"))
+    result = train(run, 2, "--steps", 7).done()
+    assert "batch 4 shared by 2 ranks" in result.out
+    assert result.out.count("trained to step 7") == 1, "only the first rank prints"
+    yield run
+    shutil.rmtree(run)
+
+
+def test_two_ranks_are_one_process_within_rounding(two: Path, one: Path) -> None:
+    agree(two, one)
+
+
+def test_a_signal_to_the_job_saves_and_two_ranks_resume_to_the_same_bits(two: Path, run: Path) -> None:
+    process = start("--stage", "train", "--run", run, "--steps", 7, launcher=ranks(2))
+    wait_until(lambda: len(losses(run)) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    result = finish(process)
+    assert result.status == 143, result
+    assert result.err.count("everything is saved; go on with:") == 1
+    done = load_checkpoint(newest(run)).header["step"]
+    assert 2 <= done < 7
+    train(run, 2, "--resume", "--steps", 7 - done).done()
+    assert digest(run) == digest(two)
+
+
+def test_a_killed_rank_ends_the_job_and_four_ranks_resume_where_two_were(run: Path, one: Path) -> None:
+    every = settings("train.checkpoint_every=2")
+    process = start("--stage", "train", "--run", run, "--steps", 7, *every, launcher=ranks(2))
+    wait_until(lambda: len(losses(run)) >= 3, process)
+    os.kill(_process(run, 1), signal.SIGKILL)
+    result = finish(process, 60)
+    assert result.status not in (0, 143), result
+    assert "KILLED BY SIGNAL: 9" in result.out + result.err
+    done = load_checkpoint(newest(run)).header["step"]
+    assert done in (2, 4)
+    resumed = train(run, 4, "--resume", "--steps", 7 - done).done()
+    assert "so far a batch was shared by 2 ranks, from here on by 4" in resumed.out
+    agree(run, one)
+
+
+def _process(run: Path, rank: int) -> int:
+    """The process of a rank of the job that trains ``run``."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # a process that has ended meanwhile
+            words, variables = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            if str(run).encode() in words and f"PMI_RANK={rank}".encode() in variables:
+                return int(folder.name)
+    raise AssertionError(f"rank {rank} is not there")
+
+
+def test_evaluation_by_three_ranks_gives_the_same_bytes(one: Path, tmp_path: Path) -> None:
+    written = {}
+    for count in (1, 3):  # two batches: one rank has none
+        run = tmp_path / str(count)
+        run.mkdir()
+        for folder in ("preprocess", "train"):
+            (run / folder).symlink_to(one / folder)
+        launcher = ranks(count) if count > 1 else ()
+        pipeline("--stage", "eval", "--run", run, "--views", 10, launcher=launcher).done()
+        names = ("predictions.npz", "per_class.csv")
+        written[count] = [(run / "eval" / name).read_bytes() for name in names]
+    assert written[1] == written[3]
+
+
+def test_a_rank_that_fails_alone_says_so_and_ends_the_job(run: Path, tmp_path: Path) -> None:
+    own = copy(run, tmp_path / "own")
+    (own / "preprocess" / "manifest.json").unlink()
+    first = (*ranks(1), sys.executable, "run_pipeline.py", "--stage", "train", "--run", str(run))
+    result = pipeline("--stage", "train", "--run", own, launcher=(*first, ":", "-n", "1"))
+    assert result.status not in (0, 143), result
+    assert "rank 1 of 2, on " in result.err
+    assert result.err.count("error: ") == 1
+    assert f"{own}/preprocess" in result.err
+
+
+def test_ranks_with_other_settings_are_refused_once(run: Path) -> None:
+    first = (*ranks(1), sys.executable, "run_pipeline.py", "--stage", "train", "--run", str(run))
+    result = pipeline("--stage", "train", "--run", run, "--seed", 5, launcher=(*first, ":", "-n", "1"))
+    result.refused("different data, settings or software: rank 1 of 2 differs from rank 0")
+    assert not checkpoints(run / "train")
+
+
+def test_other_stages_are_refused(run: Path) -> None:
+    sentence = pipeline("--stage", "preprocess", "--run", run, launcher=ranks(2)).refused("2 ranks can share")
+    assert "--scheduler" in sentence

@@ -1,0 +1,76 @@
+"""The parts of ``pipeline.ranks`` that need no MPI: parts of a batch, buckets, and what a launcher says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import ranks
+
+
+def of(rank: int, size: int) -> ranks.Ranks:
+    return ranks.Ranks(**{**vars(ranks.ALONE), "rank": rank, "size": size})
+
+
+@given(st.integers(0, 300), st.integers(1, 20))
+def test_parts_cover_a_batch_once_and_are_even(count: int, size: int) -> None:
+    parts = [of(rank, size).part(count) for rank in range(size)]
+    assert [place for first, last in parts for place in range(first, last)] == list(range(count))
+    lengths = [last - first for first, last in parts]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 100))
+def test_buckets_keep_every_gradient_and_large_ones_uncopied(sizes: list[int], least: int) -> None:
+    gradients = [(f"g{i}", np.full((n, 1), i, np.float32)) for i, n in enumerate(sizes)]
+    found = {}
+    for bucket in ranks.buckets(iter(gradients), least):
+        if not bucket:
+            continue
+        flat = ranks.packed(bucket)
+        if len(bucket) == 1:
+            assert np.shares_memory(flat, bucket[0][1]) or not flat.size
+        flat += 1
+        found |= {name: value.copy() for name, value in ranks.unpacked(flat, bucket)}
+    assert found.keys() == dict(gradients).keys()
+    for i, n in enumerate(sizes):
+        np.testing.assert_array_equal(found[f"g{i}"], np.full((n, 1), i + 1))
+
+
+def test_a_bucket_is_handed_out_as_soon_as_it_is_full() -> None:
+    taken = []
+
+    def gradients():
+        for i, size in enumerate((10, 2, 2, 10, 1)):
+            taken.append(i)
+            yield str(i), np.zeros(size, np.float32)
+
+    seen = [([name for name, _ in bucket], len(taken)) for bucket in ranks.buckets(gradients(), 16)]
+    assert seen == [(["0"], 1), ([], 2), (["1", "2"], 3), (["3"], 4), ([], 5), (["4"], 5)]
+
+
+def test_what_launchers_say() -> None:
+    assert ranks.launched({}) == 1
+    assert ranks.launched({"PMI_SIZE": "4", "PMI_RANK": "2"}) == 4
+    assert ranks.launched({"OMPI_COMM_WORLD_SIZE": "2"}) == 2
+    assert ranks.launched({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "8"}) == 8
+    assert ranks.launched({"SLURM_NTASKS": "8"}) == 1, "inside sbatch, but not started by srun"
+
+
+def test_alone_changes_nothing() -> None:
+    a = np.arange(3.0)
+    ranks.ALONE.add(a)
+    ranks.ALONE.broadcast(a)
+    assert a.tolist() == [0, 1, 2]
+    assert ranks.ALONE.largest(7) == 7
+    assert ranks.ALONE.mean(np.array([1, 2], np.float32)) == 1.5
+    assert list(ranks.ALONE.reduce([("w", a)])) == [("w", a)]
+
+
+def test_without_mpi4py_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
+    with pytest.raises(ranks.PipelineError, match=r"2 ranks were started.*\[cluster\]"), ranks.joined():
+        pass
