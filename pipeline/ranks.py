@@ -146,19 +146,17 @@ def joined() -> Iterator[Ranks]:
     _share_machine(world, ranks)
     # Messages of the end must not meet those of the run that other ranks may still be in.
     leaving = world.Dup()
-    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as muted:
-        if not ranks.leads:
-            muted.enter_context(contextlib.redirect_stdout(nowhere))
-            muted.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
-            yield ranks
-        except BaseException:
-            if not _leave(leaving, failed=True):
-                muted.close()
-                sys.stdout.flush()
-                print(f"rank {ranks.rank} of {ranks.size}, on {socket.gethostname()}, ends the job:", file=sys.stderr)
-            raise
-        _leave(leaving, failed=False)
+    spoken = sys.stdout, sys.stderr
+    if not ranks.leads:  # to the end of the process: what all ranks have to say at the end, the first one says
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        yield ranks
+    except BaseException:
+        if not _leave(leaving, failed=True):
+            sys.stdout, sys.stderr = spoken
+            print(f"rank {ranks.rank} of {ranks.size}, on {socket.gethostname()}, ends the job:", file=sys.stderr)
+        raise
+    _leave(leaving, failed=False)
 
 
 def _start(count: int) -> Any:

@@ -1,6 +1,7 @@
 """Training and evaluation shared by ranks that a real mpiexec starts: the same curve, the same figures, an orderly end.
 
-22 training pictures in batches of 4: the sixth batch has two, so that of four ranks two have none.
+22 training pictures in batches of 7: the parts are uneven, and the fourth batch has one picture, so that all ranks but
+one have none.
 """
 
 from __future__ import annotations
@@ -36,8 +37,13 @@ def ranks(count: int) -> tuple[str, ...]:
     return (str(MPIEXEC), "-n", str(count))
 
 
+STEPS = 5
+SEVENS = settings("train.batch_size=7")
+
+
 def train(run: Path, count: int, *arguments: object) -> Result:
-    return pipeline("--stage", "train", "--run", run, *arguments, launcher=ranks(count) if count > 1 else ())
+    launcher = ranks(count) if count > 1 else ()
+    return pipeline("--stage", "train", "--run", run, *SEVENS, *arguments, launcher=launcher)
 
 
 def copy(prepared: Path, folder: Path) -> Path:
@@ -63,29 +69,29 @@ def agree(run: Path, one: Path) -> None:
     assert list(losses(run)) == list(expected)
     np.testing.assert_allclose(list(losses(run).values()), list(expected.values()), rtol=2e-6)
     validated = [[r for r in read_metrics(each / "train" / "metrics.jsonl") if "top1" in r] for each in (run, one)]
-    assert [r["step"] for r in validated[0]] == [r["step"] for r in validated[1]] == [6]
+    assert [r["step"] for r in validated[0]] == [r["step"] for r in validated[1]] == [4]
     assert validated[0][0]["validation_loss"] == pytest.approx(validated[1][0]["validation_loss"], rel=1e-5)
     whole = load_checkpoint(newest(one)).arrays
     for name, value in load_checkpoint(newest(run)).arrays.items():
-        np.testing.assert_allclose(value, whole[name], rtol=0, atol=1e-5 * np.abs(whole[name]).max(), err_msg=name)
+        assert np.abs(value - whole[name]).max() <= 1e-5 * np.abs(whole[name]).max(), name
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Path]:
-    """Seven steps by one process."""
+    """Five steps by one process."""
     run = copy(prepared, tmp_path_factory.mktemp("one"))
-    train(run, 1, "--steps", 7).done()
+    train(run, 1, "--steps", STEPS).done()
     yield run
     shutil.rmtree(run)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Path]:
-    """Seven steps by two ranks."""
+    """Five steps by two ranks."""
     run = copy(prepared, tmp_path_factory.mktemp("two"))
-    result = train(run, 2, "--steps", 7).done()
-    assert "batch 4 shared by 2 ranks" in result.out
-    assert result.out.count("trained to step 7") == 1, "only the first rank prints"
+    result = train(run, 2, "--steps", STEPS).done()
+    assert "batch 7 shared by 2 ranks" in result.out
+    assert result.out.count("trained to step 5") == 1, "only the first rank prints"
     yield run
     shutil.rmtree(run)
 
@@ -95,29 +101,29 @@ def test_two_ranks_are_one_process_within_rounding(two: Path, one: Path) -> None
 
 
 def test_a_signal_to_the_job_saves_and_two_ranks_resume_to_the_same_bits(two: Path, run: Path) -> None:
-    process = start("--stage", "train", "--run", run, "--steps", 7, launcher=ranks(2))
+    process = start("--stage", "train", "--run", run, "--steps", STEPS, *SEVENS, launcher=ranks(2))
     wait_until(lambda: len(losses(run)) >= 2, process)
     process.send_signal(signal.SIGTERM)
     result = finish(process)
     assert result.status == 143, result
     assert result.err.count("everything is saved; go on with:") == 1
     done = load_checkpoint(newest(run)).header["step"]
-    assert 2 <= done < 7
-    train(run, 2, "--resume", "--steps", 7 - done).done()
+    assert 2 <= done < STEPS
+    train(run, 2, "--resume", "--steps", STEPS - done).done()
     assert digest(run) == digest(two)
 
 
 def test_a_killed_rank_ends_the_job_and_four_ranks_resume_where_two_were(run: Path, one: Path) -> None:
     every = settings("train.checkpoint_every=2")
-    process = start("--stage", "train", "--run", run, "--steps", 7, *every, launcher=ranks(2))
-    wait_until(lambda: len(losses(run)) >= 3, process)
+    process = start("--stage", "train", "--run", run, "--steps", STEPS, *SEVENS, *every, launcher=ranks(2))
+    wait_until(lambda: (run / "train" / "latest.json").exists(), process)
     os.kill(_process(run, 1), signal.SIGKILL)
     result = finish(process, 60)
     assert result.status not in (0, 143), result
-    assert "KILLED BY SIGNAL: 9" in result.out + result.err
+    assert "signal 9" in result.out + result.err
     done = load_checkpoint(newest(run)).header["step"]
     assert done in (2, 4)
-    resumed = train(run, 4, "--resume", "--steps", 7 - done).done()
+    resumed = train(run, 4, "--resume", "--steps", STEPS - done).done()
     assert "so far a batch was shared by 2 ranks, from here on by 4" in resumed.out
     agree(run, one)
 
