@@ -67,6 +67,8 @@ FUSED_OPERATIONS: Final[dict[str, tuple[str, ...]]] = {
     "replayable": ("function",),
     # refuse, before anything is allocated, a batch that the device has no memory for
     "check_memory": ("layers", "shape", "batch", "training", "views"),
+    # gradients, as the backward pass hands them out, to their sums over the processes that share a batch
+    "reduction": ("rank", "size", "broadcast"),
 }
 
 DEVICES: Final = ("reference", "cpu", "gpu")

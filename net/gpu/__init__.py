@@ -32,6 +32,7 @@ from net.gpu.layers import (
 )
 from net.gpu.linear import linear_backward, linear_forward
 from net.gpu.memory import bytes_needed, check_memory, largest_batch
+from net.gpu.nccl import reduction
 
 __all__ = [
     "asarray",
@@ -60,6 +61,7 @@ __all__ = [
     "map_norm_forward",
     "maxpool_backward",
     "maxpool_forward",
+    "reduction",
     "relu_backward",
     "relu_forward",
     "replayable",

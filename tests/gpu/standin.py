@@ -64,12 +64,14 @@ class CUDARuntimeError(RuntimeError):
 # --- streams -------------------------------------------------------------------------------------------------------
 
 _numbers = itertools.count(1)
+_streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
 Work = Callable[[], None]
 
 
 class Stream:
     def __init__(self, non_blocking: bool = False) -> None:
         self.ptr = next(_numbers) * 4096
+        _streams[self.ptr] = self
         self._queue: deque[Work] = deque()
         self._recording: list[Work] | None = None
         self.copies_first = False
@@ -328,7 +330,11 @@ class ndarray:
         _current[0].queue(lambda: result._numpy.__setitem__(..., make(self._numpy)))
         return result
 
-    def __mul__(self, factor: float) -> ndarray:
+    def __mul__(self, factor: float | ndarray) -> ndarray:
+        if isinstance(factor, ndarray):  # one number on the device
+            assert factor.shape == (1,)
+            assert factor.dtype == np.float32
+            return self._arithmetic(lambda x: x * factor._numpy)
         assert isinstance(factor, float)
         return self._arithmetic(lambda x: x * np.float32(factor))
 
@@ -470,6 +476,30 @@ def _value(a: np.ndarray, compute: int) -> np.ndarray:
     return round_to_tf32(a) if compute == 77 else a
 
 
+# --- NCCL ----------------------------------------------------------------------------------------------------------
+
+
+class NcclCommunicator:
+    """Of several ranks the only one there is; the others are taken to have the same values."""
+
+    def __init__(self, ndev: int, commId: tuple[int, ...], rank: int) -> None:
+        assert commId == NCCL_ADDRESS
+        assert 0 <= rank < ndev
+        self._ranks = ndev
+
+    def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int) -> None:
+        assert (datatype, op) == (7, 0), "float32 sums"
+
+        def work() -> None:
+            received, sent = (numpy_at(address, np.float32, (count,)) for address in (recvbuf, sendbuf))
+            received[...] = sent * np.float32(self._ranks)
+
+        _streams[stream].queue(work)
+
+
+NCCL_ADDRESS = tuple(range(-64, 64))
+
+
 # --- the modules ---------------------------------------------------------------------------------------------------
 
 
@@ -510,14 +540,14 @@ def installed() -> Iterator[ModuleType]:
 
 def forget() -> None:
     """Drop all that the backend set up once per process."""
-    from net.gpu import arrays, cublas, device, graph, kernels
+    from net.gpu import arrays, cublas, device, graph, kernels, nccl
 
     device._device = None
     caches = (kernels._kernel, kernels._module, kernels.signatures, kernels.source)
-    for cached in (*caches, cublas._handle, cublas._workspace, arrays._copying, graph._pool):
+    for cached in (*caches, cublas._handle, cublas._workspace, arrays._copying, graph._pool, nccl._stream):
         if hasattr(cached, "cache_clear"):  # a test may have put a plain function in its place
             cached.cache_clear()
-    for store in (arrays._slots, arrays._queued, arrays._results):
+    for store in (arrays._slots, arrays._queued, arrays._results, nccl._communicators):
         store.clear()
 
 
@@ -543,6 +573,9 @@ def _modules() -> dict[str, ModuleType]:
         MemoryPointer=MemoryPointer,
         MemoryPool=MemoryPool,
         using_allocator=using_allocator,
+        nccl=SimpleNamespace(
+            NcclCommunicator=NcclCommunicator, get_unique_id=lambda: NCCL_ADDRESS, NCCL_FLOAT32=7, NCCL_SUM=0
+        ),
         get_elapsed_time=lambda start, end: 0.0,
     )
     return {"cupy": cupy, "cupyx": cupyx, "cupy.cuda": cuda}

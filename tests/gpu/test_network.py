@@ -41,7 +41,9 @@ def small(layers: tuple) -> tuple:
     return tuple(shrunk)
 
 
-def start(ops: ModuleType, variant: str, host: dict[str, np.ndarray] | None = None) -> tuple[Callable, dict, dict]:
+def start(
+    ops: ModuleType, variant: str, host: dict[str, np.ndarray] | None = None, reduce: Any = None
+) -> tuple[Callable, dict, dict]:
     """A training step with its parameters and momenta on the backend's device."""
     layers = small(alexnet(CLASSES, **VARIANTS[variant]))
     shapes = parameter_shapes(layers, (SIDE, SIDE, 3))
@@ -54,7 +56,7 @@ def start(ops: ModuleType, variant: str, host: dict[str, np.ndarray] | None = No
     prepared = Preparation(ops.asarray(mean), 1 / 128, False, BORDER)
     descent = Descent(0.9, {name: 5e-4 if name.endswith(".w") else 0.0 for name in shapes})
     fused = fuse(layers, ops)
-    return training_step(ops, fused, parameters, momenta, prepared, descent, SEED), parameters, momenta
+    return training_step(ops, fused, parameters, momenta, prepared, descent, SEED, reduce), parameters, momenta
 
 
 def batch(number: int, images: int = 2) -> dict[str, np.ndarray]:

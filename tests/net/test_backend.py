@@ -44,6 +44,7 @@ FUSED_POSITIONAL = {
     "linear_block_backward": 3,
     "replayable": 1,
     "check_memory": 3,
+    "reduction": 3,
 }
 
 
