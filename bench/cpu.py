@@ -1,108 +1,275 @@
-"""The CPU backend beside PyTorch on the same machine, in one run, alternated: ``python -m bench.cpu``.
+"""The CPU backend beside PyTorch on this machine: ``python -m bench.cpu`` prints one table and ends.
 
-Both compute the same network (1000 classes, groups, LRN, dropout) on the same random uint8 crops: a training step
-(augment, forward, loss, backward, update) and a prediction. The loader is not part of either side. Each round times
-one step of every contestant; the table gives medians over the rounds and ratios to PyTorch's eager mode.
+What is compared, all in fp32, with the seed recipe's network at 1000 classes and all cores:
+
+- **training** and **forward**: what ``--stage train`` and ``--stage eval`` do on real shards, loader included (the
+  rates are the ones the stages write themselves), beside bare loops of PyTorch, eager and ``torch.compile``, that are
+  spared the loader;
+- the same beside what a *direct* convolution could reach if everything but its multiplications cost nothing, at the
+  rate of NumPy's SGEMM in this run;
+- **peak memory** of the training processes, from the system's accounts;
+- **start**: from the command to the first line of training metrics, with and without compiled kernels on disk;
+- **batch 1**: the prediction of one picture, bare loops on both sides;
+- the stages with one thread and with all.
+
+Every contestant runs in a process of its own; they take turns, ``--rounds`` times, and medians count. A process's first
+step is left out. The pictures are drawn on the spot and preprocessed by ``--stage preprocess``; ``--run DIR`` keeps
+them. ``--only`` measures a part; with ``--json FILE`` the figures of several parts collect in one file, and the table
+shows all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from PIL import Image
 
-from bench.gpu_torch import MODES, Host
-from bench.gpu_torch import prediction as torch_prediction
-from bench.gpu_torch import training as torch_training
-from bench.parity import batches
-from net.backend import load
-from net.layers import fuse
-from net.network import Descent, initial_parameters, prediction, training_step
-from pipeline.config import PAPER
-from stages.setup import decays, learning_rates, network_layers, preparation, shapes
+from bench.cpu_sides import CLASSES
+from net.alexnet import alexnet, table
 
-CLASSES = 1000
-SCALE = 1 / 255
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("train", "forward", "one", "threads", "start")
+PICTURES = 2  # of each class to train on; one to validate with
 
 
-def contestants(batch: int, compiled: bool) -> tuple[Host, dict[str, dict[str, Callable[[Host], Any]]]]:
-    """A batch, and for "training" and "forward" the functions to time, by name."""
-    ops = load("cpu")
-    config = PAPER
-    layers = network_layers(config, CLASSES)
-    start = initial_parameters(shapes(layers, config), (0.0,) * 8, config.network.bias, seed=0)
-    names = list(start)
-    parameters = {name: ops.asarray(value) for name, value in start.items()}
-    momenta = {name: ops.asarray(np.zeros_like(value)) for name, value in start.items()}
-    prepared = preparation(config, np.zeros((256, 256, 3), dtype=np.float32), ops, jittered=True)
-    fused = fuse(layers, ops)
-    step = training_step(
-        ops, fused, parameters, momenta, prepared, Descent(config.train.momentum, decays(config, names)), seed=0
-    )
-    predict = prediction(ops, fused, parameters, prepared, views=1)
-    inputs = next(batches(config, CLASSES, batch, 1, seed=0))
-    inputs |= {"rates": learning_rates(config, names, 0) * np.float32(0.01), "step": np.zeros(1, dtype=np.uint64)}
-    modes = [mode for mode in MODES[:1] + MODES[2:3] if compiled or mode.compiled is None]
-    training: dict[str, Callable[[Host], Any]] = {"by hand": lambda host: step(ops.upload(host))}
-    forward: dict[str, Callable[[Host], Any]] = {"by hand": lambda host: predict(ops.upload(host))}
-    for mode in modes:
-        name = f"PyTorch {mode.name}"
-        training[name] = torch_training(mode, "fp32", "cpu", start, CLASSES, 0.5, SCALE)
-        forward[name] = torch_prediction(mode, "fp32", "cpu", start, CLASSES, SCALE, 1)
-    return inputs, {"training": training, "forward": forward}
+@dataclass(frozen=True)
+class Process:
+    """What a finished process left: its output, its peak resident memory in bytes, seconds until a file appeared."""
+
+    out: str
+    memory: int
+    first_line: float
 
 
-def medians(functions: dict[str, Callable[[Host], Any]], inputs: Host, rounds: int) -> dict[str, float]:
-    """Seconds a call of each function, taking turns; the first call of each is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function(inputs)
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def run(command: list[str], watched: Path | None = None, **environment: str) -> Process:
+    """Run a command to its end; ``watched`` is a file whose first line is waited for."""
+    start = time.perf_counter()
+    first_line = float("nan")
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT
+        )
+        done = 0
+        while not done:
+            if watched is not None and first_line != first_line and watched.exists() and watched.stat().st_size:
+                first_line = time.perf_counter() - start
+            done, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if not done:
+                time.sleep(0.005)
+        process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has reaped it
+        output.seek(0)
+        text = output.read()
+    if process.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}:\n{text}")
+    return Process(text, usage.ru_maxrss * 1024, first_line)
+
+
+def stage(name: str, run_dir: Path, *options: str, watched: Path | None = None, **environment: str) -> Process:
+    command = [sys.executable, "run_pipeline.py", "--stage", name, "--run", str(run_dir), *options]
+    return run(command, watched, **environment)
+
+
+def prepare(run_dir: Path, batch: int) -> None:
+    """Blotches in 1000 classes, preprocessed, where they are not there yet."""
+    if (run_dir / "preprocess" / "manifest.json").exists():
+        return
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for split, count in (("train", PICTURES), ("val", 1)):
+            for label in range(CLASSES):
+                home = Path(folder, split, f"n{label:08d}")
+                home.mkdir(parents=True)
+                for number in range(count):
+                    small = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                    Image.fromarray(small).resize((256, 256)).save(home / f"{number}.jpg")
+        settings = ("--set", f"train.batch_size={batch}", "--set", f"eval.batch_size={batch}")
+        stage("preprocess", run_dir, "--source", folder, "--recipe", "seed", *settings)
+
+
+def train(run_dir: Path, steps: int, batch: int, **environment: str) -> tuple[list[float], Process]:
+    """Images a second of each step but the first of a training run from the beginning, and its process."""
+    metrics = run_dir / "train" / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    options = ["--restart", "--steps", str(steps), "--device", "cpu"]
+    for setting in ("train.log_every=1", f"train.batch_size={batch}", "train.lr=[[0,0.0001]]"):
+        options += ["--set", setting]
+    process = stage("train", run_dir, *options, watched=metrics, **environment)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [line["images_per_second"] for line in lines if "images_per_second" in line][1:], process
+
+
+def evaluation(run_dir: Path, batch: int, **environment: str) -> float:
+    """Images a second of an evaluation, as the stage reports it."""
+    stage("eval", run_dir, "--views", "1", "--device", "cpu", "--set", f"eval.batch_size={batch}", **environment)
+    return json.loads((run_dir / "eval" / "metrics.json").read_text())["images_per_second"]
+
+
+def bare(side: str, kind: str, steps: int, batch: int) -> tuple[list[float], Process]:
+    """Images a second of each call of a bare loop, and its process."""
+    command = [sys.executable, "-m", "bench.cpu_sides", side, kind, "--steps", str(steps), "--batch", str(batch)]
+    process = run(command)
+    return [batch / seconds for seconds in json.loads(process.out.splitlines()[-1])], process
+
+
+def sgemm() -> float:
+    """GFLOP/s of NumPy's product of 2048 x 2048 matrices, the best of some: a ceiling must not be set too low."""
+    a = np.random.default_rng(0).standard_normal((2048, 2048), dtype=np.float32)
+    out = np.empty_like(a)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        np.matmul(a, a, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best / 1e9
+
+
+def direct_work() -> tuple[float, float]:
+    """GFLOP of an image directly convolved: a training step (conv1 needs no dx) and a forward pass."""
+    rows = table(alexnet(CLASSES))
+    forward = sum(row.multiply_adds for row in rows)
+    return 2 * (3 * forward - rows[0].multiply_adds) / 1e9, 2 * forward / 1e9
+
+
+def measure(options: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
+    """The samples of all parts asked for, by name; PyTorch's and ours in turns."""
+    found: dict[str, list[float]] = {}
+    batch, steps = options.batch, options.steps
+    peers = ["eager"] if options.no_compile else ["eager", "compile"]
+
+    def note(name: str, values: list[float] | float) -> None:
+        values = values if isinstance(values, list) else [values]
+        found.setdefault(name, []).extend(values)
+        print(f"  {name}: {', '.join(f'{v:.4g}' for v in values)}", flush=True)
+
+    for _ in range(options.rounds):
+        if {"train", "forward"} & set(options.only):
+            note("sgemm GFLOP/s", sgemm())
+        if "train" in options.only:
+            rates, process = train(run_dir, steps + 1, batch)
+            note("train hand", rates)
+            note("memory hand", process.memory / 2**20)
+            for peer in peers:
+                rates, process = bare(peer, "train", steps, batch)
+                note(f"train {peer}", rates)
+                note(f"memory {peer}", process.memory / 2**20)
+        if "forward" in options.only:
+            if not (run_dir / "train" / "latest.json").exists():
+                train(run_dir, 1, batch)
+            note("forward hand", evaluation(run_dir, batch))
+            for peer in peers:
+                note(f"forward {peer}", bare(peer, "forward", steps, batch)[0])
+        if "one" in options.only:
+            for side in ("hand", *peers):
+                note(f"one {side}", bare(side, "forward", 40, 1)[0])
+        if "threads" in options.only:
+            for threads in ("1", str(len(os.sched_getaffinity(0)))):
+                few = {"NUMBA_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+                note(f"train, threads {threads}", train(run_dir, steps + 1, batch, **few)[0])
+                note(f"forward, threads {threads}", evaluation(run_dir, batch, **few))
+        if "start" in options.only:
+            note("start warm s", train(run_dir, 1, batch)[1].first_line)
+            with tempfile.TemporaryDirectory() as empty:
+                note("start cold s", train(run_dir, 1, batch, NUMBA_CACHE_DIR=empty)[1].first_line)
+    return found
+
+
+def report(found: dict[str, list[float]]) -> list[tuple[str, str, str, str]]:
+    """Rows of the table: figure, values, ratio and target."""
+    median = {name: statistics.median(values) for name, values in found.items()}
+    rows = []
+
+    def against(title: str, ours: str, theirs: str, target: float, unit: str, at_most: bool = False) -> None:
+        if ours in median and theirs in median:
+            ratio = median[ours] / median[theirs]
+            verdict = "reached" if (ratio <= target if at_most else ratio >= target) else "missed"
+            bound = f"{'at most' if at_most else 'at least'} {target:g}: {verdict}"
+            rows.append((title, f"{median[ours]:.1f} / {median[theirs]:.1f} {unit}", f"{ratio:.2f}", bound))
+
+    against("training, ours / PyTorch eager", "train hand", "train eager", 4.5, "images/s")
+    against("training, ours / torch.compile", "train hand", "train compile", 3, "images/s")
+    against("forward, ours / PyTorch eager", "forward hand", "forward eager", 4, "images/s")
+    against("forward, ours / torch.compile", "forward hand", "forward compile", 1, "images/s")
+    if "sgemm GFLOP/s" in median:
+        for kind, work, target in zip(("train", "forward"), direct_work(), (1.4, 1.4), strict=True):
+            median[f"direct {kind}"] = max(found["sgemm GFLOP/s"]) / work
+            against(f"{kind}, ours / direct at the GEMM ceiling", f"{kind} hand", f"direct {kind}", target, "images/s")
+    against("peak memory in training, ours / PyTorch", "memory hand", "memory eager", 0.8, "MiB", at_most=True)
+    against("batch 1 forward, ours / PyTorch eager", "one hand", "one eager", 1, "images/s")
+    for title, name, bound in (
+        ("start to first step, kernels on disk", "start warm s", 3),
+        ("start to first step, first ever", "start cold s", 60),
+    ):
+        if name in median:
+            verdict = "reached" if median[name] <= bound else "missed"
+            rows.append((title, f"{median[name]:.1f} s", "", f"at most {bound} s: {verdict}"))
+    for name in median:
+        if ", threads " in name:
+            rows.append((name, f"{median[name]:.1f} images/s", "", ""))
+    return rows
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def folder_for(path: Path | None) -> Iterator[Path]:
+    if path is not None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder, "run")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="steps a process is timed over")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="measure these parts")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which needs a C++ compiler")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="keep the preprocessed pictures in this run directory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures in FILE, beside those it holds")
     options = parser.parse_args()
-    threads = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    inputs, races = contestants(options.batch, not options.no_compile)
-    table = {}
-    for race, functions in races.items():
-        seconds = medians(functions, inputs, options.rounds)
-        peer = seconds["PyTorch eager"]
-        for name, value in seconds.items():
-            rate, ratio = options.batch / value, peer / value
-            table[f"{race}, {name}"] = {"images_per_second": rate, "times_eager": ratio}
-            print(f"{race:9} {name:32} {rate:8.1f} images/s {ratio:6.2f} x eager", flush=True)
+    if options.rounds < 1 or options.steps < 1 or options.batch < 1:
+        parser.error("--rounds, --steps and --batch must be at least 1")
+    with folder_for(options.run) as run_dir:
+        prepare(run_dir.absolute(), options.batch)
+        found = measure(options, run_dir.absolute())
+    facts = {
+        "date": date.today().isoformat(),
+        "machine": processor(),
+        "threads": len(os.sched_getaffinity(0)),
+        "batch": options.batch,
+        "numpy": np.__version__,
+    }
     if options.json:
-        facts = {
-            "date": date.today().isoformat(),
-            "machine": platform.processor() or platform.machine(),
-            "threads": threads,
-            "batch": options.batch,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "table": table,
-        }
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        if options.json.exists():
+            found = json.loads(options.json.read_text())["samples"] | found
+        options.json.write_text(json.dumps(facts | {"samples": found}, indent=1) + "\n")
+    print("; ".join(f"{name} {value}" for name, value in facts.items()))
+    print("| figure | medians | ratio | target |\n|---|---|---|---|")
+    for row in report(found):
+        print(f"| {' | '.join(row)} |")
     return 0
 
 

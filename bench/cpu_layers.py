@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import net.cpu
-from bench.cpu_sides import CLASSES, training_of
+from bench.cpu_sides import sides
 from net.backend import FUSED_OPERATIONS, OPERATIONS
 
 
@@ -47,7 +47,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     times: dict[str, list[float]] = {}
-    inputs, step = training_of(timed_backend(times), options.batch, CLASSES)
+    inputs, functions = sides(timed_backend(times), options.batch)
+    step = functions["train"]
     step(inputs)  # compiles, and fills the memory pool
     times.clear()
     whole = []

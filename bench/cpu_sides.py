@@ -1,7 +1,18 @@
-"""What the CPU benchmarks share: the seed recipe's network on random crops, through one backend's operations."""
+"""The contestants of ``bench.cpu``, each in a process of its own, as bare loops on the same random crops.
+
+    python -m bench.cpu_sides eager train --steps 3 --batch 128
+
+prints one line of JSON with the seconds of each call after the first. ``hand`` is this project, ``eager`` and
+``compile`` are PyTorch; ``train`` is a whole training step, ``forward`` a prediction, both of the seed recipe's network
+with 1000 classes.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +20,7 @@ import numpy as np
 
 from bench.parity import batches
 from net.layers import fuse
-from net.network import Descent, initial_parameters, training_step
+from net.network import Descent, initial_parameters, prediction, training_step
 from pipeline.config import RECIPES
 from stages.setup import decays, learning_rates, network_layers, preparation, shapes
 
@@ -17,18 +28,73 @@ CLASSES = 1000
 Host = dict[str, np.ndarray]
 
 
-def training_of(ops: Any, batch: int, classes: int) -> tuple[Host, Callable[[Host], Any]]:
-    """A batch of random crops, and a function that trains the seed recipe's network on it for one step."""
+def sides(ops: Any, batch: int) -> tuple[Host, dict[str, Callable[[Host], Any]]]:
+    """A batch of random crops, and the training step and the prediction of ``ops`` on it."""
     config = RECIPES["seed"]
-    layers = network_layers(config, classes)
+    layers = network_layers(config, CLASSES)
     start = initial_parameters(shapes(layers, config), (0.0,) * 8, config.network.bias, seed=0)
     names = list(start)
     parameters = {name: ops.asarray(value) for name, value in start.items()}
     momenta = {name: ops.asarray(np.zeros_like(value)) for name, value in start.items()}
     prepared = preparation(config, np.zeros((256, 256, 3), dtype=np.float32), ops, jittered=True)
     descent = Descent(config.train.momentum, decays(config, names))
-    step = training_step(ops, fuse(layers, ops), parameters, momenta, prepared, descent, seed=0)
-    inputs = next(batches(config, classes, batch, 1, seed=0))
+    fused = fuse(layers, ops)
+    step = training_step(ops, fused, parameters, momenta, prepared, descent, seed=0)
+    predict = prediction(ops, fused, parameters, prepared, views=1)
+    return crops(batch), {
+        "train": lambda host: step(ops.upload(host)),
+        "forward": lambda host: predict(ops.upload(host)),
+    }
+
+
+def crops(batch: int) -> Host:
+    """Random crops and draws, and what a training step needs besides."""
+    config = RECIPES["seed"]
+    names = list(shapes(network_layers(config, CLASSES), config))
     # A hundredth of the recipe's rate: random labels are learnt by heart, and the figures must stay finite.
-    inputs |= {"rates": learning_rates(config, names, 0) * np.float32(0.01), "step": np.zeros(1, dtype=np.uint64)}
-    return inputs, lambda host: step(ops.upload(host))
+    rates = learning_rates(config, names, 0) * np.float32(0.01)
+    return next(batches(config, CLASSES, batch, 1, seed=0)) | {"rates": rates, "step": np.zeros(1, dtype=np.uint64)}
+
+
+def torch_side(mode: str, kind: str) -> Callable[[Host], Any]:
+    import torch
+
+    from bench.gpu_torch import MODES
+    from bench.gpu_torch import prediction as torch_prediction
+    from bench.gpu_torch import training as torch_training
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    how = next(m for m in MODES if (m.compiled == "default" if mode == "compile" else m.name == "eager"))
+    config = RECIPES["seed"]
+    layers = network_layers(config, CLASSES)
+    start = initial_parameters(shapes(layers, config), (0.0,) * 8, config.network.bias, seed=0)
+    if kind == "train":
+        return torch_training(how, "fp32", "cpu", start, CLASSES, 0.5, config.input.scale)
+    return torch_prediction(how, "fp32", "cpu", start, CLASSES, config.input.scale, 1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=("hand", "eager", "compile"))
+    parser.add_argument("kind", choices=("train", "forward"))
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=128)
+    options = parser.parse_args()
+    if options.side == "hand":
+        import net.cpu
+
+        inputs, functions = sides(net.cpu, options.batch)
+        function = functions[options.kind]
+    else:
+        inputs, function = crops(options.batch), torch_side(options.side, options.kind)
+    times = []
+    for _ in range(options.steps + 1):
+        start = time.perf_counter()
+        function(inputs)
+        times.append(time.perf_counter() - start)
+    print(json.dumps(times[1:]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
