@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -101,7 +102,7 @@ def agreement(scores: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
         They differ by more than rounding, or a number is not finite.
     """
     difference, largest = float(np.abs(scores - wanted).max()), float(np.abs(wanted).max())
-    if not difference <= TOLERANCE * max(1.0, largest):
+    if not (math.isfinite(largest) and difference <= TOLERANCE * max(1.0, largest)):
         raise PipelineError(
             f"onnxruntime's scores differ from this network's by {difference:.2g} (the largest is {largest:.3g}); "
             "nothing was written. Try --device reference; if that fails too, please report it"
