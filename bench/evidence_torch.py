@@ -155,7 +155,7 @@ def _save(
     }
     path = save_checkpoint(run.train, step, header, arrays)
     note_best(run.train, path, step, validation["top1"])
-    prune(run.train, 1)
+    prune(run.train, 1, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

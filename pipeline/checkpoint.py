@@ -148,10 +148,14 @@ def note_best(folder: Path, path: Path, step: int, top1: float) -> None:
         write_sealed(folder / "best.json", {"checkpoint": path.name, "step": step, "top1": top1})
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one."""
+def prune(folder: Path, keep: int, newest: Path) -> None:
+    """Remove all but ``keep`` checkpoints up to ``newest``, which is known to be sound, and the best one.
+
+    Later ones stay and count for nothing: the run went back behind them because they are damaged.
+    """
     best = best_of(folder)
-    for path in checkpoints(folder)[:-keep]:
+    sound = [path for path in checkpoints(folder) if step_of(path) <= step_of(newest)]
+    for path in sound[:-keep]:
         if best is None or path.name != best["checkpoint"]:
             remove(path)
     for stray in folder.glob("*.tmp"):

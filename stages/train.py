@@ -473,6 +473,7 @@ def _resume(
     validation = saved.header.get("validation")
     if validation is not None:
         note_best(folder, saved.path, step, validation["top1"])
+    prune(folder, config.train.keep_checkpoints, saved.path)
     print(f"resumed from {saved.path}, step {step}")
     if saved.header.get("device") != header["device"]:
         print(
@@ -501,7 +502,7 @@ def _save(run_dir: RunDir, ops: ModuleType, log: MetricsLog, keep: int, state: S
     path = save_checkpoint(run_dir.train, state.step, header, arrays)
     if header["validation"] is not None:
         note_best(run_dir.train, path, state.step, header["validation"]["top1"])
-    prune(run_dir.train, keep)
+    prune(run_dir.train, keep, path)
 
 
 def _header(config: Config, dataset: Dataset, device: str, ranks: Ranks) -> dict[str, Any]:

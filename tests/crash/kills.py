@@ -80,11 +80,11 @@ class Kill:
     whole_group: bool  # or the parent alone: its workers outlive it, as where the system kills one big process
 
 
-# Some shards in place; a checkpoint in place that no index names; the next one begun, its metrics lines written;
-# one of three files of the evaluation in place.
+# Some shards in place; a checkpoint in place that no index names; the next one begun, its metrics lines written; the
+# last one in place, the one before it not yet removed; one of three files of the evaluation in place.
 PLACES = {
     "preprocess": (Kill("classes.json.tmp", False),),
-    "train": (Kill("latest.json.tmp", True), Kill("step-00000003.ckpt.tmp", False)),
+    "train": (Kill("latest.json.tmp", True), Kill("step-00000003.ckpt.tmp", False), Kill("best.json.tmp", True)),
     "eval": (Kill("per_class.csv.tmp", True),),
 }
 
@@ -152,7 +152,7 @@ def _arguments(stage: str, run: Path, source: Path) -> list[str]:
         changes = (
             *("preprocess.size=72", "preprocess.shard_images=8", "input.crop=67", "input.border=[0,0]"),
             *("train.epochs=1", "train.batch_size=8", "train.log_every=1", "train.checkpoint_every=2"),
-            "eval.batch_size=4",
+            *("train.keep_checkpoints=1", "eval.batch_size=4"),
         )
         return [*common, "--source", str(source), "--jobs", "2", *settings(*changes)]
     return [*common, "--resume"] if stage == "train" else [*common, "--views", "10"]

@@ -223,11 +223,23 @@ def test_prune_keeps_the_newest_and_the_best_and_clears_temporaries(folder: Path
         if step == 2:
             k.note_best(folder, path, step, 0.9)
     (folder / "step-00000007.ckpt.tmp").write_bytes(b"half")
-    k.prune(folder, 2)
+    k.prune(folder, 2, folder / "step-00000006.ckpt")
     assert [k.step_of(p) for p in k.checkpoints(folder)] == [2, 5, 6]
     assert not list(folder.glob("*.tmp"))
-    k.prune(folder, 10)
+    k.prune(folder, 10, folder / "step-00000006.ckpt")
     assert len(k.checkpoints(folder)) == 3
+
+
+def test_prune_never_takes_damaged_later_ones_for_the_newest(folder: Path) -> None:
+    for step in (4, 6, 8, 10, 12):
+        path = k.save_checkpoint(folder, step, {}, arrays())
+        if step > 8:
+            path.write_bytes(b"damaged")
+    k.prune(folder, 1, folder / "step-00000008.ckpt")
+    assert [k.step_of(p) for p in k.checkpoints(folder)] == [8, 10, 12]
+    saved, complaints = k.newest_sound(folder)
+    assert saved is not None
+    assert (saved.header["step"], len(complaints)) == (8, 2)
 
 
 def test_find_checkpoint_says_what_to_do(folder: Path) -> None:
