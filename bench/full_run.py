@@ -12,7 +12,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Final
 
-from bench.gpu_model import CROP, EPOCH, H100, LAYERS, RTX4090, SHAPE, Card, Setting, prediction, training_step
+from bench.gpu_model import CROP, EPOCH, H100, H200, LAYERS, RTX4090, SHAPE, Card, Setting, prediction, training_step
 
 EPOCHS: Final = 90
 VALIDATION: Final = 50_000  # pictures, once an epoch
@@ -23,7 +23,7 @@ A100: Final = Card(
     "A100 SXM 80 GB", 2.039e12, {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}, 108, 1.41e9, 80 * 2**30
 )
 # Euros an hour, assumed: rented by the hour in 2026, towards the cheaper end of what is asked.
-PRICES: Final = ((H100, 2.7), (A100, 1.3), (RTX4090, 0.4))
+PRICES: Final = ((H200, 3.5), (H100, 2.7), (A100, 1.3), (RTX4090, 0.4))
 
 
 @dataclass(frozen=True)
