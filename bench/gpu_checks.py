@@ -30,6 +30,7 @@ from net.network import Descent, Preparation, prediction, training_step
 Host = dict[str, np.ndarray]
 SCALE, BORDER, SEED = 1 / 255, (2, 1), 1
 EPOCH: Final = 1_281_167  # pictures of ILSVRC-2012's training set
+SANITIZER_SECONDS: Final = 170  # of each checker
 STORED: Final = 256  # side of a stored picture
 
 
@@ -312,11 +313,16 @@ def sanitize(dry: bool) -> None:
         if shutil.which(command[0]) is None:
             raise SystemExit("bench.gpu: compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
         begin = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SANITIZER_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"{tool}: not finished after {SANITIZER_SECONDS} s", flush=True)
+            found.append(tool)
+            continue
         clean = done.returncode == 0
         print(f"{tool}: {'clean' if clean else 'NOT CLEAN'} in {time.perf_counter() - begin:.0f} s", flush=True)
         if not clean:
             print((done.stdout + done.stderr)[-4000:])
             found.append(tool)
     if found:
-        raise SystemExit(f"bench.gpu: {', '.join(found)} found something")
+        raise SystemExit(f"bench.gpu: {', '.join(found)} found something or did not finish")

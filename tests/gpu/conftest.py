@@ -16,7 +16,7 @@ from tests.gpu.shim import build
 REAL = os.environ.get("ALEXNET_TEST_GPU") == "1"
 
 # A machine lent for its GPU may lack the product's other packages; everywhere else their absence is an error.
-_STAGES_NEED = ("h5py", "safetensors", "jinja2", "matplotlib")
+_STAGES_NEED = ("h5py", "safetensors", "jinja2", "matplotlib", "tqdm")
 collect_ignore = ["test_pipeline.py"] if REAL and not all(map(find_spec, _STAGES_NEED)) else []
 
 

@@ -59,6 +59,15 @@ def _library() -> Any:
     return ctypes.CDLL(str(path))
 
 
+def supported(architecture: str) -> bool:
+    """Whether this NVRTC compiles for the card: version 13 no longer does for sm_70."""
+    count = ctypes.c_int()
+    _library().nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    numbers = (ctypes.c_int * count.value)()
+    _library().nvrtcGetSupportedArchs(numbers)
+    return int(architecture.removeprefix("sm_")) in numbers
+
+
 def compile_cubin(source: str, architecture: str, definitions: Sequence[str] = ()) -> tuple[bytes, dict[str, Usage]]:
     """The machine code, and each kernel's needs; with the options CuPy compiles with."""
     library, program, size = _library(), ctypes.c_void_p(), ctypes.c_size_t()
@@ -98,7 +107,7 @@ def table() -> str:
     for file in kernels.sources():
         for kind, definitions in TYPES.items():
             for architecture in ARCHITECTURES:
-                if not used(file, kind, architecture):
+                if not used(file, kind, architecture) or not supported(architecture):
                     continue
                 _, found = compile_cubin(kernels.source(file), architecture, definitions)
                 for name, usage in found.items():

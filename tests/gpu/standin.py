@@ -154,7 +154,7 @@ _current = [_null]
 
 
 class Memory:
-    """Memory from the system, as cupy.cuda.Memory: freed when nobody holds it."""
+    """Memory from the system, as cupy.cuda.Memory; its pool gives it back."""
 
     def __init__(self, size: int) -> None:
         if machine.limit is not None and machine.allocated + size > machine.limit:
@@ -168,11 +168,10 @@ class Memory:
         machine.allocations += 1
         machine.blocks.append((self.address, size))
 
-    def __del__(self) -> None:
-        # The system does not get it back, so that no test depends on what it would put there: it only becomes illegal.
-        if hasattr(self, "address"):
-            machine.allocated -= self.size
-            machine.blocks.remove((self.address, self.size))
+    def give_back(self) -> None:
+        """The system keeps it, so that no test depends on what would be put there: it only becomes illegal."""
+        machine.allocated -= self.size
+        machine.blocks.remove((self.address, self.size))
 
 
 class Block:
@@ -213,6 +212,9 @@ class MemoryPool:
             raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes (allocated so far: ...).") from error
 
     def free_all_blocks(self) -> None:
+        for memory in (memory for blocks in self.free.values() for memory in blocks):
+            self._obtained.discard(memory)
+            memory.give_back()
         self.free.clear()
 
     def total_bytes(self) -> int:

@@ -22,6 +22,8 @@ def nvrtc() -> None:
 
 @pytest.mark.parametrize("architecture", cubins.ARCHITECTURES)
 def test_every_kernel_compiles_without_spills(architecture: str) -> None:
+    if not cubins.supported(architecture):
+        pytest.skip(f"this NVRTC no longer compiles for {architecture}; version 12.9 does")
     found: set[str] = set()
     for file in kernels.sources():
         for kind, definitions in cubins.TYPES.items():
@@ -55,7 +57,9 @@ extern "C" __global__ void __launch_bounds__(1024, 2) crowded(float* x, int roun
 
 def test_bfloat16_is_rounded_by_the_cards_own_instruction() -> None:
     """The shim cannot run the inline assembly; that it is compiled, and only where the card has it, is seen here."""
-    for architecture, expected in (("sm_70", False), ("sm_80", True), ("sm_90", True)):
+    for architecture, expected in (("sm_70", False), ("sm_75", False), ("sm_80", True), ("sm_90", True)):
+        if not cubins.supported(architecture):
+            continue
         code, _ = cubins.compile_cubin(kernels.source("elementwise"), architecture, ("-DBF16",))
         plain, _ = cubins.compile_cubin(
             kernels.source("elementwise").replace("__CUDA_ARCH__ >= 800", "0"), architecture, ("-DBF16",)

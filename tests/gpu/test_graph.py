@@ -247,7 +247,8 @@ def test_a_recording_survives_another_that_runs_out_of_memory(
     step = fp32.replayable(update_step(fp32, w, v))
     losses = [step(inputs) for inputs in ring_uploads(fp32, range(3))]
     large = fp32.replayable(lambda inputs: fp32.softmax(inputs["x"]))
-    inputs = {"x": fp32.asarray(np.ones((50, 70), np.float32))}
+    inputs = {"x": fp32.asarray(np.ones((50, 771), np.float32))}  # of a size that no pool has a free block of
+    standin._default_pool.free_all_blocks()
     pretended.limit = pretended.allocated
     with pytest.raises(MemoryError, match="batch of 50"):
         large(inputs)
