@@ -100,6 +100,10 @@ def draw(folder: Path, jobs: int = -1, train: int = TRAIN_PER_CLASS, val: int = 
         _pack_train(unfinished / ilsvrc.TRAIN, [files[:train] for files in drawn])
         truth = _pack_val(unfinished / ilsvrc.VAL, [files[train:] for files in drawn])
         _pack_devkit(unfinished / ilsvrc.DEVKIT, truth)
+        for path in unfinished.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(unfinished)
         os.replace(unfinished, folder)
         sync_folder(folder.parent)
     except OSError as error:
