@@ -10,11 +10,11 @@ The eigenbasis is that of the paper's colour augmentation (section 4.1).
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
-_CHUNK: Final = 8192  # numbers; in longer vectors BLAS starts threads, whose waiting costs more than the work
+from data import kernels
 
 
 class ColorSum:
@@ -29,19 +29,11 @@ class ColorSum:
     def __init__(self, size: int) -> None:
         self.picture = np.zeros((size, size, 3), dtype=np.uint32)
         self._images = 0
-        self._products = np.zeros((3, 3), dtype=np.int64)
-        self._planes = np.zeros((3, -(-size * size // _CHUNK) * _CHUNK))  # padded with zeros to whole chunks
+        self._products = np.zeros(6, dtype=np.int64)  # rr, rg, rb, gg, gb, bb
 
     def add(self, image: np.ndarray) -> None:
         """Add a picture, uint8 (size, size, 3)."""
-        pixels = image.reshape(-1, 3)
-        self._planes[:, : len(pixels)] = pixels.T
-        chunks = self._planes.reshape(3, -1, _CHUNK)
-        for i in range(3):
-            for j in range(i, 3):
-                # float64 holds the sums of one picture exactly: at most 2^24 pixels times 2^16.
-                self._products[i, j] += int(np.matmul(chunks[i][:, None, :], chunks[j][:, :, None]).sum())
-        np.add(self.picture, image, out=self.picture)
+        kernels.add_colours(image, self.picture, self._products)
         self._images += 1
 
     def moments(self) -> np.ndarray:
@@ -49,7 +41,8 @@ class ColorSum:
         result = np.zeros((4, 4), dtype=np.int64)
         result[0, 0] = self._images * self.picture.shape[0] * self.picture.shape[1]
         result[0, 1:] = result[1:, 0] = self.picture.sum(axis=(0, 1), dtype=np.int64)
-        result[1:, 1:] = self._products + np.triu(self._products, 1).T
+        rr, rg, rb, gg, gb, bb = self._products
+        result[1:, 1:] = [[rr, rg, rb], [rg, gg, gb], [rb, gb, bb]]
         return result
 
 

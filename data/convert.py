@@ -71,9 +71,10 @@ def make_shard(task: ShardTask) -> ShardResult:
         A picture's file or archive cannot be read any more, the shard cannot be written, or this machine decodes
         pictures in another way than the one that made the plan.
     """
-    if decoder() != task.decoder:
+    here = decoder(task.decoder["name"].lower())
+    if here != task.decoder:
         raise PipelineError(
-            f"{socket.gethostname()} decodes pictures with {_versions(decoder())}, but this run is made with "
+            f"{socket.gethostname()} decodes pictures with {_versions(here)}, but this run is made with "
             f"{_versions(task.decoder)}; install the same packages on all machines, or the shards' bytes would differ"
         )
     if task.parent is not None and os.getpid() != task.parent:
@@ -133,7 +134,7 @@ def _convert(task: ShardTask) -> Content:
     color = ColorSum(size)
     for row, data in _files(pictures):
         try:
-            images[row] = read_square(data, size, task.layout.filter, noted)
+            images[row] = read_square(data, size, task.layout.filter, noted, decoder=task.decoder["name"].lower())
         except UnreadableError as error:
             rejects[row] = str(error)
         else:

@@ -2,11 +2,18 @@
 
 Files are judged by their content, never by their name: ILSVRC holds a PNG and CMYK files named .JPEG. EXIF orientation
 is ignored, as every ImageNet baseline does. The square is torchvision's ``Resize(size)`` and ``CenterCrop(size)`` to
-the last bit: the short side becomes ``size``, the long side ``int(size * long / short)``, and the middle is kept.
+the last bit: the short side becomes ``size``, the long side ``int(size * long / short)``, and the middle is kept. Only
+the kept middle is computed, by Pillow's own arithmetic (data/kernels.py).
+
+Pillow opens and judges every file. Where ``decoder`` is "simplejpeg", that package (the same libjpeg-turbo without
+Pillow's detour through a stream and four bytes a pixel) decodes the JPEGs it finds nothing wrong with; the others stay
+with Pillow.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import io
 import re
 import struct
@@ -18,6 +25,9 @@ from typing import Final
 import numpy as np
 import PIL
 from PIL import Image, features
+
+from data import kernels
+from pipeline.errors import PipelineError
 
 FORMATS: Final = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # no format that runs a program or reads other files
 LONGEST_SIDE: Final = 65500  # pixels; the most a JPEG can have
@@ -32,6 +42,10 @@ FILTERS: Final = {
     "box": Image.Resampling.BOX,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+# Filters whose weights data/kernels.py computes; the others are Pillow's resize of the whole picture.
+_KINDS: Final = {"bicubic": kernels.BICUBIC, "bilinear": kernels.BILINEAR, "box": kernels.BOX}
+_LARGEST_TURNED: Final = 25_000_000  # pixels; larger pictures go through Pillow's resize, which needs less memory
 
 # What Pillow's parsers stumble over in damaged files.
 _DAMAGE: Final = (
@@ -58,14 +72,33 @@ class UnreadableError(Exception):
     """The picture cannot be used; the message says why."""
 
 
-def decoder() -> dict[str, str]:
-    """The decoder's name and versions; other versions may give other pixels."""
+def decoder(name: str = "pillow") -> dict[str, str]:
+    """The decoder's name and versions; other versions may give other pixels.
+
+    Raises
+    ------
+    PipelineError
+        It is not installed.
+    """
     jpeg = features.version("libjpeg_turbo") or features.version("jpg") or "unknown"
-    return {"name": "Pillow", "version": PIL.__version__, "jpeg": jpeg}
+    pillow = {"name": "Pillow", "version": PIL.__version__, "jpeg": jpeg}
+    if name == "pillow":
+        return pillow
+    if importlib.util.find_spec(name) is None:
+        raise PipelineError(
+            f"preprocess.decoder is {name}, which is not installed; install it (pip install {name}), "
+            "or leave preprocess.decoder at pillow"
+        )
+    return {"name": name, "version": importlib.metadata.version(name), "beside": f"Pillow {PIL.__version__}, {jpeg}"}
 
 
 def read_square(
-    data: bytes, size: int, resample: str, noted: Counter[str], formats: tuple[str, ...] = FORMATS
+    data: bytes,
+    size: int,
+    resample: str,
+    noted: Counter[str],
+    formats: tuple[str, ...] = FORMATS,
+    decoder: str = "pillow",
 ) -> np.ndarray:
     """Decode a picture and make its square, uint8 (size, size, 3), RGB.
 
@@ -81,6 +114,8 @@ def read_square(
         Counts the decoder's warnings by kind; they are never printed.
     formats : tuple of str
         Pillow's names of the formats to accept.
+    decoder : str
+        "pillow" or "simplejpeg".
 
     Raises
     ------
@@ -90,14 +125,16 @@ def read_square(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            return square(decode(data, formats), size, resample)
+            return square(decode(data, formats, decoder), size, resample)
         finally:
             for warning in caught:
                 _note(noted, warning)
 
 
-def decode(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Decode a picture to RGB, full size.
+def decode(data: bytes, formats: tuple[str, ...] = FORMATS, decoder: str = "pillow") -> np.ndarray:
+    """Decode a picture, full size: uint8 (height, width, 4), red, green, blue and a byte without meaning.
+
+    Four bytes a pixel are how Pillow holds a picture, and they can be moved as one number.
 
     CMYK and palettes are converted, an alpha channel is dropped, 16-bit grey is scaled to 8 bits (Pillow's own
     conversion would clip it).
@@ -105,10 +142,14 @@ def decode(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             _check_size(*image.size, "it has")
+            if decoder == "simplejpeg" and image.format == "JPEG" and image.mode in ("RGB", "L"):
+                pixels = _by_simplejpeg(data)
+                if pixels is not None and pixels.shape == (image.height, image.width, 4):
+                    return pixels
             if image.mode.startswith("I"):
                 grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-                return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+                return ((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None].repeat(4, axis=2)
+            return rgbx(image)
     except PIL.UnidentifiedImageError as error:
         raise UnreadableError("not a picture in a known format") from error
     except _DAMAGE as error:
@@ -117,20 +158,58 @@ def decode(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
         raise UnreadableError(f"the decoder says: {text}"[:300]) from error
 
 
-def square(image: Image.Image, size: int, resample: str) -> np.ndarray:
-    """Short side to ``size``, centre crop: uint8 (size, size, 3).
+def _by_simplejpeg(data: bytes) -> np.ndarray | None:
+    """The JPEG's pixels, or None where simplejpeg finds something to complain about: Pillow has the last word on it."""
+    import simplejpeg  # an extra; here, so that whoever does without it needs it nowhere
+
+    try:
+        return simplejpeg.decode_jpeg(data, "RGBX")
+    except (ValueError, MemoryError):
+        return None
+
+
+def rgbx(image: Image.Image) -> np.ndarray:
+    """A picture of Pillow's in the form that :func:`decode` gives."""
+    image.load()  # before it is converted: an untold palette or mode is only known now
+    data = (image if image.mode == "RGB" else image.convert("RGB")).tobytes("raw", "RGBX")
+    return np.frombuffer(data, dtype=np.uint8).reshape(image.height, image.width, 4)
+
+
+def square(pixels: np.ndarray, size: int, resample: str) -> np.ndarray:
+    """Short side to ``size``, centre crop: uint8 (size, size, 3), from what :func:`decode` gave.
 
     Raises
     ------
     UnreadableError
         The picture is so elongated that the resized one would not fit into memory.
     """
-    width, height = resized(*image.size, size)
+    high, wide = pixels.shape[:2]
+    width, height = resized(wide, high, size)
     _check_size(width, height, f"with its short side at {size} it would have", side=MOST_PIXELS)
-    if (width, height) != image.size:
-        image = image.resize((width, height), FILTERS[resample])
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    if (width, height) == (wide, high):
+        return pixels[top : top + size, left : left + size, :3]
+    # Of tall pictures Pillow 13 resamples the rows first, older ones never: what it does there is left to it.
+    if resample in _KINDS and wide * high <= _LARGEST_TURNED and high <= 2 * wide:
+        across = kernels.weights(wide, width, left, size, _KINDS[resample])
+        down = kernels.weights(high, height, top, size, _KINDS[resample])
+        return _combined(pixels, across, down, size)
+    whole = Image.fromarray(np.ascontiguousarray(pixels[..., :3])).resize((width, height), FILTERS[resample])
+    return np.asarray(whole.crop((left, top, left + size, top + size)))
+
+
+def _combined(pixels: np.ndarray, across: kernels.Weights, down: kernels.Weights, size: int) -> np.ndarray:
+    """Resample the columns, then the rows, as Pillow does: uint8 (size, size, 3)."""
+    (x, x_taps, x_weight), (y, y_taps, y_weight) = across, down
+    first, last, top, bottom = x[0], (x + x_taps).max(), y[0], (y + y_taps).max()
+    # Each pass adds up whole lines; for the columns, lines are the picture's columns, so it is turned and turned back.
+    kept = pixels.view(np.uint32)[top:bottom, first:last, 0]
+    narrow = np.empty((size, 4 * len(kept)), dtype=np.uint8)
+    kernels.combine(np.ascontiguousarray(kept.T).view(np.uint8), x - first, x_taps, x_weight, narrow)
+    lines = np.ascontiguousarray(narrow.view(np.uint32).T).view(np.uint8)
+    out = np.empty((size, 4 * size), dtype=np.uint8)
+    kernels.combine(lines, y - top, y_taps, y_weight, out)
+    return kernels.without_fourth(out.reshape(size, size, 4))
 
 
 def resized(width: int, height: int, size: int) -> tuple[int, int]:

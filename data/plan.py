@@ -36,7 +36,8 @@ class Plan:
 
 
 def make_plan(config: Config, source: Source) -> Plan:
-    pictures, settings, decoded_by = source.fingerprint(), settings_fingerprint(config), decoder()
+    pictures, settings = source.fingerprint(), settings_fingerprint(config)
+    decoded_by = decoder(config.preprocess.decoder)
     return Plan(
         source=source,
         source_fingerprint=pictures,

@@ -34,6 +34,7 @@ class Preprocess:
 
     size: int = 256  # side of the stored square: short side resized to it, centre cropped (paper, section 2)
     filter: str = "bicubic"  # resampling filter of the resize
+    decoder: str = "pillow"  # pillow | simplejpeg (an extra): who decodes the JPEGs
     shard_images: int = 1024  # pictures a shard; 1024 x 192 KiB = 192 MiB, and so much memory a job
 
 
@@ -334,6 +335,7 @@ def _check(config: Config) -> None:
             config.preprocess.filter in ("bicubic", "bilinear", "box", "lanczos"),
             "preprocess.filter must be bicubic, bilinear, box or lanczos",
         ),
+        (config.preprocess.decoder in ("pillow", "simplejpeg"), "preprocess.decoder must be pillow or simplejpeg"),
         (1 <= config.preprocess.shard_images <= 65536, "preprocess.shard_images must lie between 1 and 65536"),
         (inp.crop > 0, "input.crop must be positive"),
         (min(inp.border) >= 0 and max(inp.border) <= 64, "input.border must lie between 0 and 64"),

@@ -172,7 +172,7 @@ def _check_place(plan: Plan, folder: Path, tasks: list[ShardTask]) -> None:
         except PipelineError:
             continue  # damaged: it is made again in its place
         if layout.plan != plan.fingerprint:
-            raise _other_plan(folder, "from other pictures, with other settings or with another version of Pillow")
+            raise _other_plan(folder, "from other pictures, with other settings or with another version of the decoder")
     _remove_stray(folder)
     free = shutil.disk_usage(folder).free
     if needed > free:

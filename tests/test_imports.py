@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "stages": {"stages", "data", "net", "pipeline"},
 }
 ONLY_IN = {
-    "numba": "net/cpu/",
+    "numba": ("net/cpu/", "data/kernels.py"),
     "cupy": "net/gpu/",
     "cupyx": "net/gpu/",
     "cupy_backends": "net/gpu/",
@@ -69,6 +69,7 @@ def test_imports_run_downwards(path):
         ("data/loader.py", "def f():\n    import net.cpu"),
         ("pipeline/config.py", "import stages.train"),
         ("net/reference/lrn.py", "import numba"),
+        ("data/images.py", "import numba"),
         ("stages/train.py", "import cupy"),
         ("stages/train.py", "from mpi4py import MPI"),
         ("net/cpu/jit.py", "import torch"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import struct
 import zlib
@@ -10,11 +11,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.images import UnreadableError, decode, read_square, square
+from data.images import FILTERS, UnreadableError, decode, decoder, read_square, rgbx, square
+from pipeline.errors import PipelineError
 from tests.data.archives import encoded, jpeg, picture
 
 
@@ -50,7 +52,7 @@ def plain(image: Image.Image, size: int, resample: Image.Resampling) -> np.ndarr
 )
 def test_the_square_is_torchvisions_to_the_last_bit(width, height):
     image = picture(width * height, width, height)
-    found = square(image, 256, "bicubic")
+    found = square(rgbx(image), 256, "bicubic")
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, plain(image, 256, Image.Resampling.BICUBIC))
 
@@ -61,9 +63,22 @@ def test_the_square_is_torchvisions_to_the_last_bit(width, height):
 )
 def test_the_filter_is_the_one_that_was_named(name, resample):
     image = picture(1, 101, 77)
-    found = square(image, 33, name)
+    found = square(rgbx(image), 33, name)
     np.testing.assert_array_equal(found, plain(image, 33, resample))
     assert (found != plain(image, 33, Image.Resampling.BICUBIC)).any()
+
+
+def rgb(data: bytes) -> np.ndarray:
+    return decode(data)[..., :3]
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bilinear", "box"])
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 300), height=st.integers(1, 300), size=st.integers(1, 80))
+def test_every_size_gives_pillows_own_bytes(name, width, height, size):
+    assume(max(width, height) * size <= 3000 * min(width, height))
+    image = picture(width * height, width, height)
+    np.testing.assert_array_equal(square(rgbx(image), size, name), plain(image, size, FILTERS[name]))
 
 
 def test_a_jpeg_goes_through_unchanged():
@@ -74,24 +89,24 @@ def test_a_jpeg_goes_through_unchanged():
 
 def test_a_png_is_read_whatever_it_is_called():
     image = picture(2)
-    np.testing.assert_array_equal(np.array(decode(encoded(image, "PNG"))), np.array(image))
+    np.testing.assert_array_equal(rgb(encoded(image, "PNG")), np.array(image))
 
 
 def test_cmyk_as_adobe_writes_it_comes_out_upright():
     colours = Image.new("RGB", (32, 32), (200, 40, 60))
-    found = np.array(decode(encoded(colours.convert("CMYK"), quality=95)))
+    found = rgb(encoded(colours.convert("CMYK"), quality=95))
     assert np.abs(found.astype(int) - (200, 40, 60)).max() < 12  # inverted it would be near (55, 215, 195)
 
 
 def test_grey_becomes_three_equal_channels():
     image = picture(3).convert("L")
-    found = np.array(decode(encoded(image, "PNG")))
+    found = rgb(encoded(image, "PNG"))
     np.testing.assert_array_equal(found, np.array(image)[..., None].repeat(3, axis=2))
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     values = np.array([[0, 128, 129, 255, 256, 257, 32768, 65280, 65535]], dtype=np.uint16)
-    found = np.array(decode(encoded(Image.fromarray(values), "PNG")))[0, :, 0]
+    found = (rgb(encoded(Image.fromarray(values), "PNG")))[0, :, 0]
     assert found.tolist() == [0, 0, 1, 1, 1, 1, 128, 254, 255]
 
 
@@ -99,7 +114,7 @@ def test_sixteen_bit_colour_is_read():
     rows = np.array([[[0, 32768, 65535]] * 4] * 4, dtype=">u2")
     scan = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
-    found = np.array(decode(data + chunk(b"IDAT", scan) + chunk(b"IEND", b"")))
+    found = rgb(data + chunk(b"IDAT", scan) + chunk(b"IEND", b""))
     assert found.shape == (4, 4, 3)
     assert found[0, 0].tolist() == [0, 128, 255]
 
@@ -109,28 +124,28 @@ def test_a_palette_is_looked_up_and_its_transparency_dropped():
     expected = np.array(image.convert("RGB"))
     data = encoded(image, "PNG", transparency=bytes([0, 128] + [255] * 14))
     with pytest.warns(UserWarning, match="Palette images with Transparency"):
-        found = np.array(decode(data))
+        found = rgb(data)
     np.testing.assert_array_equal(found, expected)
 
 
 def test_alpha_is_dropped_as_convert_does():
     image = picture(5)
     image.putalpha(Image.fromarray(np.arange(1200, dtype=np.uint32).astype(np.uint8).reshape(30, 40)))
-    np.testing.assert_array_equal(np.array(decode(encoded(image, "PNG"))), np.array(image)[..., :3])
+    np.testing.assert_array_equal((rgb(encoded(image, "PNG"))), np.array(image)[..., :3])
     grey = picture(6).convert("LA")
-    np.testing.assert_array_equal(np.array(decode(encoded(grey, "PNG")))[..., 0], np.array(grey)[..., 0])
+    np.testing.assert_array_equal((rgb(encoded(grey, "PNG")))[..., 0], np.array(grey)[..., 0])
 
 
 def test_black_and_white_becomes_0_and_255():
     image = picture(7).convert("1")
-    assert set(np.unique(np.array(decode(encoded(image, "PNG"))))) == {0, 255}
+    assert set(np.unique(rgb(encoded(image, "PNG")))) == {0, 255}
 
 
 def test_exif_orientation_is_ignored():
     image = picture(8, 48, 32)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
-    assert decode(encoded(image, exif=exif)).size == (48, 32)
+    assert rgb(encoded(image, exif=exif)).shape == (32, 48, 3)
 
 
 def test_warnings_are_counted_by_kind_and_not_printed(capfd):
@@ -224,3 +239,38 @@ def test_damaged_files_give_a_square_or_a_reason(form, changes, cut):
     data = data[: cut % (2 * len(data))]
     with contextlib.suppress(UnreadableError):
         assert read_square(bytes(data), 16, "bicubic", Counter()).shape == (16, 16, 3)
+
+
+@pytest.fixture
+def simplejpeg():
+    return pytest.importorskip("simplejpeg")
+
+
+@pytest.mark.parametrize("form", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}])
+def test_simplejpeg_gives_pillows_bytes(simplejpeg, monkeypatch, form, options):
+    data = encoded(picture(3, 90, 70).convert(form), **options)
+    calls = []
+    decode_jpeg = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a: calls.append(1) or decode_jpeg(*a))
+    found = read_square(data, 64, "bicubic", Counter(), decoder="simplejpeg")
+    np.testing.assert_array_equal(found, read_square(data, 64, "bicubic", Counter()))
+    assert calls == [1]
+
+
+def test_what_simplejpeg_complains_of_is_pillows_to_judge(simplejpeg):
+    cut, cmyk = jpeg(1, 90, 70)[:-30], encoded(picture(2).convert("CMYK"))
+    with pytest.raises(UnreadableError, match="truncated"):
+        read_square(cut, 16, "bicubic", Counter(), decoder="simplejpeg")
+    odd = jpeg(1, 90, 70)
+    middle = odd.index(b"\xff\xda")
+    odd = odd[:middle] + b"\0\0\0" + odd[middle:]  # bytes before a marker: libjpeg warns, Pillow goes on
+    for data in (cmyk, odd, encoded(picture(2), "PNG")):
+        found = read_square(data, 16, "bicubic", Counter(), decoder="simplejpeg")
+        np.testing.assert_array_equal(found, read_square(data, 16, "bicubic", Counter()))
+
+
+def test_a_decoder_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PipelineError, match=r"simplejpeg, which is not installed.*leave preprocess.decoder at pillow"):
+        decoder("simplejpeg")
