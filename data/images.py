@@ -89,7 +89,7 @@ def decoder(name: str = "pillow") -> dict[str, str]:
             f"preprocess.decoder is {name}, which is not installed; install it (pip install {name}), "
             "or leave preprocess.decoder at pillow"
         )
-    return {"name": name, "version": importlib.metadata.version(name), "beside": f"Pillow {PIL.__version__}, {jpeg}"}
+    return {"name": name, "version": importlib.metadata.version(name), "jpeg": jpeg, "pillow": PIL.__version__}
 
 
 def read_square(

@@ -11,10 +11,14 @@ The draws come from NumPy's Philox bit generator, whose raw stream NumPy guarant
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
-_ORDER, _PICTURE, _COLOUR = 1, 2, 3  # what a stream is for, so that no two purposes share one
+BLOCK: Final = 64  # pictures read in one go in the block-wise order: 12.6 MB
+OPEN_BLOCKS: Final = 64  # blocks whose pictures are mixed: 4,096 pictures, 0.8 GB
+
+_ORDER, _PICTURE, _COLOUR, _BLOCKS = 1, 2, 3, 4  # what a stream is for, so that no two purposes share one
 _WORDS = 4  # 64-bit words in a Philox block
 
 
@@ -69,6 +73,29 @@ def epoch_order(pictures: int, seed: int, epoch: int) -> np.ndarray:
     """
     draws = _blocks(seed, _ORDER, epoch, 0, -(-pictures // _WORDS)).ravel()[:pictures]
     return np.argsort(draws, kind="stable")
+
+
+def block_groups(pictures: int, seed: int, epoch: int, block: int = BLOCK, opened: int = OPEN_BLOCKS) -> np.ndarray:
+    """The block-wise order's groups: for each block of ``block`` neighbouring pictures, the group that holds it, int64.
+
+    The blocks are permuted, and each ``opened`` of them in that order are a group.
+    """
+    blocks = -(-pictures // block)
+    draws = _blocks(seed, _BLOCKS, epoch, 0, -(-blocks // _WORDS)).ravel()[:blocks]
+    group = np.empty(blocks, dtype=np.int64)
+    group[np.argsort(draws, kind="stable")] = np.arange(blocks) // opened
+    return group
+
+
+def block_order(pictures: int, seed: int, epoch: int, block: int = BLOCK, opened: int = OPEN_BLOCKS) -> np.ndarray:
+    """The block-wise order of an epoch, for sets larger than memory: a permutation of range(pictures), int64.
+
+    Groups follow each other; within a group the pictures of all its blocks are shuffled together, by the draws that
+    :func:`epoch_order` sorts the whole set by. The disk thus reads whole blocks, and each group only once an epoch.
+    """
+    draws = _blocks(seed, _ORDER, epoch, 0, -(-pictures // _WORDS)).ravel()[:pictures]
+    group = np.repeat(block_groups(pictures, seed, epoch, block, opened), block)[:pictures]
+    return np.lexsort((draws, group))
 
 
 def training_crops(order: np.ndarray, first: int, last: int, seed: int, epoch: int, how: Augmentation) -> Crops:

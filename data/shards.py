@@ -104,6 +104,7 @@ class Split:
     labels: np.ndarray
     crc: np.ndarray
     checked: np.ndarray
+    offsets: tuple[int, ...] = ()  # bytes in each file before its first picture
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -124,6 +125,17 @@ class Split:
                 raise PipelineError(f"{path} is damaged in picture {index}: {_rebuild(path.parent.parent)}")
             self.checked[index] = True
         return picture
+
+    def pieces(self, first: int, last: int) -> list[tuple[Path, int, int]]:
+        """Where the pictures ``first`` to ``last - 1`` lie: file, offset and bytes of each piece."""
+        found = []
+        for shard, file in enumerate(self.files):
+            start, stop = max(first, int(self.starts[shard])), min(last, int(self.starts[shard + 1]))
+            if start < stop:
+                size = self.images[shard][0].nbytes
+                offset = self.offsets[shard] + (start - int(self.starts[shard])) * size
+                found.append((self.folder / file, offset, (stop - start) * size))
+        return found
 
     def sources(self) -> np.ndarray:
         """The pictures' names in the source, bytes (N,); read from the shards on each call."""
@@ -349,7 +361,7 @@ def open_split(folder: Path, manifest: dict[str, Any], split: str) -> Split:
     entries = manifest["splits"][split]["shards"]
     layout = Layout(split, manifest["plan"], manifest["size"], manifest["filter"])
     _allow_open_files(len(entries))
-    images, labels, crcs = [], [], []
+    images, labels, crcs, offsets = [], [], [], []
     for entry in entries:
         path = folder / entry["file"]
         with _opened(path) as file:
@@ -365,6 +377,7 @@ def open_split(folder: Path, manifest: dict[str, Any], split: str) -> Split:
             raise _damaged(path, "it has labels of classes that do not exist")
         labels.append(shard_labels)
         crcs.append(crc)
+        offsets.append(offset)
         images.append(np.memmap(path, np.uint8, "r", offset, shape) if shape[0] else np.empty(shape, dtype=np.uint8))
     counts = [len(part) for part in labels]
     return Split(
@@ -375,6 +388,7 @@ def open_split(folder: Path, manifest: dict[str, Any], split: str) -> Split:
         labels=np.concatenate(labels),
         crc=np.concatenate(crcs),
         checked=np.zeros(sum(counts), dtype=bool),
+        offsets=tuple(offsets),
     )
 
 

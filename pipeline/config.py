@@ -89,6 +89,7 @@ class Train:
     bias_decay: bool = True  # weight decay on biases too
     checkpoint_every: int = 4000  # steps
     log_every: int = 20  # steps
+    order: str = "auto"  # of an epoch's pictures: uniform | blocks (for sets larger than memory) | auto: what fits
     plateau_steps: int = 500  # warn when the loss has stayed at ln(classes) for so many steps
     keep_checkpoints: int = 2  # newest so many, and the best
 
@@ -353,6 +354,7 @@ def _check(config: Config) -> None:
         (1 <= train.batch_size <= 65536, "train.batch_size must lie between 1 and 65536"),
         (1 <= config.eval.batch_size <= 65536, "eval.batch_size must lie between 1 and 65536"),
         (config.eval.views in (1, 10), "eval.views must be 1 or 10"),
+        (train.order in ("auto", "uniform", "blocks"), "train.order must be auto, uniform or blocks"),
         (train.epochs >= 1, "train.epochs must be at least 1"),
         (bool(train.lr) and train.lr[0][0] == 0, "train.lr must have an entry for epoch 0"),
         (_ascending(train.lr), "train.lr must list its epochs in ascending order"),

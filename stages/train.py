@@ -51,6 +51,7 @@ from stages.setup import (
     require_memory,
     require_size,
     shapes,
+    with_order,
 )
 
 # Settings that may differ between the run so far and its continuation: they change no weight.
@@ -109,6 +110,7 @@ def run(
     dataset = open_dataset(run_dir)
     require_size(config, dataset, run_dir)
     layers = network_layers(config, len(dataset.classes))
+    config = with_order(config, dataset)
     header = _header(config, dataset, device, ranks)
     ranks.require_same(lambda: fingerprint(header).encode(), "the ranks have different data, settings or software")
     plan = TrainingPlan(config, dataset, ranks)
@@ -162,17 +164,18 @@ def _loop(
     stop: StopRequest,
 ) -> None:
     """From batch to batch: step, and at the epoch's end, every so many steps, or when asked to stop, save."""
-    batches = load(
-        dataset.train,
-        plan,
-        range(trainer.state.step, last),
-        crop=config.input.crop,
-        largest=plan.largest,
-        slots=config.loader.slots,
-        threads=config.loader.threads,
-        allocate=ops.host_empty,
-    )
-    with contextlib.closing(batches) as loader:
+    with contextlib.ExitStack() as stack:
+        batches = load(
+            dataset.train,
+            stack.enter_context(plan.read_ahead(trainer.state.step, last)),
+            range(trainer.state.step, last),
+            crop=config.input.crop,
+            largest=plan.largest,
+            slots=config.loader.slots,
+            threads=config.loader.threads,
+            allocate=ops.host_empty,
+        )
+        loader = stack.enter_context(contextlib.closing(batches))
         for batch in loader:
             trainer.step(batch)
             done = trainer.state.step
@@ -457,6 +460,8 @@ def _resume(
             "restore that data, or start a new run with --run"
         )
     before = from_dict(saved.header["config"], str(saved.path))
+    if before.train.order == "auto":  # written before there was another order
+        before = replace(before, train=replace(before.train, order="uniform"))
     differing = difference(_without_free(before), _without_free(config))
     if differing:
         raise PipelineError(

@@ -156,3 +156,34 @@ def test_the_stream_is_the_one_of_earlier_versions() -> None:
     )
     far = s.training_crops(s.epoch_order(1000, 2**63 - 1, 2**31), 998, 1000, 2**63 - 1, 2**31, how())
     assert (far.index.tolist(), far.corner.tolist(), far.flip.tolist()) == ([98, 445], [[4, 29], [16, 5]], [1, 0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pictures=st.integers(1, 3000),
+    seed=st.integers(0, 2**63 - 1),
+    epoch=st.integers(0, 2**31),
+    block=st.integers(1, 70),
+    opened=st.integers(1, 9),
+)
+def test_the_block_order_is_a_permutation_that_uses_a_few_blocks_at_a_time(pictures, seed, epoch, block, opened):
+    order = s.block_order(pictures, seed, epoch, block, opened)
+    assert np.array_equal(np.sort(order), np.arange(pictures))
+    groups = s.block_groups(pictures, seed, epoch, block, opened)
+    assert np.bincount(groups)[:-1].tolist() == [opened] * groups.max()
+    assert np.all(np.diff(groups[order // block]) >= 0)  # one group after the other
+
+
+def test_the_block_order_mixes_within_a_group_and_differs_from_epoch_to_epoch():
+    orders = [s.block_order(4000, seed, epoch, 50, 8) for seed in (0, 1) for epoch in (0, 1)]
+    for i, one in enumerate(orders):
+        first = one[:400] // 50  # the first group's pictures, as they come
+        assert len(np.unique(first)) == 8
+        assert np.all(np.bincount(np.unique(first, return_inverse=True)[1][:80], minlength=8) > 1)
+        for other in orders[:i]:
+            assert np.sum(one == other) < 30
+
+
+def test_the_block_order_is_the_one_of_earlier_versions() -> None:
+    """A changed value here breaks the resuming of every run in block-wise order that exists."""
+    assert s.block_order(1000, 7, 3, 50, 4)[:8].tolist() == [256, 439, 219, 409, 447, 432, 492, 486]

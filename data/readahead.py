@@ -1,0 +1,132 @@
+"""Reading ahead for sets larger than memory: whole blocks, in the order training will use them.
+
+The block-wise order (data/sampling.py) uses the pictures of one group of blocks before those of the next. A thread
+reads the blocks of the next group from end to end while the loader takes crops from the present one, so the disk sees
+long reads only. What is read lands in the kernel's page cache, which the memory maps of the shards share; nothing is
+kept here.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from data.sampling import Crops
+from pipeline.errors import PipelineError
+
+Piece = tuple[Path, int, int]  # file, offset, bytes
+
+_READ: Final = 4 << 20  # bytes a read
+_AHEAD: Final = 1  # groups read ahead of the one in use
+
+
+def total_memory() -> int:
+    """Bytes of memory this process may use: the machine's, or its control group's limit where that is smaller."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(memory, int(text)) if text.isdigit() else memory
+
+
+@contextmanager
+def reading_ahead(
+    plan: Callable[[int], Crops],
+    groups_of: Callable[[int], range],
+    pieces: Callable[[int], list[Piece]],
+    first: int,
+    last: int,
+) -> Iterator[Callable[[int], Crops]]:
+    """A plan for the loader that gives a batch out when its pictures have been read.
+
+    Parameters
+    ----------
+    plan : callable
+        Batch number -> its crops.
+    groups_of : callable
+        Batch number -> the groups its pictures lie in, numbered through all epochs.
+    pieces : callable
+        Group number -> the pieces of files to read for it.
+    first, last : int
+        First batch, and the one after the last.
+
+    A failing read is raised by the plan, at the batch that needs it. The thread ends with the context.
+    """
+    reader = _Reader(pieces, groups_of(first)[0], groups_of(last - 1)[-1] + 1)
+    thread = threading.Thread(target=reader.work, name="read-ahead", daemon=True)
+    thread.start()
+
+    def when_read(number: int) -> Crops:
+        reader.wait(groups_of(number)[-1])
+        return plan(number)
+
+    try:
+        yield when_read
+    finally:
+        reader.close()
+        thread.join()
+
+
+class _Reader:
+    """Which group has been read, which is in use. All under one condition."""
+
+    def __init__(self, pieces: Callable[[int], list[Piece]], first: int, last: int) -> None:
+        self._pieces, self._read, self._used, self._last = pieces, first, first, last
+        self._changed = threading.Condition()
+        self._closed = False
+        self._error: BaseException | None = None
+
+    def wait(self, group: int) -> None:
+        """Note that ``group`` is in use; return when all of it has been read."""
+        with self._changed:
+            self._used = max(self._used, group)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closed or self._error is not None or group < self._read)
+            if self._error is not None and group >= self._read:
+                raise self._error
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def work(self) -> None:
+        buffer = bytearray(_READ)
+        for group in range(self._read, self._last):
+            with self._changed:
+                self._changed.wait_for(lambda group=group: self._closed or group <= self._used + _AHEAD)
+                if self._closed:
+                    return
+            try:
+                for piece in self._pieces(group):
+                    if not self._warm(piece, buffer):
+                        return
+            except BaseException as error:  # noqa: BLE001  whatever it is, a worker must raise it and not wait for ever
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._read = group + 1
+                self._changed.notify_all()
+
+    def _warm(self, piece: Piece, buffer: bytearray) -> bool:
+        """Read a piece into the page cache; False where the reader was closed meanwhile."""
+        path, offset, length = piece
+        try:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                end = offset + length
+                while offset < end and not self._closed:
+                    done = os.preadv(handle, [memoryview(buffer)[: min(_READ, end - offset)]], offset)
+                    if not done:
+                        break  # cut short since it was opened: the checksum will tell
+                    offset += done
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise PipelineError(f"cannot read {path}: {error.strerror or error}") from error
+        return not self._closed

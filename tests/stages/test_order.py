@@ -1,0 +1,114 @@
+"""The order of an epoch: settled by size and memory, and in the block-wise one an exact resume and long reads only."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import loader
+from data.shards import Split, open_split, read_manifest
+from pipeline.checkpoint import checkpoints
+from pipeline.config import DEMO, Config
+from pipeline.run_dir import RunDir, read_sealed
+from stages import setup
+from tests.command_line import pipeline
+
+
+def settings(config: Config, **train: object) -> Config:
+    inp = dataclasses.replace(config.input, crop=67, border=(0, 0))
+    return dataclasses.replace(
+        config,
+        preprocess=dataclasses.replace(config.preprocess, size=72),
+        input=inp,
+        train=dataclasses.replace(config.train, batch_size=4, **train),
+    )
+
+
+@pytest.fixture
+def dataset(prepared: Path) -> setup.Dataset:
+    return setup.open_dataset(RunDir(prepared))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    """Blocks of three pictures, two open at a time: the 22 pictures in three shards make four groups."""
+    monkeypatch.setattr(setup, "BLOCK", 3)
+    monkeypatch.setattr(setup, "OPEN_BLOCKS", 2)
+
+
+def batches(dataset: setup.Dataset, first: int, last: int) -> list[dict[str, bytes]]:
+    plan = setup.TrainingPlan(settings(DEMO, order="blocks"), dataset)
+    with plan.read_ahead(first, last) as ready:
+        loaded = loader.load(dataset.train, ready, range(first, last), crop=67, largest=4, slots=3, threads=2)
+        return [{name: array.tobytes() for name, array in batch.arrays.items()} for batch in loaded]
+
+
+def test_a_resumed_run_in_block_order_gets_the_batches_of_the_undisturbed_one(dataset, small_blocks):
+    whole = batches(dataset, 0, 18)
+    for first in (1, 5, 6, 7, 13):
+        assert batches(dataset, first, 18) == whole[first:]
+
+
+def test_each_epoch_reads_and_uses_every_picture_once(dataset, small_blocks, monkeypatch):
+    plan = setup.TrainingPlan(settings(DEMO, order="blocks"), dataset)
+    for epoch in range(3):
+        steps = range(6 * epoch, 6 * epoch + 6)
+        assert sorted(np.concatenate([plan(step).index for step in steps]).tolist()) == list(range(22))
+        groups = sorted({group for step in steps for group in plan._groups_of(step)})
+        assert groups == list(range(4 * epoch, 4 * epoch + 4))
+        read = Counter()
+        for group in groups:
+            for path, offset, length in plan._pieces(group):
+                read.update((path.name, byte) for byte in range(offset, offset + length, 72 * 72 * 3))
+        assert set(read.values()) == {1}
+        assert sum(read.values()) == 22
+
+
+def test_a_step_waits_for_the_groups_its_pictures_lie_in(dataset, small_blocks):
+    plan = setup.TrainingPlan(settings(DEMO, order="blocks"), dataset)
+    for step in range(12):
+        places = {
+            (path.name, byte)
+            for group in plan._groups_of(step)
+            for path, offset, length in plan._pieces(group)
+            for byte in range(offset, offset + length, 72 * 72 * 3)
+        }
+        for row in plan(step).index.tolist():
+            [(path, offset, _)] = dataset.train.pieces(row, row + 1)
+            assert (path.name, offset) in places
+
+
+def test_pieces_are_the_bytes_of_the_pictures(prepared: Path):
+    split: Split = open_split(prepared / "preprocess", read_manifest(RunDir(prepared)), "train")
+    found = b"".join(path.read_bytes()[offset : offset + length] for path, offset, length in split.pieces(8, 22))
+    assert found == b"".join(split.row(i).tobytes() for i in range(8, 22))
+    assert [length // (72 * 72 * 3) for _, _, length in split.pieces(8, 22)] == [2, 10, 2]
+
+
+def test_the_order_follows_from_size_and_memory_and_can_be_overridden(dataset, monkeypatch, capsys):
+    assert setup.with_order(settings(DEMO), dataset).train.order == "uniform"
+    assert capsys.readouterr().out == ""
+    size = sum(images.nbytes for images in dataset.train.images)
+    monkeypatch.setattr(setup, "total_memory", lambda: size)
+    assert setup.with_order(settings(DEMO), dataset).train.order == "blocks"
+    assert "do not fit into" in capsys.readouterr().out
+    assert setup.with_order(settings(DEMO, order="uniform"), dataset).train.order == "uniform"
+
+
+def test_training_in_block_order_resumes_to_the_same_bytes(run: Path, tmp_path: Path):
+    whole = shutil.copytree(run, tmp_path / "whole")
+    order = ("--set", "train.order=blocks")
+    pipeline("--stage", "train", "--run", whole, "--steps", 2, *order).done()
+    pipeline("--stage", "train", "--run", run, "--steps", 1, *order).done()
+    pipeline("--stage", "train", "--run", run, "--resume", "--steps", 1).done()
+    assert read_sealed(run / "config.json", "")["train"]["order"] == "blocks"
+    ours, theirs = (checkpoints(folder / "train")[-1].read_bytes() for folder in (run, whole))
+    assert ours == theirs
+    pipeline("--stage", "train", "--run", run, "--resume", "--steps", 1, "--set", "train.order=uniform").refused(
+        r"train.order \(blocks there, uniform here\)"
+    )
