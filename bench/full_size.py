@@ -1,0 +1,128 @@
+"""Archives with as many members as ILSVRC-2012, and what listing them costs: ``python -m bench.full_size``.
+
+The 1,281,167 training and 50,000 validation members are one tiny JPEG each, so the archives take 2 GB instead of 155;
+what is measured depends on the number of members, not on their size. The archives are deleted afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import resource
+import shutil
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import scipy.io
+from PIL import Image
+
+from data import ilsvrc
+from data.plan import make_plan, shard_tasks
+from data.sampling import block_order, epoch_order
+from data.shards import shard_bytes
+from data.sources import read_source
+from pipeline.config import SEED
+
+CLASSES, TRAIN, VAL = 1000, 1_281_167, 50_000
+
+
+def member(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def write_archives(folder: Path, train: int, val: int) -> None:
+    """The three official archives with ``train`` and ``val`` members."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), (90, 120, 150)).save(stream, "JPEG")
+    body = padded(stream.getvalue())
+    size = len(stream.getvalue())
+    wnids = [f"n{10_000_000 + 7 * number:08d}" for number in range(CLASSES)]
+    with open(folder / ilsvrc.TRAIN, "wb") as file:
+        for number, wnid in enumerate(wnids):
+            count = train // CLASSES + (number < train % CLASSES)
+            inner = count * (512 + len(body)) + 1024
+            file.write(member(f"{wnid}.tar", inner))
+            _pictures(file, [f"{wnid}_{i}.JPEG" for i in range(count)], size, body)
+        file.write(bytes(1024))
+    with open(folder / ilsvrc.VAL, "wb") as file:
+        _pictures(file, [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, val + 1)], size, body)
+    _write_devkit(folder / ilsvrc.DEVKIT, wnids, val)
+
+
+def _pictures(file: BinaryIO, names: list[str], size: int, body: bytes) -> None:
+    file.writelines(member(name, size) + body for name in names)
+    file.write(bytes(1024))
+
+
+def _write_devkit(path: Path, wnids: list[str], val: int) -> None:
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
+    rows = np.array([(i + 1, wnid, f"class {i}", 0) for i, wnid in enumerate(wnids)], dtype=fields)
+    meta = io.BytesIO()
+    scipy.io.savemat(meta, {"synsets": rows.reshape(-1, 1)})
+    truth = "".join(f"{1 + i % CLASSES}\n" for i in range(val)).encode()
+    with gzip.open(path, "wb") as file:
+        for name, data in (("meta.mat", meta.getvalue()), ("ILSVRC2012_validation_ground_truth.txt", truth)):
+            file.write(member(f"ILSVRC2012_devkit_t12/data/{name}", len(data)) + padded(data))
+        file.write(bytes(1024))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where to make the archives (2 GB); default: the temporary folder")
+    parser.add_argument("--train", type=int, default=TRAIN)
+    parser.add_argument("--val", type=int, default=VAL)
+    parser.add_argument("--rate", type=float, help="pictures a second and core, for the projected hours")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        seconds[name] = round(time.perf_counter() - start, 2)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"{name:40} {seconds[name]:8.2f} s, {memory:.2f} GB at most so far", flush=True)
+        return result
+
+    try:
+        timed("writing the archives", lambda: write_archives(folder, options.train, options.val))
+        source = timed("listing the archives", lambda: read_source(folder))
+        assert len(source.splits["train"]) == options.train
+        assert len(source.splits["val"]) == options.val
+        plan = timed("fingerprint", lambda: make_plan(SEED, source))
+        tasks = timed("shuffling and cutting into shards", lambda: shard_tasks(plan, folder / "nothing"))
+        assert sum(len(task.pictures) for task in tasks) == options.train + options.val
+        timed("an epoch's order, uniform", lambda: epoch_order(options.train, 0, 0))
+        timed("an epoch's order, block-wise", lambda: block_order(options.train, 0, 0))
+    finally:
+        shutil.rmtree(folder)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    disk = sum(shard_bytes(len(task.pictures), plan.size) for task in tasks)
+    print(f"{len(tasks)} shards, {disk / 1e9:.1f} GB of disk; peak memory {memory / 1e6:.2f} GB")
+    facts = {"members": options.train + options.val, "seconds": seconds, "peak_memory_bytes": memory * 1024}
+    facts |= {"shards": len(tasks), "disk_bytes": disk}
+    if options.rate:
+        pictures = options.train + options.val
+        facts["hours"] = {cores: round(pictures / options.rate / cores / 3600, 2) for cores in (2, 16, 64)}
+        print(f"decoding at {options.rate} pictures a second and core: hours by cores {facts['hours']}")
+    if options.json:
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
