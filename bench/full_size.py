@@ -104,7 +104,7 @@ def main() -> int:
         assert len(source.splits["train"]) == options.train
         assert len(source.splits["val"]) == options.val
         plan = timed("fingerprint", lambda: make_plan(SEED, source))
-        tasks = timed("shuffling and cutting into shards", lambda: shard_tasks(plan, folder / "nothing"))
+        tasks = timed("shuffling and cutting into shards", lambda: shard_tasks(plan, folder / "nothing", None))
         assert sum(len(task.pictures) for task in tasks) == options.train + options.val
         timed("an epoch's order, uniform", lambda: epoch_order(options.train, 0, 0))
         timed("an epoch's order, block-wise", lambda: block_order(options.train, 0, 0))
