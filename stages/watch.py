@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from pipeline.progress import duration
 from pipeline.run_dir import RunDir, read_sealed
 
 SECONDS: Final = 2.0  # between two looks
-_RATES: Final = 10  # last logged lines whose mean speed tells the remaining time
+_RATES: Final = 10  # last logged lines whose median speed tells the remaining time
 _CLEAR: Final = "\x1b[H\x1b[J"
 
 
@@ -71,7 +72,7 @@ def screen(
     last = steps[-1]
     done = max(record["step"] for record in records)
     rates = [r["images_per_second"] for r in steps[-_RATES:]]
-    rate = sum(rates) / len(rates)
+    rate = statistics.median(rates)  # the first line of a run has the compiling in it
     left = max(0, total - done) * config.train.batch_size / rate if rate > 0 else 0.0
     ago = f"last line {duration(time.time() - written)} ago"
     lines = [

@@ -24,6 +24,7 @@ def test_screen_says_how_far_and_how_long(monkeypatch: pytest.MonkeyPatch) -> No
     records = [step(10, 2.5), step(20, 2.0)]
     records.append({"step": 20, "epochs_done": 1, "top1": 0.4, "top5": 0.9, "validation_loss": 1.8, "seconds": 1.0})
     records += [step(30, 1.5)]
+    records[0]["images_per_second"] = 0.5  # compiling
     records.append({"step": 40, "epochs_done": 2, "top1": 0.3, "top5": 0.8, "validation_loss": 1.9, "seconds": 1.0})
     demo = RECIPES["demo"]  # 4 epochs, batches of 32
     text = screen(Path("runs/x"), demo, 20, records, time.time() - 61, 80, 24)
