@@ -307,19 +307,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except BackendUnavailableError as error:
                 raise SystemExit(f"bench.gpu: {error}; python -m bench.gpu --dry-run works without a GPU") from error
             print(ops.describe(), flush=True)
-            selected = False
+            selected, once = False, dry and precision == precisions[0]
             if options.curve or dry:
                 given, selected = batches(8, sizes[0], crop, classes, ops.host_empty), True
                 steps = options.curve or 2
                 results[f"curve {precision}"] = curve(ops, host, classes, steps, given, precision, dry)
-            if options.resume or dry:
+            if options.resume or once:
                 given, selected = batches(4, sizes[0], crop, classes, ops.host_empty), True
                 gpu_checks.resume(ops, host, classes, given, 2 if dry else 20)
-            for images in sizes if options.kernels or dry else ():
+            for images in sizes if options.kernels or once else ():
                 given, selected = batches(1, images, crop, classes, ops.host_empty), True
                 times = gpu_checks.kernel_times(ops, host, classes, given[0], precision, (side, side, 3), crop, dry)
                 results[f"kernels {precision} {images}"] = times
-            for images in sizes if options.fed or dry else ():
+            for images in sizes if options.fed or once else ():
                 selected = True
                 rate = gpu_checks.fed(ops, host, classes, images, crop, steps=4 if dry else 300, dry=dry)
                 results[f"fed by the loader {precision} {images}"] = rate
