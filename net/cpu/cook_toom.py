@@ -82,8 +82,11 @@ def _last(length: int) -> tuple[Fraction, ...]:
 A43, G43, B43 = cook_toom(4, 3, POINTS[6])
 A35, G35, B35 = cook_toom(3, 5, POINTS[7])
 
-# What kernels apply to activations, by name: "input", "output" and, for the gradient of the weights, "gradient".
+# What kernels apply, by name: "input" and "output" to activations, "filter" to weights and, for the gradient of the
+# weights, "gradient" to dy.
 TRANSFORMS: Final[dict[str, Matrix]] = {
+    "filter 4,3": G43,
+    "filter 3,5": G35,
     "input 4,3": B43,
     "output 4,3": transposed(A43),
     "gradient 4,3": A43,

@@ -117,12 +117,13 @@ def denormalise(
         if beta == np.float32(0.75):
             for c in range(channels):
                 root = np.sqrt(s[q, c])
-                power[c] = np.float32(1) / (root * np.sqrt(root))
+                p = np.float32(1) / (root * np.sqrt(root))
+                power[c] = p
+                inside[c] = dy[q, c] * x[q, c] * p * (p * p * root)  # p² sqrt(s) is 1 / s, without a division
         else:
             for c in range(channels):
                 power[c] = s[q, c] ** -beta
-        for c in range(channels):
-            inside[c] = dy[q, c] * x[q, c] * power[c] / s[q, c]
+                inside[c] = dy[q, c] * x[q, c] * power[c] / s[q, c]
         if half == 2:
             for c in range(channels):
                 total = ((products[c] + products[c + 4]) + (products[c + 1] + products[c + 3])) + products[c + 2]

@@ -30,6 +30,7 @@ BLOCK: Final = 6  # rows at a time: 6 x 2 sums, 2 vectors of b and one of a fill
 
 _FLOAT: Final = ir.FloatType()
 _VECTOR: Final = ir.VectorType(_FLOAT, LANES)
+_WIDE: Final = ir.VectorType(ir.DoubleType(), LANES)
 _INT: Final = ir.IntType(64)
 _FUSE: Final = ("contract",)  # a multiplication and the addition after it may become one instruction
 
@@ -108,7 +109,7 @@ def transform(
     """``to = M source`` with the matrix M = ``TRANSFORMS[name]``, for LANES channels that lie side by side.
 
     Element k of the source is the vector at ``source[source_at + k source_step]``, element i of the result the one at
-    ``to[to_at + i to_step]``. ``name`` is a literal.
+    ``to[to_at + i to_step]``. ``name`` is a literal. Where one of the arrays is float64, the arithmetic is.
     """
     matrix = TRANSFORMS[name.literal_value]
     integer = types.intp
@@ -118,11 +119,15 @@ def transform(
         _, source, source_at, source_step, to, to_at, to_step = args
         start = builder.gep(_data(context, builder, signature.args[1], source), [source_at])
         end = builder.gep(_data(context, builder, signature.args[4], to), [to_at])
+        wide = types.float64 in (signature.args[1].dtype, signature.args[4].dtype)
         inputs = [
             _load(builder, builder.gep(start, [builder.mul(source_step, _INT(k))])) for k in range(len(matrix[0]))
         ]
+        if wide:
+            inputs = [_converted(builder, value, _WIDE) for value in inputs]
+        kind = _WIDE if signature.args[4].dtype == types.float64 else _VECTOR
         for i, value in enumerate(_straight_line(builder, matrix, inputs)):
-            _store(builder, value, builder.gep(end, [builder.mul(to_step, _INT(i))]))
+            _store(builder, _converted(builder, value, kind), builder.gep(end, [builder.mul(to_step, _INT(i))]))
         return context.get_dummy_value()
 
     return signature, generate
@@ -186,22 +191,29 @@ def _dot(builder: ir.IRBuilder, row: Sequence[Fraction], inputs: Sequence[Any]) 
         if coefficient == 0:
             continue
         if total is None:
-            total = value if coefficient == 1 else builder.fmul(value, _constant(coefficient))
+            total = value if coefficient == 1 else builder.fmul(value, _constant(coefficient, value.type))
         elif coefficient == 1:
             total = builder.fadd(total, value)
         elif coefficient == -1:
             total = builder.fsub(total, value)
         else:
-            total = _multiply_add(builder, value, _constant(coefficient), total)
-    return ir.Constant(_VECTOR, None) if total is None else total
+            total = _multiply_add(builder, value, _constant(coefficient, value.type), total)
+    return ir.Constant(inputs[0].type, None) if total is None else total
 
 
 def _multiply_add(builder: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
     return builder.fadd(builder.fmul(x, y, flags=_FUSE), z, flags=_FUSE)
 
 
-def _constant(value: Fraction) -> ir.Constant:
-    return ir.Constant(_VECTOR, [ir.Constant(_FLOAT, float(value))] * LANES)
+def _constant(value: Fraction, kind: ir.VectorType) -> ir.Constant:
+    return ir.Constant(kind, [ir.Constant(kind.element, float(value))] * LANES)
+
+
+def _converted(builder: ir.IRBuilder, vector: Any, kind: ir.VectorType) -> Any:
+    """The vector in single or in double precision."""
+    if vector.type == kind:
+        return vector
+    return builder.fpext(vector, kind) if kind == _WIDE else builder.fptrunc(vector, kind)
 
 
 def _spread(builder: ir.IRBuilder, value: Any) -> Any:
@@ -216,10 +228,11 @@ def _data(context: Any, builder: ir.IRBuilder, kind: Any, array: Any) -> Any:
 
 
 def _load(builder: ir.IRBuilder, pointer: Any) -> Any:
-    vector = builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()))
+    kind = ir.VectorType(pointer.type.pointee, LANES)
+    vector = builder.load(builder.bitcast(pointer, kind.as_pointer()))
     vector.align = 4
     return vector
 
 
 def _store(builder: ir.IRBuilder, vector: Any, pointer: Any) -> None:
-    builder.store(vector, builder.bitcast(pointer, _VECTOR.as_pointer())).align = 4
+    builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer())).align = 4

@@ -24,9 +24,10 @@ How the work is laid out
       instead of 363.
     - **One core, one mosaic.** Canvas, transformed tiles, products and outputs of a mosaic stay in the core's cache
       from beginning to end; memory sees the input once and the output once.
-    - dw sums over all tiles of the batch. To have the same order of additions with any number of threads, a slab of
-      images is transformed first, each core taking some of the mosaics, and then multiplied, each core taking some of
-      the n² places.
+    - dw sums over all tiles of the batch, in the same order of additions with any number of threads. Where the sums
+      are small (conv1, conv2) the batch is dealt out to 16 parts; a core goes through a part's mosaics with tiles and
+      sums in its cache, and the parts are added at the end. Where they are large, a slab of images is transformed
+      first, each core taking some of the mosaics, and then multiplied, each core taking some of the n² places.
 
 Layouts (flat arrays)
     canvas    [row][column][group][channel]       channels padded to full vectors
@@ -53,6 +54,9 @@ from net.cpu.simd import BLOCK, LANES, PANEL, transform
 
 _SHIFT: Final = 16  # floats in a cache line: the distance that places are put further apart
 _SLAB: Final = 24 << 20  # bytes of transformed tiles in the gradient of the weights
+_SUMS: Final = 5 << 18  # bytes of a group's sums over tiles that a core may keep beside its tiles
+_BESIDE: Final = 1 << 20  # bytes of those tiles
+_PARTS: Final = 16  # partial sums of such a gradient, whatever the number of threads
 _NEAR: Final = 352 << 10  # bytes of transformed tiles that stay in a second-level cache, beside the rest
 _TILES: Final = 64  # tiles of a mosaic at least, where the batch has them: fewer make short products
 
@@ -164,7 +168,7 @@ def shape(
 def filters(w: np.ndarray, s: Shape) -> np.ndarray:
     """G w Gᵀ for filters (KH, KW, channels, groups x maps), in the layout of the products' right operand."""
     u = empty(s.n**2 * s.groups * s.depth * s.maps_padded)
-    _filters(w, u, _doubles(_G[s.n - s.m + 1]), s)
+    _filters(w, u, s)
     return u
 
 
@@ -355,6 +359,30 @@ def _transform_outputs(
 
 def gradient(dy: np.ndarray, x: np.ndarray, dw: np.ndarray, s: Shape) -> None:
     """dw for the convolution of geometry ``s``: dy (N, OH, OW, groups x maps), x (N, H, W, groups x channels)."""
+    near = 4 * s.n**2 * s.depth * s.maps_padded <= _SUMS
+    du = _gradient_near(dy, x, s) if near else _gradient_in_slabs(dy, x, s)
+    _weights(du, dw, _doubles(_G[s.n - s.m + 1]), s)
+
+
+def _gradient_near(dy: np.ndarray, x: np.ndarray, s: Shape) -> np.ndarray:
+    """The sums over all tiles at every place [place][group][channel][map], from partial sums of parts of the batch."""
+    places = s.n**2
+    threads = numba.get_num_threads()
+    fitting = max(1, _BESIDE // (4 * places * (s.depth_padded + s.maps_padded)))
+    block = -(-s.tiles // -(-s.tiles // fitting))
+    du = empty((min(_PARTS, -(-len(x) // s.images)), places * s.groups * s.depth * s.maps_padded))
+    tiles = empty((threads, places * (block * s.depth_padded + _SHIFT)))
+    products = empty((threads, places * (block * s.maps_padded + _SHIFT)))
+    outputs, canvas = empty((threads, s.output_size)), empty((threads, s.canvas_size))
+    for zeros in (outputs, canvas):
+        zeros[...] = 0
+    _sum_parts(x, dy, s, block, canvas, outputs, tiles, products, du)
+    _add_parts(du)
+    return du[0]
+
+
+def _gradient_in_slabs(dy: np.ndarray, x: np.ndarray, s: Shape) -> np.ndarray:
+    """The same sums, from one slab of transformed images after another."""
     places = s.n**2
     mosaics = -(-len(x) // s.images)
     bytes_each = 4 * places * s.tiles * s.groups * (s.depth_padded + s.maps_padded)
@@ -371,7 +399,70 @@ def gradient(dy: np.ndarray, x: np.ndarray, dw: np.ndarray, s: Shape) -> None:
         now = min(slab, mosaics - start)
         _transform_both(x, dy, start * s.images, now, count, s, canvas, outputs, tiles, products)
         _multiply_all(tiles, products, du, now * s.tiles, count, s)
-    _weights(du, dw, _doubles(_G[s.n - s.m + 1]), s)
+    return du
+
+
+@kernel
+def _sum_parts(
+    x: np.ndarray,
+    dy: np.ndarray,
+    s: Shape,
+    block: int,
+    canvas: np.ndarray,
+    outputs: np.ndarray,
+    tiles: np.ndarray,
+    products: np.ndarray,
+    du: np.ndarray,
+) -> None:
+    """du[part] = tilesᵀ products at every place, over the mosaics of each part, ``block`` tiles at a time."""
+    parts, tasks = du.shape[0], canvas.shape[0]
+    images = s.mosaic_rows * s.mosaic_columns
+    each = s.tile_rows * s.tile_columns
+    panels, pieces = s.maps_padded // PANEL, (each + block - 1) // block
+    tiles_step, products_step = block * s.depth_padded + _SHIFT, block * s.maps_padded + _SHIFT
+    for task in prange(tasks):
+        scratch = np.empty(8 * 8 * LANES, np.float32)
+        for part in range(task, parts, tasks):
+            sums = du[part]
+            sums[:] = 0
+            for first in range(part * images, x.shape[0], parts * images):
+                fill_canvas(x, first, s, canvas[task])
+                _fill_outputs(dy, first, s, outputs[task])
+                for piece in range(s.groups * pieces):
+                    group, start = piece // pieces, piece % pieces * block
+                    count = min(block, each - start)
+                    channel = group * s.depth_padded
+                    _transform_inputs(
+                        canvas[task], channel, start, count, s, tiles[task], 0, tiles_step, s.depth_padded, scratch
+                    )
+                    _transform_gradients(
+                        outputs[task], group, start, count, s, products[task], 0, products_step, block, scratch
+                    )
+                    for place in range(s.n * s.n):
+                        for panel in range(panels):
+                            add_columns_times_panel(
+                                tiles[task],
+                                place * tiles_step,
+                                s.depth_padded,
+                                products[task],
+                                place * products_step + panel * block * PANEL,
+                                sums,
+                                (place * s.groups + group) * s.depth * s.maps_padded + panel * PANEL,
+                                s.maps_padded,
+                                s.depth,
+                                count,
+                            )
+
+
+@kernel
+def _add_parts(du: np.ndarray) -> None:
+    """du[0] += du[1] + ..., in this order, in runs of a fixed length."""
+    parts, size = du.shape
+    run = 1 << 12
+    for task in prange((size + run - 1) // run):
+        for part in range(1, parts):
+            for i in range(task * run, min(size, (task + 1) * run)):
+                du[0, i] += du[part, i]
 
 
 @kernel
@@ -414,7 +505,7 @@ def _transform_both(
             _fill_outputs(dy, image, s, outputs[task])
             for group in range(s.groups):
                 at = (group * s.maps_padded // PANEL * count + mosaic * each) * PANEL
-                _transform_gradients(outputs[task], group, s, products, at, products_step, count, scratch)
+                _transform_gradients(outputs[task], group, 0, each, s, products, at, products_step, count, scratch)
 
 
 @inner
@@ -445,20 +536,23 @@ def _fill_outputs(dy: np.ndarray, first: int, s: Shape, outputs: np.ndarray) -> 
 def _transform_gradients(
     outputs: np.ndarray,
     group: int,
+    first: int,
+    count: int,
     s: Shape,
     products: np.ndarray,
     products_at: int,
     products_step: int,
-    count: int,
+    room: int,
     scratch: np.ndarray,
 ) -> None:
-    """A dy Aᵀ for all tiles of a mosaic and one group's maps."""
+    """A dy Aᵀ for ``count`` tiles of a mosaic from ``first`` on, one group's maps, in panels with room for ``room``."""
     pixel = s.groups * s.maps_padded
     row = s.tile_columns * s.m * pixel
-    for tile in range(s.tile_rows * s.tile_columns):
-        corner = tile // s.tile_columns * s.m * row + tile % s.tile_columns * s.m * pixel + group * s.maps_padded
+    for tile in range(count):
+        place = first + tile
+        corner = place // s.tile_columns * s.m * row + place % s.tile_columns * s.m * pixel + group * s.maps_padded
         for lane in range(0, s.maps_padded, LANES):
-            to = products_at + (lane // PANEL * count + tile) * PANEL + lane % PANEL
+            to = products_at + (lane // PANEL * room + tile) * PANEL + lane % PANEL
             if s.n == 6:
                 for j in range(4):
                     transform("gradient 4,3", outputs, corner + lane + j * pixel, row, scratch, j * LANES, 4 * LANES)
@@ -512,40 +606,36 @@ def _multiply_all(tiles: np.ndarray, products: np.ndarray, du: np.ndarray, used:
 
 
 @kernel
-def _filters(w: np.ndarray, u: np.ndarray, g: np.ndarray, s: Shape) -> None:
-    n, taps = g.shape
+def _filters(w: np.ndarray, u: np.ndarray, s: Shape) -> None:
     panels = s.maps_padded // PANEL
-    size = w.shape[0]
+    size, taps = w.shape[0], s.n - s.m + 1
+    places_step = s.groups * panels * s.depth * PANEL
     for task in prange(s.groups * s.depth):
         group, a = task // s.depth, task % s.depth
         channel, phase = a % s.channels, a // s.channels
         row, column = phase // s.stride, phase % s.stride
-        taken = np.zeros((taps, taps, PANEL))
-        half = np.zeros((n, taps, PANEL))
-        total = np.zeros(PANEL)
+        taken = np.zeros(taps * taps * PANEL, np.float32)
+        half = np.zeros(s.n * taps * LANES, np.float64)
         for panel in range(panels):
+            first = group * s.maps + panel * PANEL
             width = min(PANEL, s.maps - panel * PANEL)
-            for i in range(taps):
-                for j in range(taps):
-                    p, q = i * s.stride + row, j * s.stride + column
-                    for o in range(PANEL):
-                        inside = p < size and q < size and o < width
-                        taken[i, j, o] = w[p, q, channel, group * s.maps + panel * PANEL + o] if inside else 0
-            for i in range(n):
-                for j in range(taps):
-                    half[i, j] = 0
-                    for k in range(taps):
-                        for o in range(PANEL):
-                            half[i, j, o] += g[i, k] * taken[k, j, o]
-            for i in range(n):
-                for j in range(n):
-                    total[:] = 0
-                    for k in range(taps):
-                        for o in range(PANEL):
-                            total[o] += g[j, k] * half[i, k, o]
-                    at = ((((i * n + j) * s.groups + group) * panels + panel) * s.depth + a) * PANEL
-                    for o in range(PANEL):
-                        u[at + o] = total[o]
+            for tap in range(taps * taps):
+                p, q = tap // taps * s.stride + row, tap % taps * s.stride + column
+                inside = p < size and q < size
+                for o in range(PANEL):
+                    taken[tap * PANEL + o] = w[p, q, channel, first + o] if inside and o < width else np.float32(0)
+            for lane in range(0, PANEL, LANES):
+                to = ((group * panels + panel) * s.depth + a) * PANEL + lane
+                if s.n == 6:
+                    for j in range(3):
+                        transform("filter 4,3", taken, j * PANEL + lane, 3 * PANEL, half, j * LANES, 3 * LANES)
+                    for i in range(6):
+                        transform("filter 4,3", half, i * 3 * LANES, LANES, u, to + i * 6 * places_step, places_step)
+                else:
+                    for j in range(5):
+                        transform("filter 3,5", taken, j * PANEL + lane, 5 * PANEL, half, j * LANES, 5 * LANES)
+                    for i in range(7):
+                        transform("filter 3,5", half, i * 5 * LANES, LANES, u, to + i * 7 * places_step, places_step)
 
 
 @kernel
