@@ -1,7 +1,7 @@
 """Training and evaluation shared by ranks that a real mpiexec starts: the same curve, the same figures, an orderly end.
 
-22 training pictures in batches of 7: the parts are uneven, and the fourth batch has one picture, so that all ranks but
-one have none.
+22 training pictures in batches of 19: the parts are uneven, and every second batch has three pictures, so that one of
+four ranks has none.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def ranks(count: int) -> tuple[str, ...]:
     return (str(MPIEXEC), "-n", str(count))
 
 
-STEPS = 5
-SEVENS = settings("train.batch_size=7")
+STEPS = 4  # two epochs
+BATCH = settings("train.batch_size=19")
 
 
 def train(run: Path, count: int, *arguments: object) -> Result:
     launcher = ranks(count) if count > 1 else ()
-    return pipeline("--stage", "train", "--run", run, *SEVENS, *arguments, launcher=launcher)
+    return pipeline("--stage", "train", "--run", run, *BATCH, *arguments, launcher=launcher)
 
 
 def copy(prepared: Path, folder: Path) -> Path:
@@ -64,21 +64,26 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def agree(run: Path, one: Path) -> None:
-    """The same weights and the same curve as those of one process, within rounding."""
-    expected = losses(one)
-    assert list(losses(run)) == list(expected)
-    np.testing.assert_allclose(list(losses(run).values()), list(expected.values()), rtol=2e-6)
+    """The curve and the momenta of one process, within rounding.
+
+    Until the end of the first epoch that is the last bits of float32. Sooner or later a unit whose input is nearly 0
+    falls on the other side of ReLU, and from then on its own gradients differ in full.
+    """
+    expected, found = losses(one), losses(run)
+    assert list(found) == list(expected)
+    np.testing.assert_allclose(list(found.values())[:2], list(expected.values())[:2], rtol=1e-6)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
     validated = [[r for r in read_metrics(each / "train" / "metrics.jsonl") if "top1" in r] for each in (run, one)]
-    assert [r["step"] for r in validated[0]] == [r["step"] for r in validated[1]] == [4]
-    assert validated[0][0]["validation_loss"] == pytest.approx(validated[1][0]["validation_loss"], rel=1e-5)
+    assert [r["step"] for r in validated[0]] == [r["step"] for r in validated[1]] == [2, 4]
+    assert validated[0][0]["validation_loss"] == pytest.approx(validated[1][0]["validation_loss"], rel=1e-6)
     whole = load_checkpoint(newest(one)).arrays
     for name, value in load_checkpoint(newest(run)).arrays.items():
-        assert np.abs(value - whole[name]).max() <= 1e-5 * np.abs(whole[name]).max(), name
+        assert np.linalg.norm(value - whole[name]) <= 0.05 * np.linalg.norm(whole[name]), name
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Path]:
-    """Five steps by one process."""
+    """Two epochs by one process."""
     run = copy(prepared, tmp_path_factory.mktemp("one"))
     train(run, 1, "--steps", STEPS).done()
     yield run
@@ -87,11 +92,11 @@ def one(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Pa
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Iterator[Path]:
-    """Five steps by two ranks."""
+    """Two epochs by two ranks."""
     run = copy(prepared, tmp_path_factory.mktemp("two"))
     result = train(run, 2, "--steps", STEPS).done()
-    assert "batch 7 shared by 2 ranks" in result.out
-    assert result.out.count("trained to step 5") == 1, "only the first rank prints"
+    assert "batch 19 shared by 2 ranks" in result.out
+    assert result.out.count("trained to step 4") == 1, "only the first rank prints"
     yield run
     shutil.rmtree(run)
 
@@ -101,28 +106,28 @@ def test_two_ranks_are_one_process_within_rounding(two: Path, one: Path) -> None
 
 
 def test_a_signal_to_the_job_saves_and_two_ranks_resume_to_the_same_bits(two: Path, run: Path) -> None:
-    process = start("--stage", "train", "--run", run, "--steps", STEPS, *SEVENS, launcher=ranks(2))
-    wait_until(lambda: len(losses(run)) >= 2, process)
+    process = start("--stage", "train", "--run", run, "--steps", STEPS, *BATCH, launcher=ranks(2))
+    wait_until(lambda: len(losses(run)) >= 1, process)
     process.send_signal(signal.SIGTERM)
     result = finish(process)
     assert result.status == 143, result
     assert result.err.count("everything is saved; go on with:") == 1
     done = load_checkpoint(newest(run)).header["step"]
-    assert 2 <= done < STEPS
+    assert 1 <= done < STEPS
     train(run, 2, "--resume", "--steps", STEPS - done).done()
     assert digest(run) == digest(two)
 
 
 def test_a_killed_rank_ends_the_job_and_four_ranks_resume_where_two_were(run: Path, one: Path) -> None:
-    every = settings("train.checkpoint_every=2")
-    process = start("--stage", "train", "--run", run, "--steps", STEPS, *SEVENS, *every, launcher=ranks(2))
+    every = settings("train.checkpoint_every=1")
+    process = start("--stage", "train", "--run", run, "--steps", STEPS, *BATCH, *every, launcher=ranks(2))
     wait_until(lambda: (run / "train" / "latest.json").exists(), process)
     os.kill(_process(run, 1), signal.SIGKILL)
     result = finish(process, 60)
     assert result.status not in (0, 143), result
     assert "signal 9" in result.out + result.err
     done = load_checkpoint(newest(run)).header["step"]
-    assert done in (2, 4)
+    assert 1 <= done < STEPS
     resumed = train(run, 4, "--resume", "--steps", STEPS - done).done()
     assert "so far a batch was shared by 2 ranks, from here on by 4" in resumed.out
     agree(run, one)
