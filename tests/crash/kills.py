@@ -101,7 +101,8 @@ def kill_many(folder: Path, kills: int, seed: int, *, say: Callable[[object], No
     source, wholes = _wholes(folder, LONG)
 
     def draw(stage: str) -> Iterator[Kill]:
-        while report.kills.total() < kills:
+        # At most so many a stage: an evaluation begins anew each time and would take all of them.
+        for _ in range(min(int(random.integers(2, 7)), kills - report.kills.total())):
             at: float | int = random.uniform(0, SHARE * wholes[stage].seconds)
             if random.integers(2):
                 at = int(random.integers(max(12, SHARE * wholes[stage].changes))) + 1
