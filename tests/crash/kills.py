@@ -35,7 +35,7 @@ STAGES = ("preprocess", "train", "eval")
 # What a stage prints before its work begins; kills are drawn from then on. Imports before it write nothing.
 BEGINS = {"preprocess": "preprocess: the shards need", "train": "train ", "eval": "computing on"}
 TIMES = ("images_per_second", "data_wait", "seconds")
-SHARE = 0.4  # kills are drawn over so much of a stage's work, so that each stage is killed several times
+SHARE = 0.5  # kills are drawn over so much of a stage's work, so that each stage is killed several times
 LONG = ({"train": (16,) * 5, "val": (8,) * 5}, 200, 420)
 SHORT = ({"train": (4,) * 5, "val": (2,) * 5}, 80, 120)
 SITE = Path(__file__).resolve().parent / "site"
