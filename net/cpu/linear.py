@@ -156,12 +156,19 @@ def _few_products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, piece
         first = task * piece
         columns = min(piece, maps - first)
         sums = np.zeros((images, columns), np.float32)
-        for k in range(x.shape[1]):
-            row = w[k, first : first + columns]
+        part = np.empty((images, columns), np.float32)
+        # A sum of thousands of terms in one chain would round several times worse than one of parts.
+        for start in range(0, x.shape[1], _DEPTH):
+            part[:] = 0
+            for k in range(start, min(start + _DEPTH, x.shape[1])):
+                row = w[k, first : first + columns]
+                for n in range(images):
+                    factor = x[n, k]
+                    for o in range(columns):
+                        part[n, o] += factor * row[o]
             for n in range(images):
-                factor = x[n, k]
                 for o in range(columns):
-                    sums[n, o] += factor * row[o]
+                    sums[n, o] += part[n, o]
         for n in range(images):
             for o in range(columns):
                 v = sums[n, o] + b[first + o]
