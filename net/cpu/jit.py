@@ -98,7 +98,10 @@ def _compiler(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return compiled
 
 
-inner = _compiler()
+# Always inlined: as a function of its own, an inner one exists twice in a process that has just compiled it, optimised
+# alone and within its kernel, and the linker takes the first; a process that loads the kernel from the cache has only
+# the second. Fast maths lets the two differ in the last bit.
+inner = _compiler(forceinline=True)
 kernel = _compiler(parallel=True)
 
 

@@ -101,3 +101,25 @@ def test_a_change_in_an_inlined_function_of_another_file_is_noticed(tmp_path: Pa
     part = tmp_path / "net" / "cpu" / "part.py"
     part.write_text(part.read_text().replace("x + 1", "x + 2"))
     assert run()[0] == "30"
+
+
+_GRADIENT = """
+import hashlib
+import numpy as np
+from net import cpu
+
+random = np.random.default_rng(0)
+dy, x = random.standard_normal((2, 4, 15, 15, 96), dtype=np.float32)
+y, s = cpu.lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75)
+dx = cpu.lrn_backward(dy, x, s, size=5, alpha=1e-4, beta=0.75)
+print(hashlib.sha256(y.tobytes() + dx.tobytes()).hexdigest())
+"""
+
+
+def test_a_process_that_compiles_computes_what_one_that_loads_does(tmp_path: Path) -> None:
+    def computed() -> str:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        run = [sys.executable, "-c", _GRADIENT]
+        return subprocess.run(run, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+
+    assert computed() == computed()
