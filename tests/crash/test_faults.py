@@ -184,9 +184,8 @@ def test_every_failing_write_of_saving_a_checkpoint(quick: RunDir) -> None:
 
     def save(step: int, top1: float | None) -> None:
         with MetricsLog(make_folder(quick.train) / "metrics.jsonl") as log:
-            trainer = SimpleNamespace(state=State(step, parameters, parameters), sync_metrics=log.sync)
             header = {"config": {}, "validation": None if top1 is None else {"top1": top1}}
-            _save(quick, ops, trainer, header, 2)  # type: ignore[arg-type]
+            _save(quick, ops, log, 2, State(step, parameters, parameters), header)  # type: ignore[arg-type]
 
     def prepare() -> None:
         shutil.rmtree(quick.root, ignore_errors=True)

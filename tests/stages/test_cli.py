@@ -101,6 +101,8 @@ def test_the_configuration_is_resolved_written_and_used_again(tmp_path: Path, sm
     changed = read_sealed(run / "config.json", "")
     assert changed["train"].pop("weight_decay") == 0.25
     config["train"].pop("weight_decay")
+    assert config["train"].pop("order") == "auto"
+    assert changed["train"].pop("order") == "uniform"  # settled by the first training, for all that follow
     assert changed == config
 
 

@@ -13,7 +13,7 @@ import h5py
 import pytest
 
 from data import ilsvrc
-from tests.command_line import QUICK, pipeline, settings
+from tests.command_line import QUICK, ROOT, pipeline, settings
 from tests.data import archives
 
 # Notes every file that Python opens, with whether it may write; HDF5's own reading of shards is in test_shards.py.
@@ -92,6 +92,7 @@ def test_hostile_archives_reach_nothing_outside_the_run(tmp_path: Path) -> None:
     assert {path for writes, path in opened if int(writes) and not path.startswith(f"{run}/")} <= {
         str(run),
         "/dev/null",
+        str(ROOT / "data" / "__pycache__"),  # Numba asks whether it may keep its compiled kernels there
     }
     assert not [path for _, path in opened if path.startswith(str(outside))]
     assert [path.name for path in outside.iterdir()] == ["secret.JPEG"]
