@@ -17,8 +17,9 @@ from net.gpu.convolution import (
     add_bias,
     column_sum,
     input_gradient,
-    packed,
+    operands,
     product,
+    rectified,
     shape_of,
     sum_parts,
     weight_gradient,
@@ -39,9 +40,9 @@ BACKWARD_BLOCKS: Final = 1024  # at most; each leaves one row of partial sums of
 class KeptByConv:
     """What a convolution block keeps for its backward pass."""
 
-    x: Array
+    x: Array  # as the products take it
     weights: Array  # as a matrix, in the products' type
-    columns: Array | None  # None: made again
+    columns: Array | None  # None: made again, or not needed
     result: Array  # of the convolution, before the bias; or the block's output where neither LRN nor pool follows
     bias: Array | None
     winner: Array | None
@@ -62,11 +63,11 @@ def conv_block_forward(
 ) -> tuple[Array, KeptByConv | None]:
     """Convolution, bias, ReLU [, LRN] [, max pool]: x (N, H, W, Cin) -> y, and what backward needs."""
     shape = shape_of(x, w, stride, pad, groups)
-    x, weights = pictures(x), packed(w, shape)
-    c, columns = product(x, weights, shape, keep_columns=training)
+    x, weights = operands(x, w, shape)
     if lrn is None and pool is None:
-        add_bias(c, b, rectify=True)
-        return c, KeptByConv(x, weights, columns, c, None, None, shape) if training else None
+        y, columns = rectified(x, weights, b, shape, keep_columns=training)
+        return y, KeptByConv(x, weights, columns, y, None, None, shape) if training else None
+    c, columns = product(x, weights, shape, keep_columns=training)
     bias = floats(b)
     y, winner = _relu_lrn_pool(c, bias, lrn, pool, training)
     return y, KeptByConv(x, weights, columns, c, bias, winner, shape) if training else None
@@ -87,7 +88,7 @@ def conv_block_backward(
     """dy -> dx (or None), dw, db. The weights are those of the forward pass, already in the products' type."""
     dc, db = _backward(pictures(dy), kept.winner, kept.result, kept.bias, lrn, pool)
     dw = weight_gradient(dc, kept.x, kept.columns, kept.shape)
-    return (input_gradient(dc, kept.weights, kept.shape) if need_dx else None), dw, db
+    return (input_gradient(dc, w, kept.weights, kept.shape) if need_dx else None), dw, db
 
 
 def linear_block_forward(x: Array, w: Array, b: Array, *, training: bool) -> tuple[Array, Any]:

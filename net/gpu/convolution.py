@@ -7,6 +7,8 @@ multiplies by the weights, which are a matrix (KH*KW*Cin/groups, Cout) as they l
 
 Groups are a batch of products whose operands lie a fixed distance apart, so no array is split or copied for them.
 ``LARGEST_COLUMNS`` bounds the memory of one layer's columns: larger batches go through in pieces.
+
+In bfloat16 most layers take kernels that need no columns in memory instead (``implicit.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from net.gpu import cublas
+from net.gpu import cublas, implicit
 from net.gpu.arrays import blocks, dense, empty, floats, pictures
 from net.gpu.device import current
 from net.gpu.kernels import THREADS, launch
@@ -84,7 +86,7 @@ def shape_of(x: Array, w: Array, stride: int, pad: int, groups: int) -> Shape:
 def conv2d_forward(x: Array, w: Array, b: Array, *, stride: int, pad: int, groups: int) -> Array:
     """x (N, H, W, Cin), w (KH, KW, Cin/groups, Cout), b (Cout,) -> y (N, OH, OW, Cout)."""
     shape = shape_of(x, w, stride, pad, groups)
-    y, _ = product(pictures(x), packed(w, shape), shape, keep_columns=False)
+    y, _ = product(*operands(x, w, shape), shape, keep_columns=False)
     add_bias(y, b, rectify=False)
     return y
 
@@ -95,9 +97,18 @@ def conv2d_backward(
     """dy (N, OH, OW, Cout) -> dx (N, H, W, Cin) or None, dw like w, db (Cout,)."""
     shape = shape_of(x, w, stride, pad, groups)
     dy = pictures(dy)
-    dw = weight_gradient(dy, pictures(x), None, shape)
-    dx = input_gradient(dy, packed(w, shape), shape) if need_dx else None
+    x, matrix = operands(x, w, shape)
+    dw = weight_gradient(dy, x, None, shape)
+    dx = input_gradient(dy, w, matrix, shape) if need_dx else None
     return dx, dw, column_sum(dy)
+
+
+def operands(x: Array, w: Array, shape: Shape) -> tuple[Array, Array]:
+    """The picture and the matrix of weights as the products take them."""
+    x = pictures(x)
+    if implicit.suits(shape) and shape.stride > 1:
+        return implicit.fold(x, shape), implicit.fold_weights(floats(w), shape)
+    return x, packed(w, shape)
 
 
 def packed(w: Array, shape: Shape) -> Array:
@@ -112,7 +123,14 @@ def packed(w: Array, shape: Shape) -> Array:
 
 
 def product(x: Array, w: Array, shape: Shape, *, keep_columns: bool) -> tuple[Array, Array | None]:
-    """The convolution without bias, and the columns where they are to be kept and fit in one piece."""
+    """The convolution without bias, and the columns where there are any, are to be kept, and fit in one piece."""
+    if implicit.suits(shape):
+        return implicit.forward(x, w, shape), None
+    return columns_product(x, w, shape, keep_columns=keep_columns)
+
+
+def columns_product(x: Array, w: Array, shape: Shape, *, keep_columns: bool) -> tuple[Array, Array | None]:
+    """The same by way of the columns, whatever the shape; ``w`` as :func:`packed` gives it."""
     y = empty((shape.images, shape.out_height, shape.out_width, shape.maps), x.dtype)
     piece = images_at_once(shape)
     each = shape.maps // shape.groups
@@ -129,8 +147,24 @@ def product(x: Array, w: Array, shape: Shape, *, keep_columns: bool) -> tuple[Ar
     return y, made if keep_columns and piece == shape.images else None
 
 
+def rectified(x: Array, w: Array, b: Array, shape: Shape, *, keep_columns: bool) -> tuple[Array, Array | None]:
+    """relu(convolution + b), and the columns as :func:`product` returns them."""
+    if implicit.suits(shape):
+        return implicit.forward(x, w, shape, floats(b), rectify=True), None
+    y, columns = product(x, w, shape, keep_columns=keep_columns)
+    add_bias(y, b, rectify=True)
+    return y, columns
+
+
 def weight_gradient(dy: Array, x: Array, kept: Array | None, shape: Shape) -> Array:
-    """dw = columns(x)' dy, float32 like w; ``kept`` are the columns where the forward pass kept them."""
+    """dw, float32 like w; x as :func:`operands` gives it, ``kept`` the columns if they were kept."""
+    if implicit.suits(shape):
+        return implicit.weight_gradient(dy, x, shape)
+    return columns_weight_gradient(dy, x, kept, shape)
+
+
+def columns_weight_gradient(dy: Array, x: Array, kept: Array | None, shape: Shape) -> Array:
+    """dw = columns(x)' dy; x as it is, ``kept`` the columns if they were kept."""
     dw = empty((shape.padded, shape.maps), "float32")
     piece = images_at_once(shape)
     each = shape.maps // shape.groups
@@ -147,8 +181,15 @@ def weight_gradient(dy: Array, x: Array, kept: Array | None, shape: Shape) -> Ar
     return dw[: shape.depth].reshape(shape.kernel_h, shape.kernel_w, shape.channels // shape.groups, shape.maps)
 
 
-def input_gradient(dy: Array, w: Array, shape: Shape) -> Array:
-    """dx = gather(dy w'), of dy's type; ``w`` as :func:`packed` gives it."""
+def input_gradient(dy: Array, w: Array, matrix: Array, shape: Shape) -> Array:
+    """dx, of dy's type; ``matrix`` are the weights as :func:`operands` gives them."""
+    if implicit.suits(shape) and shape.stride == 1:
+        return implicit.input_gradient(dy, matrix, shape)
+    return columns_input_gradient(dy, packed(w, shape) if implicit.suits(shape) else matrix, shape)
+
+
+def columns_input_gradient(dy: Array, matrix: Array, shape: Shape) -> Array:
+    """dx = gather(dy w'); ``matrix`` as :func:`packed` gives it."""
     dx = empty((shape.images, shape.height, shape.width, shape.channels), dy.dtype)
     piece = images_at_once(shape)
     each = shape.maps // shape.groups
@@ -162,7 +203,7 @@ def input_gradient(dy: Array, w: Array, shape: Shape) -> Array:
         cublas.multiply(
             _grouped(dcolumns, rows, shape.padded, shape.row),
             _grouped(dy[first : first + count], rows, each, shape.maps),
-            _grouped(w, shape.padded, each, shape.maps).transposed,
+            _grouped(matrix, shape.padded, each, shape.maps).transposed,
             batch=shape.groups,
         )
         launch(

@@ -25,6 +25,9 @@ class Device:
     stream: Any
     name: str
     memory: int  # bytes on the device
+    processors: int  # multiprocessors (SMs)
+    shared_processor: int  # bytes of shared memory of each
+    shared_block: int  # of which a block may have so many
     precision: str  # "fp32", "tf32" or "bf16": of the matrix products
     storage: str  # dtype of pictures between layers: "float32", or "uint16" that holds the bits of bfloat16
 
@@ -101,6 +104,9 @@ def start(precision: str = "fp32") -> None:
         stream=stream,
         name=name.decode() if isinstance(name, bytes) else name,
         memory=int(properties["totalGlobalMem"]),
+        processors=int(properties["multiProcessorCount"]),
+        shared_processor=int(properties["sharedMemPerMultiprocessor"]),
+        shared_block=int(properties["sharedMemPerBlockOptin"]),
         precision=precision,
         storage="uint16" if precision == "bf16" else "float32",
     )

@@ -516,6 +516,14 @@ class Device:
         pass
 
 
+PROPERTIES = {
+    "name": b"a pretended GPU",
+    "multiProcessorCount": 4,
+    "sharedMemPerMultiprocessor": 228 * 1024,
+    "sharedMemPerBlockOptin": 227 * 1024,
+}
+
+
 @contextlib.contextmanager
 def installed() -> Iterator[ModuleType]:
     """The backend with the stand-in in CuPy's and cuBLAS's place; afterwards everything is as before."""
@@ -565,7 +573,7 @@ def _modules() -> dict[str, ModuleType]:
             CUDARuntimeError=CUDARuntimeError,
             driverGetVersion=lambda: 13000,
             runtimeGetVersion=lambda: 12090,
-            getDeviceProperties=lambda _: {"name": b"a pretended GPU", "totalGlobalMem": machine.memory},
+            getDeviceProperties=lambda _: {**PROPERTIES, "totalGlobalMem": machine.memory},
             memGetInfo=lambda: (machine.memory - machine.allocated - machine.others, machine.memory),
         ),
         Device=Device,

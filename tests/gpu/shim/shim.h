@@ -92,6 +92,8 @@ inline void run_block(unsigned threads, const std::vector<unsigned>& order, F&& 
 }
 template <class T>
 inline T shuffle(unsigned, T x, unsigned) { fail_direct(); return x; }
+inline const void* const* exchange(const void*) { fail_direct(); std::abort(); }
+inline void warp_barrier() { fail_direct(); }
 
 #elif defined(SHIM_THREADS)
 
@@ -124,6 +126,7 @@ struct Barrier {
 static Barrier block_barrier;
 static std::vector<std::unique_ptr<Barrier>> warp_barriers;
 static std::vector<uint32_t> slots;
+static std::vector<const void*> offers;
 #define __syncthreads() shim::block_barrier.wait()
 
 template <class F>
@@ -132,6 +135,7 @@ inline void run_block(unsigned threads, const std::vector<unsigned>& order, F&& 
     block_barrier.arrived = 0;
     warp_barriers.clear();
     slots.assign(threads, 0);
+    offers.assign(threads, nullptr);
     for (unsigned w = 0; w < (threads + 31) / 32; w++) {
         warp_barriers.emplace_back(new Barrier);
         warp_barriers.back()->expected = std::min(32u, threads - 32 * w);
@@ -161,6 +165,13 @@ inline T shuffle(unsigned, T x, unsigned from) {
     warp_barriers[t / 32]->wait();
     return result;
 }
+inline const void* const* exchange(const void* mine) {
+    unsigned t = threadIdx.x;
+    offers[t] = mine;
+    warp_barriers[t / 32]->wait();
+    return &offers[t / 32 * 32];
+}
+inline void warp_barrier() { warp_barriers[threadIdx.x / 32]->wait(); }
 
 #else  // fibers
 
@@ -193,10 +204,13 @@ struct Fiber {
     State state = READY;
     int line = 0;       // of the barrier it waits at
     unsigned mask = 0;  // of the shuffle it waits at
+    bool shuffles = false;
     uint32_t slot = 0, seen[32];
+    const void* offer = nullptr;
 };
 
 static std::vector<Fiber> fibers;
+static std::vector<const void*> offers;
 static unsigned running = 0;
 static void (*entry)(void*) = nullptr;
 static void* entry_argument = nullptr;
@@ -262,12 +276,27 @@ inline T shuffle(unsigned mask, T x, unsigned from) {
     Fiber& f = fibers[me];
     std::memcpy(&f.slot, &x, 4);
     f.mask = mask;
+    f.shuffles = true;
     f.state = AT_SHUFFLE;
     leave();
     T result;
     std::memcpy(&result, &fibers[me].seen[from], 4);
     return result;
 }
+
+// What the tensor cores' instructions are made of: every lane of the warp shows the others an address. What lies there
+// must stay until all have passed a warp_barrier.
+inline const void* const* exchange(const void* mine) {
+    unsigned me = running;
+    Fiber& f = fibers[me];
+    f.offer = mine;
+    f.mask = ~0u;
+    f.shuffles = false;
+    f.state = AT_SHUFFLE;
+    leave();
+    return &offers[me / 32 * 32];
+}
+inline void warp_barrier() { exchange(nullptr); }
 
 // One warp: if every lane of the mask waits at the shuffle, hand round the values and let them go on.
 inline bool release_warp(unsigned first, unsigned threads) {
@@ -278,16 +307,19 @@ inline bool release_warp(unsigned first, unsigned threads) {
             waiting |= 1u << (t - first);
         }
     if (!waiting || (mask & ~waiting)) return false;
-    for (unsigned t = first; t < last; t++)
-        for (unsigned u = first; u < last; u++) fibers[t].seen[u - first] = fibers[u].slot;
-    for (unsigned t = first; t < last; t++)
-        if (fibers[t].state == AT_SHUFFLE) fibers[t].state = READY;
+    for (unsigned t = first; t < last; t++) {
+        if (fibers[t].state != AT_SHUFFLE) continue;
+        offers[t] = fibers[t].offer;
+        if (fibers[t].shuffles)
+            for (unsigned u = first; u < last; u++) fibers[t].seen[u - first] = fibers[u].slot;
+        fibers[t].state = READY;
+    }
     return true;
 }
 
 template <class F>
 inline void run_block(unsigned threads, std::vector<unsigned> order, F&& body, Random& random, bool shuffle) {
-    if (fibers.size() < threads) fibers.resize(threads);
+    if (fibers.size() < threads) fibers.resize(threads), offers.resize(threads);
     entry = [](void* f) { (*static_cast<typename std::remove_reference<F>::type*>(f))(); };
     entry_argument = &body;
     for (unsigned t = 0; t < threads; t++) prepare(fibers[t]);

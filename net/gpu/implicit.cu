@@ -1,0 +1,463 @@
+// Convolution as a matrix product whose columns are never stored ("implicit GEMM"), for bfloat16 and stride 1:
+//
+//     y[(n, r, c), g, m] = relu(b[g, m] + sum over kh, kw, i of x[n, r + kh - pad, c + kw - pad, g, i] w[kh, kw, i, g, m])
+//     dw[kh, kw, i, g, m] = sum over n, r, c of x[n, r + kh - pad, c + kw - pad, g, i] dy[n, r, c, g, m]
+//
+// columns.cu writes the matrix of all windows to memory, where it is nine to twenty-five times as large as the picture;
+// here a block copies the part of it that it needs next straight from the picture into shared memory. Outside the picture
+// the copy fills in zeros. The copies run ahead: while the tensor cores work on one slice of the sum, the next ones are on
+// their way ("stages" buffers in a ring, cp.async).
+//
+// A block of four warps computes 128 rows x COLS columns of the product, 64 terms of the sum at a time; a warp computes a
+// part of that with the tensor cores' own instruction (16 x 8 results, 16 terms). Products are of bfloat16, sums float32.
+//
+// The three instructions have a body in C++ beside them, by which the tests run this file on the CPU.
+
+#ifdef BF16
+
+// Values of the sum in one slice, and the distance of two rows in shared memory: 16 bytes more, so that eight rows of a
+// column lie in different banks.
+#define DEPTH 64
+#define GAP 8
+#define BLOCK 128
+#define ROWS 128
+#define OUTSIDE (-(1 << 14))
+
+// --- instructions --------------------------------------------------------------------------------------------------
+
+// Copies 16 bytes to shared memory in the background, or fills with zeros.
+__device__ __forceinline__ void copy_async(real* to, const real* from, bool inside) {
+#ifdef SHIM
+    for (int v = 0; v < 8; v++) to[v].bits = inside ? from[v].bits : 0;
+#elif __CUDA_ARCH__ >= 800
+    uint32 address = (uint32)__cvta_generic_to_shared(to), bytes = inside ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// Everything this thread has asked for since the last call is one group.
+__device__ __forceinline__ void end_group() {
+#if !defined(SHIM) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most LEFT of this thread's groups are on their way.
+template <int LEFT>
+__device__ __forceinline__ void wait_groups() {
+#if !defined(SHIM) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#endif
+}
+
+// Four matrices of 8 x 8 values; lane l names row l % 8 of matrix l / 8. Lane l then holds of each matrix the values
+// (l / 4, 2 (l % 4)) and the one beside it, or, transposed, (2 (l % 4), l / 4) and the one below it.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_matrices(uint32 (&x)[4], const real* row) {
+#ifdef SHIM
+    const void* const* rows = shim::exchange(row);
+    int lane = threadIdx.x % 32, down = lane / 4, right = lane % 4 * 2;
+    for (int q = 0; q < 4; q++) {
+        auto value = [&](int r, int c) { return (uint32)static_cast<const real*>(rows[8 * q + r])[c].bits; };
+        x[q] = TRANSPOSED ? value(right, down) | value(right + 1, down) << 16
+                          : value(down, right) | value(down, right + 1) << 16;
+    }
+    shim::warp_barrier();
+#elif __CUDA_ARCH__ >= 800
+    uint32 address = (uint32)__cvta_generic_to_shared(row);
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+#endif
+}
+
+// c += a b for a 16 x 16, b 16 x 8, c 16 x 8, spread over the warp. Lane l holds of c (l / 4, 2 (l % 4)), the value
+// beside it, and the two eight rows further down.
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+#ifdef SHIM
+    struct Fragments {
+        uint32 a[4], b[2];
+    } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    const void* const* all = shim::exchange(&mine);
+    auto of = [&](int lane) { return static_cast<const Fragments*>(all[lane]); };
+    auto half = [](uint32 pair, int k) { return __uint_as_float(k % 2 ? pair & 0xffff0000u : pair << 16); };
+    int lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2;
+    for (int k = 0; k < 16; k++)
+        for (int i = 0; i < 4; i++) {
+            float left = half(of(row * 4 + k % 8 / 2)->a[i / 2 + k / 8 * 2], k);
+            float right = half(of((col + i % 2) * 4 + k % 8 / 2)->b[k / 8], k);
+            c[i] += left * right;
+        }
+    shim::warp_barrier();
+#elif __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// --- what both kernels do ------------------------------------------------------------------------------------------
+
+// Where a place of the window lies relative to its corner: in memory, and in rows and columns.
+struct Place {
+    int offset;
+    short row, col;
+};
+
+// The place of 8 neighbouring values of the sum, number `vector`, in group g; OUTSIDE beyond the window's end.
+__device__ __forceinline__ Place window_place(
+    int vector, int depth, int each, int g, int kernel_w, int width, int channels) {
+    Place place = {0, OUTSIDE, 0};
+    if (vector * 8 < depth) {
+        int k = vector * 8, i = k % each, kw = k / each % kernel_w, kh = k / each / kernel_w;
+        place = {(kh * width + kw) * channels + g * each + i, (short)kh, (short)kw};
+    }
+    return place;
+}
+
+// The upper left corner of the window of output pixel p, likewise relative to the picture's start.
+__device__ __forceinline__ Place window_corner(
+    int p, int pixels, int out_height, int out_width, int pad, int height, int width, int channels) {
+    Place place = {0, OUTSIDE, 0};
+    if (p < pixels) {
+        int c = p % out_width - pad, r = p / out_width % out_height - pad, image = p / out_width / out_height;
+        place = {((image * height + r) * width + c) * channels, (short)r, (short)c};
+    }
+    return place;
+}
+
+__device__ __forceinline__ void copy_pixel(
+    real* to, const real* x, const Place& corner, const Place& place, int height, int width) {
+    int row = corner.row + place.row, col = corner.col + place.col;
+    bool inside = row >= 0 && row < height && col >= 0 && col < width;
+    copy_async(to, x + (inside ? corner.offset + place.offset : 0), inside);
+}
+
+// `rows` rows of COLS values from a matrix whose rows are `stride` apart; beyond `have` rows or `cols` columns: zeros.
+template <int COLS>
+__device__ __forceinline__ void copy_rows(real* to, const real* from, int have, int cols, int stride) {
+    constexpr int ACROSS = COLS / 8, DOWN = BLOCK / ACROSS;
+    int vector = threadIdx.x % ACROSS, first = threadIdx.x / ACROSS;
+    if (first >= DOWN) return;
+    bool column = vector * 8 < cols;
+#pragma unroll
+    for (int row = first; row < DEPTH; row += DOWN) {
+        bool inside = column && row < have;
+        copy_async(to + row * (COLS + GAP) + vector * 8, from + (inside ? (long long)row * stride + vector * 8 : 0), inside);
+    }
+}
+
+// One slice: the warp's part of a (M rows from `left`, as they are or transposed) times b (N columns from `right`).
+template <int M, int N, int LEFT, int RIGHT, bool TRANSPOSED>
+__device__ __forceinline__ void multiply_slice(float (&sum)[M / 16][N / 8][4], const real* left, const real* right) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16) {
+        uint32 a[M / 16][4], b[N / 16][4];
+#pragma unroll
+        for (int i = 0; i < M / 16; i++) {
+            if (TRANSPOSED)
+                load_matrices<true>(a[i], left + (k + lane % 8 + lane / 16 * 8) * LEFT + i * 16 + lane / 8 % 2 * 8);
+            else
+                load_matrices<false>(a[i], left + (i * 16 + lane % 16) * LEFT + k + lane / 16 * 8);
+        }
+#pragma unroll
+        for (int j = 0; j < N / 16; j++)
+            load_matrices<true>(b[j], right + (k + lane % 16) * RIGHT + j * 16 + lane / 16 * 8);
+#pragma unroll
+        for (int i = 0; i < M / 16; i++)
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) multiply_add(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
+}
+
+// Wait until the slice to be worked on is there: all but the newest `stages` - 2 groups.
+__device__ __forceinline__ void wait_for_slice(int stages) {
+    if (stages == 2)
+        wait_groups<0>();
+    else if (stages == 3)
+        wait_groups<1>();
+    else
+        wait_groups<2>();
+    __syncthreads();
+}
+
+// --- y -------------------------------------------------------------------------------------------------------------
+
+// x (images, height, width, channels), w (KH, KW, channels/groups, maps), y (images, out_height, out_width, maps).
+// Grid: tiles of pixels x groups x tiles of maps, the last fastest, so that neighbours read the same pixels. b may be
+// null; with `rectify` a ReLU follows. Shared memory: places of the window, then `stages` slices of both operands.
+template <int COLS, int ACROSS>
+__device__ __forceinline__ void convolve(
+    const real* x, const real* w, const float* b, real* y, int pixels, int height, int width, int channels, int depth,
+    int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int rectify, int stages) {
+    constexpr int M = ROWS * ACROSS / 4, N = COLS / ACROSS;  // of a warp
+    constexpr int LEFT = DEPTH + GAP, RIGHT = COLS + GAP, STAGE = ROWS * LEFT + DEPTH * RIGHT;
+    extern __shared__ __align__(16) uint8 shared[];
+    int each = channels / groups, maps_each = maps / groups, tiles = (maps_each + COLS - 1) / COLS;
+    int first_map = blockIdx.x % tiles * COLS, g = blockIdx.x / tiles % groups;
+    int first_pixel = blockIdx.x / tiles / groups * ROWS;
+    int slices = (depth + DEPTH - 1) / DEPTH;
+    Place* places = reinterpret_cast<Place*>(shared);
+    real* buffers = reinterpret_cast<real*>(shared + (slices * DEPTH / 8 * (int)sizeof(Place) + 15) / 16 * 16);
+    const real* weights = w + g * maps_each + first_map;
+
+    for (int v = threadIdx.x; v < slices * DEPTH / 8; v += BLOCK)
+        places[v] = window_place(v, depth, each, g, kernel_w, width, channels);
+    // This thread copies vector `vector` of every 16th row.
+    constexpr int DOWN = BLOCK * 8 / DEPTH;
+    int vector = threadIdx.x % (DEPTH / 8), row = threadIdx.x / (DEPTH / 8);
+    Place corners[ROWS / DOWN];
+#pragma unroll
+    for (int j = 0; j < ROWS / DOWN; j++)
+        corners[j] = window_corner(first_pixel + row + j * DOWN, pixels, out_height, out_width, pad, height, width, channels);
+    __syncthreads();
+
+    auto copy_slice = [&](int slice) {
+        real* to = buffers + slice % stages * STAGE;
+        Place place = places[slice * (DEPTH / 8) + vector];
+#pragma unroll
+        for (int j = 0; j < ROWS / DOWN; j++)
+            copy_pixel(to + (row + j * DOWN) * LEFT + vector * 8, x, corners[j], place, height, width);
+        copy_rows<COLS>(to + ROWS * LEFT, weights + (long long)slice * DEPTH * maps, depth - slice * DEPTH,
+                        maps_each - first_map, maps);
+    };
+    int warp = threadIdx.x / 32, top = warp / ACROSS * M, side = warp % ACROSS * N, lane = threadIdx.x % 32;
+    float sum[M / 16][N / 8][4] = {};
+    for (int slice = 0; slice < stages - 1; slice++) {
+        if (slice < slices) copy_slice(slice);
+        end_group();
+    }
+    for (int slice = 0; slice < slices; slice++) {
+        wait_for_slice(stages);
+        // Into the buffer that everyone has finished with before the barrier.
+        if (slice + stages - 1 < slices) copy_slice(slice + stages - 1);
+        end_group();
+        const real* now = buffers + slice % stages * STAGE;
+        multiply_slice<M, N, LEFT, RIGHT, false>(sum, now + top * LEFT, now + ROWS * LEFT + side);
+    }
+    wait_groups<0>();
+    __syncthreads();
+
+    // Through shared memory, so that the results leave in 16-byte pieces.
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        int col = side + j * 8 + lane % 4 * 2;
+        float shift[2] = {0.0f, 0.0f};
+        if (b && first_map + col < maps_each) load<2>(b + g * maps_each + first_map + col, shift);
+#pragma unroll
+        for (int i = 0; i < M / 16; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float value[2] = {sum[i][j][half * 2] + shift[0], sum[i][j][half * 2 + 1] + shift[1]};
+                if (rectify) value[0] = relu(value[0]), value[1] = relu(value[1]);
+                store<2>(buffers + (top + i * 16 + half * 8 + lane / 4) * RIGHT + col, value);
+            }
+    }
+    __syncthreads();
+    for (int place = threadIdx.x; place < ROWS * (COLS / 8); place += BLOCK) {
+        int down = place / (COLS / 8), right = place % (COLS / 8) * 8;
+        if (first_pixel + down < pixels && first_map + right < maps_each)
+            *reinterpret_cast<Pack<real, 8>*>(y + (long long)(first_pixel + down) * maps + g * maps_each + first_map + right) =
+                *reinterpret_cast<const Pack<real, 8>*>(buffers + down * RIGHT + right);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2) convolve_128(
+    const real* x, const real* w, const float* b, real* y, int pixels, int height, int width, int channels, int depth,
+    int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int rectify, int stages) {
+    convolve<128, 2>(x, w, b, y, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width, groups, maps,
+                     rectify, stages);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2) convolve_96(
+    const real* x, const real* w, const float* b, real* y, int pixels, int height, int width, int channels, int depth,
+    int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int rectify, int stages) {
+    convolve<96, 2>(x, w, b, y, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width, groups, maps,
+                    rectify, stages);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 3) convolve_48(
+    const real* x, const real* w, const float* b, real* y, int pixels, int height, int width, int channels, int depth,
+    int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int rectify, int stages) {
+    convolve<48, 1>(x, w, b, y, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width, groups, maps,
+                    rectify, stages);
+}
+
+// --- dw ------------------------------------------------------------------------------------------------------------
+
+// The sum runs over the pixels, which are many, while dw is small: gridDim.y blocks each sum a stretch of `stretch`
+// pixels (a multiple of 64) of the same 128 x COLS values into `partial` (gridDim.y, depth, maps), and add_parts adds
+// those in a fixed order. Grid x: tiles of the window x groups x tiles of maps. Shared memory: the corners of two slices'
+// pixels, then the slices.
+template <int COLS, int ACROSS>
+__device__ __forceinline__ void weight_gradient(
+    const real* x, const real* dy, float* partial, int pixels, int height, int width, int channels, int depth,
+    int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int stretch, int stages) {
+    constexpr int M = ROWS * ACROSS / 4, N = COLS / ACROSS;
+    constexpr int LEFT = ROWS + GAP, RIGHT = COLS + GAP, STAGE = DEPTH * (LEFT + RIGHT);
+    extern __shared__ __align__(16) uint8 shared[];
+    int each = channels / groups, maps_each = maps / groups, tiles = (maps_each + COLS - 1) / COLS;
+    int first_map = blockIdx.x % tiles * COLS, g = blockIdx.x / tiles % groups;
+    int first_place = blockIdx.x / tiles / groups * ROWS;
+    int first_pixel = blockIdx.y * stretch, end = min(pixels, first_pixel + stretch);
+    int slices = (end - first_pixel + DEPTH - 1) / DEPTH;
+    Place* corners = reinterpret_cast<Place*>(shared);
+    real* buffers = reinterpret_cast<real*>(shared + 2 * DEPTH * sizeof(Place));
+
+    constexpr int DOWN = BLOCK * 8 / ROWS;
+    int vector = threadIdx.x % (ROWS / 8), row = threadIdx.x / (ROWS / 8);
+    Place place = window_place(first_place / 8 + vector, depth, each, g, kernel_w, width, channels);
+    // Corners are found by a thread each and read by all one slice later.
+    auto find_corners = [&](int slice) {
+        if (threadIdx.x < DEPTH)
+            corners[slice % 2 * DEPTH + threadIdx.x] = window_corner(
+                first_pixel + slice * DEPTH + threadIdx.x, end, out_height, out_width, pad, height, width, channels);
+    };
+    auto copy_slice = [&](int slice) {
+        real* to = buffers + slice % stages * STAGE;
+#pragma unroll
+        for (int j = 0; j < DEPTH / DOWN; j++)
+            copy_pixel(to + (row + j * DOWN) * LEFT + vector * 8, x, corners[slice % 2 * DEPTH + row + j * DOWN], place,
+                       height, width);
+        long long pixel = first_pixel + slice * DEPTH;
+        copy_rows<COLS>(to + DEPTH * LEFT, dy + pixel * maps + g * maps_each + first_map, end - (int)pixel,
+                        maps_each - first_map, maps);
+    };
+    int warp = threadIdx.x / 32, top = warp / ACROSS * M, side = warp % ACROSS * N, lane = threadIdx.x % 32;
+    float sum[M / 16][N / 8][4] = {};
+    find_corners(0);
+    for (int slice = 0; slice < stages - 1; slice++) {
+        __syncthreads();
+        if (slice < slices) copy_slice(slice);
+        end_group();
+        find_corners(slice + 1);
+    }
+    for (int slice = 0; slice < slices; slice++) {
+        wait_for_slice(stages);
+        if (slice + stages - 1 < slices) copy_slice(slice + stages - 1);
+        end_group();
+        find_corners(slice + stages);
+        const real* now = buffers + slice % stages * STAGE;
+        multiply_slice<M, N, LEFT, RIGHT, true>(sum, now + top, now + DEPTH * LEFT + side);
+    }
+    wait_groups<0>();
+#pragma unroll
+    for (int i = 0; i < M / 16; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int k = first_place + top + i * 16 + half * 8 + lane / 4;
+            float* to = partial + ((long long)blockIdx.y * depth + k) * maps + g * maps_each + first_map;
+#pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+                int col = side + j * 8 + lane % 4 * 2;
+                float value[2] = {sum[i][j][half * 2], sum[i][j][half * 2 + 1]};
+                if (k < depth && first_map + col < maps_each) store<2>(to + col, value);
+            }
+        }
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2) weight_gradient_128(
+    const real* x, const real* dy, float* partial, int pixels, int height, int width, int channels, int depth,
+    int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int stretch, int stages) {
+    weight_gradient<128, 2>(x, dy, partial, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width,
+                            groups, maps, stretch, stages);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2) weight_gradient_96(
+    const real* x, const real* dy, float* partial, int pixels, int height, int width, int channels, int depth,
+    int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int stretch, int stages) {
+    weight_gradient<96, 2>(x, dy, partial, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width,
+                           groups, maps, stretch, stages);
+}
+
+// dw (kernel_h, kernel_w, each, maps) from partial (parts, depth, maps). Where the picture was folded (`fold` > 1) the
+// partial sums are those of the folded weights. Four maps a thread.
+extern "C" __global__ void __launch_bounds__(THREADS) add_parts(
+    const float* partial, float* dw, int parts, int depth, int size, int kernel_w, int each, int maps, int fold) {
+    int e = (blockIdx.x * THREADS + threadIdx.x) * 4;
+    if (e >= size) return;
+    int map = e % maps, k = e / maps;
+    if (fold > 1) {
+        int i = k % each, kw = k / each % kernel_w, kh = k / each / kernel_w, across = (kernel_w + fold - 1) / fold;
+        k = (((kh / fold * across + kw / fold) * fold + kh % fold) * fold + kw % fold) * each + i;
+    }
+    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f}, part[4];
+    for (int p = 0; p < parts; p++) {
+        load<4>(partial + ((long long)p * depth + k) * maps + map, part);
+#pragma unroll
+        for (int v = 0; v < 4; v++) total[v] += part[v];
+    }
+    store<4>(dw + e, total);
+}
+
+// --- preparations --------------------------------------------------------------------------------------------------
+
+// A convolution of stride s is one of stride 1 over a picture of which s x s pixels have become the channels of one:
+//
+//     folded[n, r, c, a, b, i] = x[n, r*s + a, c*s + b, i],    zero beyond the edge
+//
+// A block makes a row of the folded picture, 16 bytes a thread. s*s*channels is a multiple of 8.
+extern "C" __global__ void __launch_bounds__(THREADS) fold_picture(
+    const real* x, real* folded, int height, int width, int channels, int s, int down, int across) {
+    extern __shared__ __align__(16) uint8 shared[];
+    real* rows = reinterpret_cast<real*>(shared);
+    int image = blockIdx.x / down, first = blockIdx.x % down * s, line = width * channels;
+    const real* from = x + ((long long)image * height + first) * line;
+    for (int e = threadIdx.x; e < s * line; e += THREADS) {
+        if (first + e / line < height)
+            rows[e] = from[e];
+        else
+            put(rows[e], 0.0f);
+    }
+    __syncthreads();
+    int each = s * channels, pixel = s * each;  // values side by side in x; of a folded pixel
+    real* to = folded + (long long)blockIdx.x * across * pixel;
+    for (int vector = threadIdx.x; vector < across * pixel / 8; vector += THREADS) {
+        Pack<real, 8> pack;
+#pragma unroll
+        for (int v = 0; v < 8; v++) {
+            int e = vector * 8 + v, place = e / pixel * each + e % each;
+            if (place < line)
+                pack.at[v] = rows[e % pixel / each * line + place];
+            else
+                put(pack.at[v], 0.0f);
+        }
+        reinterpret_cast<Pack<real, 8>*>(to)[vector] = pack;
+    }
+}
+
+// The weights that go with it, w float32 (KH, KW, each, maps): folded (KH/s, KW/s rounded up, s, s, each, maps), zero
+// beyond the window's edge.
+extern "C" __global__ void __launch_bounds__(THREADS) fold_weights(
+    const float* w, real* folded, int size, int kernel_h, int kernel_w, int each, int maps, int s) {
+    int e = blockIdx.x * THREADS + threadIdx.x;
+    if (e >= size) return;
+    int map = e % maps, k = e / maps, i = k % each, b = k / each % s, a = k / each / s % s, tap = k / each / s / s;
+    int across = (kernel_w + s - 1) / s, kh = tap / across * s + a, kw = tap % across * s + b;
+    put(folded[e], kh < kernel_h && kw < kernel_w ? w[((kh * kernel_w + kw) * each + i) * maps + map] : 0.0f);
+}
+
+// The gradient of the picture is a convolution too, of dy with the kernel turned round and its two sides exchanged:
+//
+//     turned[KH-1-kh, KW-1-kw, m, g, i] = w[kh, kw, i, g, m]
+//
+// w (taps, each, groups * maps_each), turned (taps, maps_each, groups * each). Eight i a thread.
+extern "C" __global__ void __launch_bounds__(THREADS) turn_weights(
+    const real* w, real* turned, int taps, int each, int groups, int maps_each) {
+    int e = blockIdx.x * THREADS + threadIdx.x;
+    int m = e % maps_each, i = e / maps_each % (each / 8) * 8, g = e / maps_each / (each / 8) % groups;
+    int tap = e / maps_each / (each / 8) / groups;
+    if (tap >= taps) return;
+    Pack<real, 8> pack;
+#pragma unroll
+    for (int v = 0; v < 8; v++) pack.at[v] = w[((long long)tap * each + i + v) * groups * maps_each + g * maps_each + m];
+    *reinterpret_cast<Pack<real, 8>*>(
+        turned + ((long long)(taps - 1 - tap) * maps_each + m) * groups * each + g * each + i) = pack;
+}
+
+#endif
