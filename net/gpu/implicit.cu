@@ -137,59 +137,41 @@ __device__ __forceinline__ void copy_pixel(
     copy_async(to, x + (inside ? corner.offset + place.offset : 0), inside);
 }
 
-// A quarter of 64 rows of COLS values from a matrix whose rows are `stride` apart; beyond `have` rows or `cols` columns
-// zeros are filled in.
+// `rows` rows of COLS values from a matrix whose rows are `stride` apart; beyond `have` rows or `cols` columns: zeros.
 template <int COLS>
-__device__ __forceinline__ void copy_rows(real* to, const real* from, int have, int cols, int stride, int quarter) {
-    constexpr int ACROSS = COLS / 8, DOWN = BLOCK / ACROSS, ROUNDS = (DEPTH + DOWN - 1) / DOWN, EACH = (ROUNDS + 3) / 4;
+__device__ __forceinline__ void copy_rows(real* to, const real* from, int have, int cols, int stride) {
+    constexpr int ACROSS = COLS / 8, DOWN = BLOCK / ACROSS;
     int vector = threadIdx.x % ACROSS, first = threadIdx.x / ACROSS;
+    if (first >= DOWN) return;
     bool column = vector * 8 < cols;
 #pragma unroll
-    for (int round = 0; round < EACH; round++) {
-        int row = first + (quarter * EACH + round) * DOWN;
-        if (first >= DOWN || row >= DEPTH) break;
+    for (int row = first; row < DEPTH; row += DOWN) {
         bool inside = column && row < have;
         copy_async(to + row * (COLS + GAP) + vector * 8, from + (inside ? (long long)row * stride + vector * 8 : 0), inside);
     }
 }
 
-// The warp's operands of one instruction: 16 terms of M rows and of N columns.
-template <int M, int N>
-struct Operands {
-    uint32 a[M / 16][4], b[N / 16][4];
-};
-
 // One slice: the warp's part of a (M rows from `left`, as they are or transposed) times b (N columns from `right`).
-// The operands of the next 16 terms are fetched, and a quarter of the next slice is asked for, before the tensor cores
-// get the present ones, so that they need not wait for either.
-template <int M, int N, int LEFT, int RIGHT, bool TRANSPOSED, typename Copy>
-__device__ __forceinline__ void multiply_slice(
-    float (&sum)[M / 16][N / 8][4], const real* left, const real* right, const Copy& copy_quarter) {
+template <int M, int N, int LEFT, int RIGHT, bool TRANSPOSED>
+__device__ __forceinline__ void multiply_slice(float (&sum)[M / 16][N / 8][4], const real* left, const real* right) {
     int lane = threadIdx.x % 32;
-    Operands<M, N> operands[2];
-    auto fetch = [&](Operands<M, N>& to, int k) {
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16) {
+        uint32 a[M / 16][4], b[N / 16][4];
 #pragma unroll
         for (int i = 0; i < M / 16; i++) {
             if (TRANSPOSED)
-                load_matrices<true>(to.a[i], left + (k + lane % 8 + lane / 16 * 8) * LEFT + i * 16 + lane / 8 % 2 * 8);
+                load_matrices<true>(a[i], left + (k + lane % 8 + lane / 16 * 8) * LEFT + i * 16 + lane / 8 % 2 * 8);
             else
-                load_matrices<false>(to.a[i], left + (i * 16 + lane % 16) * LEFT + k + lane / 16 * 8);
+                load_matrices<false>(a[i], left + (i * 16 + lane % 16) * LEFT + k + lane / 16 * 8);
         }
 #pragma unroll
         for (int j = 0; j < N / 16; j++)
-            load_matrices<true>(to.b[j], right + (k + lane % 16) * RIGHT + j * 16 + lane / 16 * 8);
-    };
-    fetch(operands[0], 0);
-#pragma unroll
-    for (int quarter = 0; quarter < 4; quarter++) {
-        if (quarter < 3) fetch(operands[(quarter + 1) % 2], (quarter + 1) * 16);
-        copy_quarter(quarter);
-        const Operands<M, N>& now = operands[quarter % 2];
+            load_matrices<true>(b[j], right + (k + lane % 16) * RIGHT + j * 16 + lane / 16 * 8);
 #pragma unroll
         for (int i = 0; i < M / 16; i++)
 #pragma unroll
-            for (int j = 0; j < N / 8; j++)
-                multiply_add(sum[i][j], now.a[i], now.b[j / 2][j % 2 * 2], now.b[j / 2][j % 2 * 2 + 1]);
+            for (int j = 0; j < N / 8; j++) multiply_add(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
 }
 
@@ -235,32 +217,28 @@ __device__ __forceinline__ void convolve(
         corners[j] = window_corner(first_pixel + row + j * DOWN, pixels, out_height, out_width, pad, height, width, channels);
     __syncthreads();
 
-    auto copy_quarter = [&](int slice, int quarter) {
-        if (slice >= slices) return;
+    auto copy_slice = [&](int slice) {
         real* to = buffers + slice % stages * STAGE;
         Place place = places[slice * (DEPTH / 8) + vector];
-        constexpr int EACH = ROWS / DOWN / 4;
 #pragma unroll
-        for (int j = 0; j < EACH; j++)
-            copy_pixel(to + (row + (quarter * EACH + j) * DOWN) * LEFT + vector * 8, x, corners[quarter * EACH + j], place,
-                       height, width);
+        for (int j = 0; j < ROWS / DOWN; j++)
+            copy_pixel(to + (row + j * DOWN) * LEFT + vector * 8, x, corners[j], place, height, width);
         copy_rows<COLS>(to + ROWS * LEFT, weights + (long long)slice * DEPTH * maps, depth - slice * DEPTH,
-                        maps_each - first_map, maps, quarter);
+                        maps_each - first_map, maps);
     };
     int warp = threadIdx.x / 32, top = warp / ACROSS * M, side = warp % ACROSS * N, lane = threadIdx.x % 32;
     float sum[M / 16][N / 8][4] = {};
     for (int slice = 0; slice < stages - 1; slice++) {
-#pragma unroll
-        for (int quarter = 0; quarter < 4; quarter++) copy_quarter(slice, quarter);
+        if (slice < slices) copy_slice(slice);
         end_group();
     }
     for (int slice = 0; slice < slices; slice++) {
         wait_for_slice(stages);
-        // The copies go into the buffer that everyone has finished with before the barrier.
-        const real* now = buffers + slice % stages * STAGE;
-        multiply_slice<M, N, LEFT, RIGHT, false>(sum, now + top * LEFT, now + ROWS * LEFT + side,
-                                                 [&](int quarter) { copy_quarter(slice + stages - 1, quarter); });
+        // Into the buffer that everyone has finished with before the barrier.
+        if (slice + stages - 1 < slices) copy_slice(slice + stages - 1);
         end_group();
+        const real* now = buffers + slice % stages * STAGE;
+        multiply_slice<M, N, LEFT, RIGHT, false>(sum, now + top * LEFT, now + ROWS * LEFT + side);
     }
     wait_groups<0>();
     __syncthreads();
@@ -340,36 +318,32 @@ __device__ __forceinline__ void weight_gradient(
             corners[slice % 2 * DEPTH + threadIdx.x] = window_corner(
                 first_pixel + slice * DEPTH + threadIdx.x, end, out_height, out_width, pad, height, width, channels);
     };
-    auto copy_quarter = [&](int slice, int quarter) {
-        if (slice >= slices) return;
+    auto copy_slice = [&](int slice) {
         real* to = buffers + slice % stages * STAGE;
-        constexpr int EACH = DEPTH / DOWN / 4;
 #pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            int down = row + (quarter * EACH + j) * DOWN;
-            copy_pixel(to + down * LEFT + vector * 8, x, corners[slice % 2 * DEPTH + down], place, height, width);
-        }
+        for (int j = 0; j < DEPTH / DOWN; j++)
+            copy_pixel(to + (row + j * DOWN) * LEFT + vector * 8, x, corners[slice % 2 * DEPTH + row + j * DOWN], place,
+                       height, width);
         long long pixel = first_pixel + slice * DEPTH;
         copy_rows<COLS>(to + DEPTH * LEFT, dy + pixel * maps + g * maps_each + first_map, end - (int)pixel,
-                        maps_each - first_map, maps, quarter);
+                        maps_each - first_map, maps);
     };
     int warp = threadIdx.x / 32, top = warp / ACROSS * M, side = warp % ACROSS * N, lane = threadIdx.x % 32;
     float sum[M / 16][N / 8][4] = {};
     find_corners(0);
     for (int slice = 0; slice < stages - 1; slice++) {
         __syncthreads();
-#pragma unroll
-        for (int quarter = 0; quarter < 4; quarter++) copy_quarter(slice, quarter);
+        if (slice < slices) copy_slice(slice);
         end_group();
         find_corners(slice + 1);
     }
     for (int slice = 0; slice < slices; slice++) {
         wait_for_slice(stages);
+        if (slice + stages - 1 < slices) copy_slice(slice + stages - 1);
+        end_group();
         find_corners(slice + stages);
         const real* now = buffers + slice % stages * STAGE;
-        multiply_slice<M, N, LEFT, RIGHT, true>(sum, now + top, now + DEPTH * LEFT + side,
-                                                [&](int quarter) { copy_quarter(slice + stages - 1, quarter); });
-        end_group();
+        multiply_slice<M, N, LEFT, RIGHT, true>(sum, now + top, now + DEPTH * LEFT + side);
     }
     wait_groups<0>();
 #pragma unroll
