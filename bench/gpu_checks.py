@@ -124,10 +124,13 @@ def kernel_times(
     make_kernel, multiply = kernels._kernel, cublas.multiply
 
     def timed_kernel(file: str, name: str, real: str) -> Callable[..., None]:
+        kernel = make_kernel(file, name, real)
+
         def call(*arguments: Any, **options: Any) -> None:
-            make_kernel(file, name, real)(*arguments, **options)
+            kernel(*arguments, **options)
             mark(name)
 
+        call.max_dynamic_shared_size_bytes = kernel.max_dynamic_shared_size_bytes  # type: ignore[attr-defined]
         return call
 
     def timed_product(*arguments: Any, **options: Any) -> None:
