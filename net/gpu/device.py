@@ -24,6 +24,7 @@ class Device:
     cupy: Any
     stream: Any
     name: str
+    capability: int  # 80 for compute capability 8.0
     memory: int  # bytes on the device
     processors: int  # multiprocessors (SMs)
     shared_processor: int  # bytes of shared memory of each
@@ -103,6 +104,7 @@ def start(precision: str = "fp32") -> None:
         cupy=cupy,
         stream=stream,
         name=name.decode() if isinstance(name, bytes) else name,
+        capability=int(device.compute_capability),
         memory=int(properties["totalGlobalMem"]),
         processors=int(properties["multiProcessorCount"]),
         shared_processor=int(properties["sharedMemPerMultiprocessor"]),

@@ -8,22 +8,28 @@
 // the copy fills in zeros. The copies run ahead: while the tensor cores work on one slice of the sum, the next ones are on
 // their way ("stages" buffers in a ring, cp.async).
 //
-// A block of four warps computes 128 rows x COLS columns of the product, 64 terms of the sum at a time; a warp computes a
-// part of that with the tensor cores' own instruction (16 x 8 results, 16 terms). Products are of bfloat16, sums float32.
+// A block of four warps computes 128 rows x COLS columns of the product, 64 terms of the sum at a time. On Hopper
+// (-DHOPPER) the four warps together hand two products of 64 x COLS x 16 at a time to the tensor cores, which read both
+// operands from shared memory by themselves (wgmma); on other cards each warp fetches operands of its own part into
+// registers, 16 x 8 x 16 at a time (mma.sync). Products are of bfloat16, sums float32.
 //
-// The three instructions have a body in C++ beside them, by which the tests run this file on the CPU.
+// The instructions have a body in C++ beside them, by which the tests run this file on the CPU.
 
 #ifdef BF16
 
-// Values of the sum in one slice, and the distance of two rows in shared memory: 16 bytes more, so that eight rows of a
-// column lie in different banks.
-#define DEPTH 64
-#define GAP 8
 #define BLOCK 128
 #define ROWS 128
+#define DEPTH 64  // terms of the sum in one slice
 #define OUTSIDE (-(1 << 14))
 
-// --- instructions --------------------------------------------------------------------------------------------------
+// --- shared memory -------------------------------------------------------------------------------------------------
+
+// Operands lie in shared memory in panels of 64 values (128 bytes) a row; wider ones in several panels behind each other.
+// The eight 16-byte pieces of a row are exchanged among each other by the row's number, so that one piece of eight
+// neighbouring rows lies in eight different banks. Hopper's tensor cores know this order as "128-byte swizzle".
+#define PANEL (DEPTH * 64)  // values in a panel of 64 rows
+
+__device__ __forceinline__ int place_in_panel(int row, int piece) { return row * 64 + (piece ^ row % 8) * 8; }
 
 // Copies 16 bytes to shared memory in the background, or fills with zeros.
 __device__ __forceinline__ void copy_async(real* to, const real* from, bool inside) {
@@ -50,6 +56,106 @@ __device__ __forceinline__ void wait_groups() {
 #endif
 }
 
+// --- the tensor cores ----------------------------------------------------------------------------------------------
+
+#ifdef HOPPER
+
+// Where a thread's results lie in the block's 128 x COLS: pairs of neighbours, in two rows eight apart.
+template <int COLS>
+struct Tile {
+    static constexpr int DOWN = 2, RIGHT = COLS / 8;  // sum[DOWN][RIGHT][4]
+    static __device__ __forceinline__ int row(int i) { return i * 64 + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; }
+    static __device__ __forceinline__ int col(int j) { return j * 8 + threadIdx.x % 4 * 2; }
+};
+
+#ifndef SHIM
+// What tells the tensor cores where an operand lies: 128-byte swizzle, eight rows are 1024 bytes, panels `panel` bytes.
+__device__ __forceinline__ uint64 descriptor(const real* from) {
+    uint64 address = (uint64)((uint32)__cvta_generic_to_shared(from) & 0x3ffff) >> 4;
+    return address | (uint64)(PANEL * sizeof(real) >> 4) << 16 | (uint64)(1024 >> 4) << 32 | (uint64)1 << 62;
+}
+
+#define SUM(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define SUMS_6 SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5)
+#define SUMS_12 SUMS_6, SUM(6), SUM(7), SUM(8), SUM(9), SUM(10), SUM(11)
+#define SUMS_16 SUMS_12, SUM(12), SUM(13), SUM(14), SUM(15)
+#define NAMES_24 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
+#define NAMES_48                                                                                                      \
+    NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, " \
+             "%44, %45, %46, %47"
+#define NAMES_64 \
+    NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PRODUCT(COLS, NAMES, SUMS, A, B, TURNED)                                                               \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32.bf16.bf16 {" NAMES "}, %" #A ", %" #B      \
+                 ", 1, 1, 1, %" #TURNED ", 1;"                                                                 \
+                 : SUMS                                                                                        \
+                 : "l"(a), "l"(b), "n"(TRANSPOSED))
+#endif
+
+// c += a b: 64 rows, COLS columns, and the 16 terms from k on. Terms are the rows of `right` in shared memory, and of
+// `left` where TRANSPOSED; else they run along the rows of `left`.
+template <int COLS, bool TRANSPOSED>
+__device__ __forceinline__ void multiply_add(float (&c)[COLS / 8][4], const real* left, const real* right, int k) {
+#ifdef SHIM
+    for (int term = k; term < k + 16; term++)
+        for (int j = 0; j < COLS / 8; j++)
+            for (int v = 0; v < 4; v++) {
+                int m = Tile<COLS>::row(0) + v / 2 * 8, n = Tile<COLS>::col(j) + v % 2;
+                real a = TRANSPOSED ? left[place_in_panel(term, m / 8) + m % 8] : left[place_in_panel(m, term / 8) + term % 8];
+                real b = right[n / 64 * PANEL + place_in_panel(term, n % 64 / 8) + n % 8];
+                c[j][v] += to_float(a) * to_float(b);
+            }
+#else
+    uint64 a = descriptor(left + (TRANSPOSED ? k * 64 : k)), b = descriptor(right + k * 64);
+    if constexpr (COLS == 128) PRODUCT(128, NAMES_64, SUMS_16, 64, 65, 66);
+    if constexpr (COLS == 96) PRODUCT(96, NAMES_48, SUMS_12, 48, 49, 50);
+    if constexpr (COLS == 48) PRODUCT(48, NAMES_24, SUMS_6, 24, 25, 26);
+#endif
+}
+
+// Hands one slice to the tensor cores, which work on it while the threads go on.
+template <int COLS, bool TRANSPOSED>
+__device__ __forceinline__ void start_products(float (&sum)[2][COLS / 8][4], const real* left, const real* right) {
+#ifndef SHIM
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16)
+#pragma unroll
+        for (int i = 0; i < 2; i++) multiply_add<COLS, TRANSPOSED>(sum[i], left + i * PANEL, right, k);
+#ifndef SHIM
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Waits until the tensor cores have finished.
+__device__ __forceinline__ void finish_products() {
+#ifndef SHIM
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
+
+// What the threads have copied to shared memory is to be seen by the tensor cores, which go there by a way of their own.
+__device__ __forceinline__ void publish() {
+#ifndef SHIM
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+#else  // any card from compute capability 8.0 on
+
+// Two warps side by side compute 64 rows each, or, of a narrow tile, four below each other 32 rows each.
+template <int COLS>
+struct Tile {
+    static constexpr int ACROSS = COLS > 64 ? 2 : 1, M = ROWS / 4 * ACROSS, N = COLS / ACROSS;  // of a warp
+    static constexpr int DOWN = M / 16, RIGHT = N / 8;                                          // sum[DOWN][RIGHT][4]
+    static __device__ __forceinline__ int top() { return threadIdx.x / 32 / ACROSS * M; }
+    static __device__ __forceinline__ int side() { return threadIdx.x / 32 % ACROSS * N; }
+    static __device__ __forceinline__ int row(int i) { return top() + i * 16 + threadIdx.x % 32 / 4; }
+    static __device__ __forceinline__ int col(int j) { return side() + j * 8 + threadIdx.x % 4 * 2; }
+};
+
 // Four matrices of 8 x 8 values; lane l names row l % 8 of matrix l / 8. Lane l then holds of each matrix the values
 // (l / 4, 2 (l % 4)) and the one beside it, or, transposed, (2 (l % 4), l / 4) and the one below it.
 template <bool TRANSPOSED>
@@ -58,7 +164,7 @@ __device__ __forceinline__ void load_matrices(uint32 (&x)[4], const real* row) {
     const void* const* rows = shim::exchange(row);
     int lane = threadIdx.x % 32, down = lane / 4, right = lane % 4 * 2;
     for (int q = 0; q < 4; q++) {
-        auto value = [&](int r, int c) { return (uint32)static_cast<const real*>(rows[8 * q + r])[c].bits; };
+        auto value = [&](int r, int c) { return (uint32) static_cast<const real*>(rows[8 * q + r])[c].bits; };
         x[q] = TRANSPOSED ? value(right, down) | value(right + 1, down) << 16
                           : value(down, right) | value(down, right + 1) << 16;
     }
@@ -100,6 +206,43 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32 (&a)[4]
 #endif
 }
 
+// One slice: the warp's part of the product. Terms are the rows of `right`, and of `left` where TRANSPOSED.
+template <int COLS, bool TRANSPOSED>
+__device__ __forceinline__ void start_products(
+    float (&sum)[Tile<COLS>::DOWN][Tile<COLS>::RIGHT][4], const real* left, const real* right) {
+    constexpr int DOWN = Tile<COLS>::DOWN, RIGHT = Tile<COLS>::RIGHT;
+    int lane = threadIdx.x % 32, top = Tile<COLS>::top(), side = Tile<COLS>::side();
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16) {
+        uint32 a[DOWN][4], b[RIGHT / 2][4];
+#pragma unroll
+        for (int i = 0; i < DOWN; i++) {
+            int m = top + i * 16;
+            if (TRANSPOSED) {
+                int piece = m / 8 + lane / 8 % 2;
+                load_matrices<true>(
+                    a[i], left + piece / 8 * PANEL + place_in_panel(k + lane / 16 * 8 + lane % 8, piece % 8));
+            } else {
+                load_matrices<false>(a[i], left + place_in_panel(m + lane % 16, k / 8 + lane / 16));
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < RIGHT / 2; j++) {
+            int piece = side / 8 + j * 2 + lane / 16;
+            load_matrices<true>(b[j], right + piece / 8 * PANEL + place_in_panel(k + lane % 16, piece % 8));
+        }
+#pragma unroll
+        for (int i = 0; i < DOWN; i++)
+#pragma unroll
+            for (int j = 0; j < RIGHT; j++) multiply_add(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
+}
+
+__device__ __forceinline__ void finish_products() {}
+__device__ __forceinline__ void publish() {}
+
+#endif
+
 // --- what both kernels do ------------------------------------------------------------------------------------------
 
 // Where a place of the window lies relative to its corner: in memory, and in rows and columns.
@@ -119,7 +262,7 @@ __device__ __forceinline__ Place window_place(
     return place;
 }
 
-// The upper left corner of the window of output pixel p, likewise relative to the picture's start.
+// The upper left corner of the window of output pixel p, likewise relative to the pictures' start.
 __device__ __forceinline__ Place window_corner(
     int p, int pixels, int out_height, int out_width, int pad, int height, int width, int channels) {
     Place place = {0, OUTSIDE, 0};
@@ -137,45 +280,23 @@ __device__ __forceinline__ void copy_pixel(
     copy_async(to, x + (inside ? corner.offset + place.offset : 0), inside);
 }
 
-// `rows` rows of COLS values from a matrix whose rows are `stride` apart; beyond `have` rows or `cols` columns: zeros.
+// 64 rows of COLS values, from a matrix whose rows are `stride` apart; beyond `have` rows or `cols` columns: zeros.
 template <int COLS>
 __device__ __forceinline__ void copy_rows(real* to, const real* from, int have, int cols, int stride) {
     constexpr int ACROSS = COLS / 8, DOWN = BLOCK / ACROSS;
-    int vector = threadIdx.x % ACROSS, first = threadIdx.x / ACROSS;
+    int piece = threadIdx.x % ACROSS, first = threadIdx.x / ACROSS;
     if (first >= DOWN) return;
-    bool column = vector * 8 < cols;
+    bool column = piece * 8 < cols;
 #pragma unroll
     for (int row = first; row < DEPTH; row += DOWN) {
         bool inside = column && row < have;
-        copy_async(to + row * (COLS + GAP) + vector * 8, from + (inside ? (long long)row * stride + vector * 8 : 0), inside);
+        copy_async(to + piece / 8 * PANEL + place_in_panel(row, piece % 8),
+                   from + (inside ? (long long)row * stride + piece * 8 : 0), inside);
     }
 }
 
-// One slice: the warp's part of a (M rows from `left`, as they are or transposed) times b (N columns from `right`).
-template <int M, int N, int LEFT, int RIGHT, bool TRANSPOSED>
-__device__ __forceinline__ void multiply_slice(float (&sum)[M / 16][N / 8][4], const real* left, const real* right) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < DEPTH; k += 16) {
-        uint32 a[M / 16][4], b[N / 16][4];
-#pragma unroll
-        for (int i = 0; i < M / 16; i++) {
-            if (TRANSPOSED)
-                load_matrices<true>(a[i], left + (k + lane % 8 + lane / 16 * 8) * LEFT + i * 16 + lane / 8 % 2 * 8);
-            else
-                load_matrices<false>(a[i], left + (i * 16 + lane % 16) * LEFT + k + lane / 16 * 8);
-        }
-#pragma unroll
-        for (int j = 0; j < N / 16; j++)
-            load_matrices<true>(b[j], right + (k + lane % 16) * RIGHT + j * 16 + lane / 16 * 8);
-#pragma unroll
-        for (int i = 0; i < M / 16; i++)
-#pragma unroll
-            for (int j = 0; j < N / 8; j++) multiply_add(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-    }
-}
-
-// Wait until the slice to be worked on is there: all but the newest `stages` - 2 groups.
+// Waits until the slice to be worked on is there (all but the newest `stages` - 2 groups), and everyone has finished with
+// the one before, whose buffer is the next to be filled.
 __device__ __forceinline__ void wait_for_slice(int stages) {
     if (stages == 2)
         wait_groups<0>();
@@ -183,6 +304,7 @@ __device__ __forceinline__ void wait_for_slice(int stages) {
         wait_groups<1>();
     else
         wait_groups<2>();
+    publish();
     __syncthreads();
 }
 
@@ -190,27 +312,26 @@ __device__ __forceinline__ void wait_for_slice(int stages) {
 
 // x (images, height, width, channels), w (KH, KW, channels/groups, maps), y (images, out_height, out_width, maps).
 // Grid: tiles of pixels x groups x tiles of maps, the last fastest, so that neighbours read the same pixels. b may be
-// null; with `rectify` a ReLU follows. Shared memory: places of the window, then `stages` slices of both operands.
-template <int COLS, int ACROSS>
+// null; with `rectify` a ReLU follows. Shared memory: `stages` slices of both operands, then the places of the window.
+template <int COLS>
 __device__ __forceinline__ void convolve(
     const real* x, const real* w, const float* b, real* y, int pixels, int height, int width, int channels, int depth,
     int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int rectify, int stages) {
-    constexpr int M = ROWS * ACROSS / 4, N = COLS / ACROSS;  // of a warp
-    constexpr int LEFT = DEPTH + GAP, RIGHT = COLS + GAP, STAGE = ROWS * LEFT + DEPTH * RIGHT;
-    extern __shared__ __align__(16) uint8 shared[];
+    constexpr int STAGE = ROWS * DEPTH + (COLS + 63) / 64 * PANEL;
+    extern __shared__ __align__(1024) uint8 shared[];
+    real* buffers = reinterpret_cast<real*>(shared);
+    Place* places = reinterpret_cast<Place*>(buffers + stages * STAGE);
     int each = channels / groups, maps_each = maps / groups, tiles = (maps_each + COLS - 1) / COLS;
     int first_map = blockIdx.x % tiles * COLS, g = blockIdx.x / tiles % groups;
     int first_pixel = blockIdx.x / tiles / groups * ROWS;
     int slices = (depth + DEPTH - 1) / DEPTH;
-    Place* places = reinterpret_cast<Place*>(shared);
-    real* buffers = reinterpret_cast<real*>(shared + (slices * DEPTH / 8 * (int)sizeof(Place) + 15) / 16 * 16);
     const real* weights = w + g * maps_each + first_map;
 
     for (int v = threadIdx.x; v < slices * DEPTH / 8; v += BLOCK)
         places[v] = window_place(v, depth, each, g, kernel_w, width, channels);
-    // This thread copies vector `vector` of every 16th row.
+    // This thread copies one piece of every 16th row.
     constexpr int DOWN = BLOCK * 8 / DEPTH;
-    int vector = threadIdx.x % (DEPTH / 8), row = threadIdx.x / (DEPTH / 8);
+    int piece = threadIdx.x % (DEPTH / 8), row = threadIdx.x / (DEPTH / 8);
     Place corners[ROWS / DOWN];
 #pragma unroll
     for (int j = 0; j < ROWS / DOWN; j++)
@@ -219,43 +340,48 @@ __device__ __forceinline__ void convolve(
 
     auto copy_slice = [&](int slice) {
         real* to = buffers + slice % stages * STAGE;
-        Place place = places[slice * (DEPTH / 8) + vector];
+        Place place = places[slice * (DEPTH / 8) + piece];
 #pragma unroll
         for (int j = 0; j < ROWS / DOWN; j++)
-            copy_pixel(to + (row + j * DOWN) * LEFT + vector * 8, x, corners[j], place, height, width);
-        copy_rows<COLS>(to + ROWS * LEFT, weights + (long long)slice * DEPTH * maps, depth - slice * DEPTH,
+            copy_pixel(to + place_in_panel(row + j * DOWN, piece), x, corners[j], place, height, width);
+        copy_rows<COLS>(to + ROWS * DEPTH, weights + (long long)slice * DEPTH * maps, depth - slice * DEPTH,
                         maps_each - first_map, maps);
     };
-    int warp = threadIdx.x / 32, top = warp / ACROSS * M, side = warp % ACROSS * N, lane = threadIdx.x % 32;
-    float sum[M / 16][N / 8][4] = {};
+    float sum[Tile<COLS>::DOWN][Tile<COLS>::RIGHT][4] = {};
     for (int slice = 0; slice < stages - 1; slice++) {
         if (slice < slices) copy_slice(slice);
         end_group();
     }
     for (int slice = 0; slice < slices; slice++) {
         wait_for_slice(stages);
-        // Into the buffer that everyone has finished with before the barrier.
+        const real* now = buffers + slice % stages * STAGE;
+#ifdef HOPPER
+        start_products<COLS, false>(sum, now, now + ROWS * DEPTH);
+#endif
         if (slice + stages - 1 < slices) copy_slice(slice + stages - 1);
         end_group();
-        const real* now = buffers + slice % stages * STAGE;
-        multiply_slice<M, N, LEFT, RIGHT, false>(sum, now + top * LEFT, now + ROWS * LEFT + side);
+#ifndef HOPPER
+        start_products<COLS, false>(sum, now, now + ROWS * DEPTH);
+#endif
+        finish_products();
     }
     wait_groups<0>();
     __syncthreads();
 
     // Through shared memory, so that the results leave in 16-byte pieces.
+    constexpr int LINE = COLS + 8;
 #pragma unroll
-    for (int j = 0; j < N / 8; j++) {
-        int col = side + j * 8 + lane % 4 * 2;
+    for (int j = 0; j < Tile<COLS>::RIGHT; j++) {
+        int col = Tile<COLS>::col(j);
         float shift[2] = {0.0f, 0.0f};
         if (b && first_map + col < maps_each) load<2>(b + g * maps_each + first_map + col, shift);
 #pragma unroll
-        for (int i = 0; i < M / 16; i++)
+        for (int i = 0; i < Tile<COLS>::DOWN; i++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float value[2] = {sum[i][j][half * 2] + shift[0], sum[i][j][half * 2 + 1] + shift[1]};
                 if (rectify) value[0] = relu(value[0]), value[1] = relu(value[1]);
-                store<2>(buffers + (top + i * 16 + half * 8 + lane / 4) * RIGHT + col, value);
+                store<2>(buffers + (Tile<COLS>::row(i) + half * 8) * LINE + col, value);
             }
     }
     __syncthreads();
@@ -263,55 +389,54 @@ __device__ __forceinline__ void convolve(
         int down = place / (COLS / 8), right = place % (COLS / 8) * 8;
         if (first_pixel + down < pixels && first_map + right < maps_each)
             *reinterpret_cast<Pack<real, 8>*>(y + (long long)(first_pixel + down) * maps + g * maps_each + first_map + right) =
-                *reinterpret_cast<const Pack<real, 8>*>(buffers + down * RIGHT + right);
+                *reinterpret_cast<const Pack<real, 8>*>(buffers + down * LINE + right);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) convolve_128(
     const real* x, const real* w, const float* b, real* y, int pixels, int height, int width, int channels, int depth,
     int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int rectify, int stages) {
-    convolve<128, 2>(x, w, b, y, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width, groups, maps,
-                     rectify, stages);
+    convolve<128>(x, w, b, y, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width, groups, maps,
+                 rectify, stages);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) convolve_96(
     const real* x, const real* w, const float* b, real* y, int pixels, int height, int width, int channels, int depth,
     int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int rectify, int stages) {
-    convolve<96, 2>(x, w, b, y, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width, groups, maps,
-                    rectify, stages);
+    convolve<96>(x, w, b, y, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width, groups, maps,
+                 rectify, stages);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 3) convolve_48(
     const real* x, const real* w, const float* b, real* y, int pixels, int height, int width, int channels, int depth,
     int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int rectify, int stages) {
-    convolve<48, 1>(x, w, b, y, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width, groups, maps,
-                    rectify, stages);
+    convolve<48>(x, w, b, y, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width, groups, maps,
+                 rectify, stages);
 }
 
 // --- dw ------------------------------------------------------------------------------------------------------------
 
 // The sum runs over the pixels, which are many, while dw is small: gridDim.y blocks each sum a stretch of `stretch`
 // pixels (a multiple of 64) of the same 128 x COLS values into `partial` (gridDim.y, depth, maps), and add_parts adds
-// those in a fixed order. Grid x: tiles of the window x groups x tiles of maps. Shared memory: the corners of two slices'
-// pixels, then the slices.
-template <int COLS, int ACROSS>
+// those in a fixed order. Grid x: tiles of the window x groups x tiles of maps. Shared memory: the slices, then the
+// corners of two slices' pixels.
+template <int COLS>
 __device__ __forceinline__ void weight_gradient(
     const real* x, const real* dy, float* partial, int pixels, int height, int width, int channels, int depth,
     int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int stretch, int stages) {
-    constexpr int M = ROWS * ACROSS / 4, N = COLS / ACROSS;
-    constexpr int LEFT = ROWS + GAP, RIGHT = COLS + GAP, STAGE = DEPTH * (LEFT + RIGHT);
-    extern __shared__ __align__(16) uint8 shared[];
+    constexpr int STAGE = ROWS * DEPTH + (COLS + 63) / 64 * PANEL;
+    extern __shared__ __align__(1024) uint8 shared[];
+    real* buffers = reinterpret_cast<real*>(shared);
+    Place* corners = reinterpret_cast<Place*>(buffers + stages * STAGE);
     int each = channels / groups, maps_each = maps / groups, tiles = (maps_each + COLS - 1) / COLS;
     int first_map = blockIdx.x % tiles * COLS, g = blockIdx.x / tiles % groups;
     int first_place = blockIdx.x / tiles / groups * ROWS;
     int first_pixel = blockIdx.y * stretch, end = min(pixels, first_pixel + stretch);
     int slices = (end - first_pixel + DEPTH - 1) / DEPTH;
-    Place* corners = reinterpret_cast<Place*>(shared);
-    real* buffers = reinterpret_cast<real*>(shared + 2 * DEPTH * sizeof(Place));
 
     constexpr int DOWN = BLOCK * 8 / ROWS;
-    int vector = threadIdx.x % (ROWS / 8), row = threadIdx.x / (ROWS / 8);
-    Place place = window_place(first_place / 8 + vector, depth, each, g, kernel_w, width, channels);
+    int piece = threadIdx.x % (ROWS / 8), row = threadIdx.x / (ROWS / 8);
+    Place place = window_place(first_place / 8 + piece, depth, each, g, kernel_w, width, channels);
     // Corners are found by a thread each and read by all one slice later.
     auto find_corners = [&](int slice) {
         if (threadIdx.x < DEPTH)
@@ -322,14 +447,13 @@ __device__ __forceinline__ void weight_gradient(
         real* to = buffers + slice % stages * STAGE;
 #pragma unroll
         for (int j = 0; j < DEPTH / DOWN; j++)
-            copy_pixel(to + (row + j * DOWN) * LEFT + vector * 8, x, corners[slice % 2 * DEPTH + row + j * DOWN], place,
-                       height, width);
+            copy_pixel(to + piece / 8 * PANEL + place_in_panel(row + j * DOWN, piece % 8), x,
+                       corners[slice % 2 * DEPTH + row + j * DOWN], place, height, width);
         long long pixel = first_pixel + slice * DEPTH;
-        copy_rows<COLS>(to + DEPTH * LEFT, dy + pixel * maps + g * maps_each + first_map, end - (int)pixel,
+        copy_rows<COLS>(to + ROWS * DEPTH, dy + pixel * maps + g * maps_each + first_map, end - (int)pixel,
                         maps_each - first_map, maps);
     };
-    int warp = threadIdx.x / 32, top = warp / ACROSS * M, side = warp % ACROSS * N, lane = threadIdx.x % 32;
-    float sum[M / 16][N / 8][4] = {};
+    float sum[Tile<COLS>::DOWN][Tile<COLS>::RIGHT][4] = {};
     find_corners(0);
     for (int slice = 0; slice < stages - 1; slice++) {
         __syncthreads();
@@ -339,22 +463,28 @@ __device__ __forceinline__ void weight_gradient(
     }
     for (int slice = 0; slice < slices; slice++) {
         wait_for_slice(stages);
+        const real* now = buffers + slice % stages * STAGE;
+#ifdef HOPPER
+        start_products<COLS, true>(sum, now, now + ROWS * DEPTH);
+#endif
         if (slice + stages - 1 < slices) copy_slice(slice + stages - 1);
         end_group();
         find_corners(slice + stages);
-        const real* now = buffers + slice % stages * STAGE;
-        multiply_slice<M, N, LEFT, RIGHT, true>(sum, now + top, now + DEPTH * LEFT + side);
+#ifndef HOPPER
+        start_products<COLS, true>(sum, now, now + ROWS * DEPTH);
+#endif
+        finish_products();
     }
     wait_groups<0>();
 #pragma unroll
-    for (int i = 0; i < M / 16; i++)
+    for (int i = 0; i < Tile<COLS>::DOWN; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int k = first_place + top + i * 16 + half * 8 + lane / 4;
+            int k = first_place + Tile<COLS>::row(i) + half * 8;
             float* to = partial + ((long long)blockIdx.y * depth + k) * maps + g * maps_each + first_map;
 #pragma unroll
-            for (int j = 0; j < N / 8; j++) {
-                int col = side + j * 8 + lane % 4 * 2;
+            for (int j = 0; j < Tile<COLS>::RIGHT; j++) {
+                int col = Tile<COLS>::col(j);
                 float value[2] = {sum[i][j][half * 2], sum[i][j][half * 2 + 1]};
                 if (k < depth && first_map + col < maps_each) store<2>(to + col, value);
             }
@@ -364,15 +494,15 @@ __device__ __forceinline__ void weight_gradient(
 extern "C" __global__ void __launch_bounds__(128, 2) weight_gradient_128(
     const real* x, const real* dy, float* partial, int pixels, int height, int width, int channels, int depth,
     int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int stretch, int stages) {
-    weight_gradient<128, 2>(x, dy, partial, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width,
-                            groups, maps, stretch, stages);
+    weight_gradient<128>(x, dy, partial, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width,
+                         groups, maps, stretch, stages);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) weight_gradient_96(
     const real* x, const real* dy, float* partial, int pixels, int height, int width, int channels, int depth,
     int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int stretch, int stages) {
-    weight_gradient<96, 2>(x, dy, partial, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width,
-                           groups, maps, stretch, stages);
+    weight_gradient<96>(x, dy, partial, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width,
+                         groups, maps, stretch, stages);
 }
 
 // dw (kernel_h, kernel_w, each, maps) from partial (parts, depth, maps). Where the picture was folded (`fold` > 1) the
@@ -404,8 +534,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_parts(
 // A block makes a row of the folded picture, 16 bytes a thread. s*s*channels is a multiple of 8.
 extern "C" __global__ void __launch_bounds__(THREADS) fold_picture(
     const real* x, real* folded, int height, int width, int channels, int s, int down, int across) {
-    extern __shared__ __align__(16) uint8 shared[];
-    real* rows = reinterpret_cast<real*>(shared);
+    extern __shared__ __align__(16) uint8 lines[];
+    real* rows = reinterpret_cast<real*>(lines);
     int image = blockIdx.x / down, first = blockIdx.x % down * s, line = width * channels;
     const real* from = x + ((long long)image * height + first) * line;
     for (int e = threadIdx.x; e < s * line; e += THREADS) {

@@ -25,7 +25,7 @@ Array = Any
 BLOCK: Final = 128  # threads, as in implicit.cu
 ROWS: Final = 128  # of the product, a block
 DEPTH: Final = 64  # terms of the sum, a slice
-GAP: Final = 8
+PANEL: Final = 64  # columns of the product that lie side by side in shared memory
 TILES: Final = (128, 96, 48)  # columns of the product a block computes, for which there are kernels
 LARGEST: Final = 2**31 - 1  # elements of a picture array; the kernels count in 32 bits
 
@@ -174,11 +174,10 @@ def product_plan(shape: Shape, pixels: int) -> Plan:
     places = ceil(shape.depth / DEPTH) * (DEPTH // 8) * 8
 
     def plan(tile: int) -> Plan:
-        stage = 2 * (ROWS * (DEPTH + GAP) + DEPTH * (tile + GAP))
-        result = 2 * ROWS * (tile + GAP)
+        stage = _stage(tile)
         stages = _stages(stage, places)
         count = rows * shape.groups * ceil(shape.maps // shape.groups / tile)
-        return Plan(tile, count, stages, places + max(stages * stage, result))
+        return Plan(tile, count, stages, stages * stage + places)
 
     return min((plan(tile) for tile in TILES), key=_cost)
 
@@ -189,7 +188,7 @@ def gradient_parts(shape: Shape) -> Plan:
     corners = 2 * DEPTH * 8
 
     def plan(tile: int) -> Plan:
-        stage = 2 * DEPTH * (ROWS + GAP + tile + GAP)
+        stage = _stage(tile)
         stages = _stages(stage, corners)
         blocks = ceil(folded.depth / ROWS) * shape.groups * ceil(shape.maps // shape.groups / tile)
         shared = corners + stages * stage
@@ -198,6 +197,11 @@ def gradient_parts(shape: Shape) -> Plan:
         return Plan(tile, blocks, stages, shared, ceil(pixels / stretch), stretch)
 
     return min((plan(tile) for tile in TILES if tile != 48), key=_cost)
+
+
+def _stage(tile: int) -> int:
+    """Bytes of one slice of both operands."""
+    return 2 * DEPTH * (ROWS + ceil(tile / PANEL) * PANEL)
 
 
 def _cost(plan: Plan) -> float:
