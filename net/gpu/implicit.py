@@ -192,7 +192,7 @@ def gradient_parts(shape: Shape) -> Plan:
         stages = _stages(stage, corners)
         blocks = ceil(folded.depth / ROWS) * shape.groups * ceil(shape.maps // shape.groups / tile)
         shared = corners + stages * stage
-        parts = max(1, min(_places(shared, tile) // blocks, pixels // (4 * DEPTH)))
+        parts = max(1, min(current().processors * _together(shared, tile) // blocks, pixels // (4 * DEPTH)))
         stretch = ceil(ceil(pixels / parts) / DEPTH) * DEPTH
         return Plan(tile, blocks, stages, shared, ceil(pixels / stretch), stretch)
 
@@ -205,15 +205,15 @@ def _stage(tile: int) -> int:
 
 
 def _cost(plan: Plan) -> float:
-    """Rounds in which the device's places for blocks are filled, times a block's work."""
-    work = plan.tile + 16  # the pixels' side of a block is copied whatever the number of maps
-    return ceil(plan.blocks * plan.count / _places(plan.shared, plan.tile)) * work * (plan.stretch or 1)
+    """What a multiprocessor copies to its shared memory, which is what the kernels are bound by (docs/gpu.md)."""
+    together = _together(plan.shared, plan.tile)
+    rounds = ceil(plan.blocks * plan.count / (current().processors * together))
+    return rounds * together * (ROWS + plan.tile) * (plan.stretch or 1)
 
 
-def _places(shared: int, tile: int) -> int:
-    """Blocks the device holds at once, by their shared memory and by the registers they have been given."""
-    device = current()
-    return device.processors * max(1, min(3 if tile == 48 else 2, device.shared_processor // (shared + 1024)))
+def _together(shared: int, tile: int) -> int:
+    """Blocks a multiprocessor holds at once, by their shared memory and by the registers they have been given."""
+    return max(1, min(3 if tile == 48 else 2, current().shared_processor // (shared + 1024)))
 
 
 def _stages(stage: int, beside: int) -> int:
