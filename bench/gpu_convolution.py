@@ -204,7 +204,7 @@ def _tune(run: Run, name: str, timed: Callable[[Run], float]) -> None:
         if name == "dw" and tile == 48:
             continue
         for stages in (2, 3, 4):
-            implicit.TILES, implicit._stages = (tile,), lambda stage, beside, stages=stages: stages
+            implicit.TILES, implicit._stages = (tile,), lambda tile, beside, room, stages=stages: stages
             found.append(f"{tile}x{stages} {timed(run):.1f}")
     implicit.TILES, implicit._stages = keep
     print("   ", "  ".join(found), flush=True)

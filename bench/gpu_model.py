@@ -7,6 +7,7 @@ A kernel takes the longest of three times, plus the gap to the next kernel in a 
 
     bytes it must move       /  (memory bandwidth * REACHED_BANDWIDTH)
     multiply-adds * 2        /  (peak of the matrix product's arithmetic * REACHED_PEAK * share of full waves)
+    what it copies to shared memory  /  (bandwidth of the second-level cache * share of full waves)
     its other instructions   /  (lanes * clock * REACHED_INSTRUCTIONS)
 
 Each array is read or written once a kernel and nothing stays in the cache from kernel to kernel, which is pessimistic
@@ -24,6 +25,7 @@ from typing import Final
 
 import net.gpu as gpu
 from net.alexnet import alexnet
+from net.gpu import implicit
 from net.gpu.blocks import tile
 from net.gpu.convolution import Shape
 from net.layers import Conv, ConvBlock, Dropout, Flatten, Layer, Linear, LinearBlock, fuse
@@ -59,6 +61,12 @@ class Card:
     sms: int
     clock: float  # hertz
     memory: int  # bytes
+    cache: float  # bytes a second from the second-level cache to the SMs; measured by others, not in data sheets
+    shared_processor: int  # bytes of shared memory an SM has
+
+    @property
+    def processors(self) -> int:
+        return self.sms
 
     @property
     def instructions(self) -> float:
@@ -66,11 +74,11 @@ class Card:
         return self.sms * 128 * self.clock
 
 
-H100: Final = Card("H100 SXM", 3.35e12, {"bf16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}, 132, 1.755e9, 80 * 2**30)
-RTX4090: Final = Card(
-    "RTX 4090", 1.008e12, {"bf16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12}, 128, 2.52e9, 24 * 2**30
-)
-H200: Final = Card("H200", 4.8e12, H100.peak, 132, 1.755e9, 141 * 10**9)
+HOPPER: Final = {"bf16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}
+ADA: Final = {"bf16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12}
+H100: Final = Card("H100 SXM", 3.35e12, HOPPER, 132, 1.755e9, 80 * 2**30, 5.5e12, 228 * 1024)
+H200: Final = Card("H200", 4.8e12, HOPPER, 132, 1.755e9, 141 * 10**9, 5.5e12, 228 * 1024)
+RTX4090: Final = Card("RTX 4090", 1.008e12, ADA, 128, 2.52e9, 24 * 2**30, 5e12, 100 * 1024)
 CARDS: Final = (H100, H200, RTX4090)
 PRECISIONS: Final = ("bf16", "tf32", "fp32")
 BATCHES: Final = (128, 1024)
@@ -86,6 +94,7 @@ class Kernel:
     products: float = 0.0  # multiply-adds * 2
     waves: float = 1.0  # share of the SMs busy over the product's waves
     instructions: float = 0.0
+    copied: float = 0.0  # bytes to shared memory
 
     def times(self, card: Card, precision: str) -> dict[str, float]:
         """Seconds by what each resource takes."""
@@ -93,6 +102,7 @@ class Kernel:
         return {
             "memory": self.bytes / (card.bandwidth * REACHED_BANDWIDTH),
             "products": self.products / peak,
+            "cache": self.copied / (card.cache * self.waves),
             "instructions": self.instructions / (card.instructions * REACHED_INSTRUCTIONS),
         }
 
@@ -148,13 +158,20 @@ def _forward(layer: Layer, shape: tuple[int, ...], s: Setting, *, training: bool
     n, item = s.batch, s.picture
     if isinstance(layer, ConvBlock):
         c, name = _shape(layer.conv, shape, n), layer.conv.name
-        yield from _packed(name, c.depth * c.maps, c.padded * c.maps, s, always=c.padded != c.depth)
-        piece = _piece(c, s)
-        for first in range(0, n, piece):
-            yield _columns(name, replace(c, images=min(piece, n - first)), s)
-            yield _product(name, replace(c, images=min(piece, n - first)), s)
         result = n * c.pixels * c.maps
+        without_columns = _without_columns(c, s)
+        if without_columns:
+            yield from _implicit_operands(name, c, s)
+            yield _implicit(name, implicit.fold_shape(c), c.pixels, s)
+        else:
+            yield from _packed(name, c.depth * c.maps, c.padded * c.maps, s, always=c.padded != c.depth)
+            piece = _piece(c, s)
+            for first in range(0, n, piece):
+                yield _columns(name, replace(c, images=min(piece, n - first)), s)
+                yield _product(name, replace(c, images=min(piece, n - first)), s)
         if layer.lrn is None and layer.pool is None:
+            if without_columns:
+                return
             yield Kernel(name, f"bias_{_each(c.maps)}", 2 * result * item)
             return
         out = n * prod(layer.output_shape(shape))
@@ -199,6 +216,12 @@ def _backward(layer: Layer, shape: tuple[int, ...], s: Setting, need_dx: bool) -
             instructions=result * INSTRUCTIONS[kind],
         )
         yield Kernel(name, "column_sum_last", 1024 * c.maps * 4)
+        if _without_columns(c, s):
+            yield from _implicit_weight_gradient(name, c, s)
+            if need_dx:
+                yield Kernel(name, "turn_weights", 2 * c.depth * c.maps * item)
+                yield _implicit(name, implicit.backwards(c), c.height * c.width, s)
+            return
         piece = _piece(c, s)
         for first in range(0, n, piece):
             part = replace(c, images=min(piece, n - first))
@@ -235,6 +258,48 @@ def _backward(layer: Layer, shape: tuple[int, ...], s: Setting, need_dx: bool) -
         yield Kernel(linear.name, "column_sum_last", 512 * k * 4)
     elif isinstance(layer, Dropout):
         yield Kernel(f"dropout{layer.number}", "dropout", 2 * n * prod(shape) * 4)
+
+
+def _without_columns(c: Shape, s: Setting) -> bool:
+    return s.precision == "bf16" and implicit.takes(c)
+
+
+def _implicit_operands(name: str, c: Shape, s: Setting) -> Iterator[Kernel]:
+    if c.stride == 1:
+        yield from _packed(name, c.depth * c.maps, c.depth * c.maps, s)
+        return
+    folded = implicit.fold_shape(c)
+    pictures = c.images * (c.height * c.width * c.channels + folded.height * folded.width * folded.channels)
+    yield Kernel(name, "fold_picture", pictures * s.picture)
+    yield Kernel(name, "fold_weights", c.depth * c.maps * 4 + folded.depth * c.maps * s.picture)
+
+
+def _implicit(name: str, c: Shape, pixels: int, s: Setting) -> Kernel:
+    """y or dx, ``pixels`` of an image."""
+    plan = implicit.product_plan(c, pixels, s.card)
+    moved = c.images * (c.height * c.width * c.channels + pixels * c.maps) + c.depth * c.maps
+    work = 2.0 * c.images * pixels * c.depth * c.maps
+    return _implicit_kernel(name, f"convolve_{plan.tile}", plan, moved * s.picture, work, c.depth, s)
+
+
+def _implicit_weight_gradient(name: str, c: Shape, s: Setting) -> Iterator[Kernel]:
+    folded, plan = implicit.fold_shape(c), implicit.gradient_plan(c, s.card)
+    pictures = c.images * (folded.height * folded.width * folded.channels + c.pixels * c.maps)
+    parts = plan.count * folded.depth * c.maps * 4
+    work = 2.0 * c.images * c.pixels * folded.depth * c.maps
+    kernel, moved = f"weight_gradient_{plan.tile}", pictures * s.picture + parts
+    yield _implicit_kernel(name, kernel, plan, moved, work, plan.stretch, s)
+    yield Kernel(name, "add_parts", parts + c.depth * c.maps * 4)
+
+
+def _implicit_kernel(
+    name: str, kernel: str, plan: implicit.Plan, moved: float, work: float, terms: int, s: Setting
+) -> Kernel:
+    blocks = plan.blocks * plan.count
+    copied = blocks * terms * (implicit.ROWS + plan.tile) * s.picture
+    places = s.card.sms * implicit.together(plan, s.card)
+    waves = blocks / (ceil(blocks / places) * places)
+    return Kernel(name, kernel, moved, products=work, waves=waves, copied=copied)
 
 
 def _packed(name: str, read: int, written: int, s: Setting, *, always: bool = False) -> Iterator[Kernel]:

@@ -28,7 +28,6 @@ class Device:
     memory: int  # bytes on the device
     processors: int  # multiprocessors (SMs)
     shared_processor: int  # bytes of shared memory of each
-    shared_block: int  # of which a block may have so many
     precision: str  # "fp32", "tf32" or "bf16": of the matrix products
     storage: str  # dtype of pictures between layers: "float32", or "uint16" that holds the bits of bfloat16
 
@@ -96,7 +95,8 @@ def start(precision: str = "fp32") -> None:
             f"this GPU (compute capability {int(device.compute_capability) / 10}) has no {precision} arithmetic, "
             "which needs 8.0: use --precision fp32"
         )
-    stream = _device.stream if _device is not None else cupy.cuda.Stream(non_blocking=True)
+    # With priority over the stream beside it (beside.py), whose kernels would else go first when queued first.
+    stream = _device.stream if _device is not None else cupy.cuda.Stream(non_blocking=True, priority=-1)
     stream.use()
     properties = cupy.cuda.runtime.getDeviceProperties(device.id)
     name = properties["name"]
@@ -108,7 +108,6 @@ def start(precision: str = "fp32") -> None:
         memory=int(properties["totalGlobalMem"]),
         processors=int(properties["multiProcessorCount"]),
         shared_processor=int(properties["sharedMemPerMultiprocessor"]),
-        shared_block=int(properties["sharedMemPerBlockOptin"]),
         precision=precision,
         storage="uint16" if precision == "bf16" else "float32",
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from net.gpu import beside
 from net.gpu.arrays import empty, mark_finished
 from net.gpu.device import current
 
@@ -41,7 +42,7 @@ def replayable(function: Step) -> Step:
         with _plainly(inputs):
             if shapes not in recordings:
                 recordings[shapes] = None
-                with _own_pool():
+                with _own_pool(), beside.allowed():
                     result = function(inputs)
                 return _copy(result)
             recording = recordings[shapes]
@@ -72,7 +73,8 @@ def _record(function: Step, inputs: dict[str, Array]) -> _Recording:
     with _own_pool():
         stream.begin_capture()
         try:
-            output = function(fixed)
+            with beside.allowed():
+                output = function(fixed)
         except BaseException:
             _abandon(stream)
             raise

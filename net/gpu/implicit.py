@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from net.gpu.arrays import BFLOAT16, blocks, empty
 from net.gpu.device import current
@@ -30,9 +30,24 @@ TILES: Final = (128, 96, 48)  # columns of the product a block computes, for whi
 LARGEST: Final = 2**31 - 1  # elements of a picture array; the kernels count in 32 bits
 
 
+class Room(Protocol):
+    """What a plan must know of a card; :class:`net.gpu.device.Device` does."""
+
+    @property
+    def processors(self) -> int: ...
+
+    @property
+    def shared_processor(self) -> int: ...
+
+
 def suits(shape: Shape) -> bool:
-    """Whether the kernels take a convolution of this shape: 16-byte pieces of each group's channels and maps."""
-    if current().storage != BFLOAT16 or (shape.stride > 1 and (shape.groups > 1 or shape.pad > 0)):
+    """Whether a convolution of this shape goes through these kernels now."""
+    return current().storage == BFLOAT16 and takes(shape)
+
+
+def takes(shape: Shape) -> bool:
+    """Whether the kernels are made for this shape: 16-byte pieces of each group's channels and maps."""
+    if shape.stride > 1 and (shape.groups > 1 or shape.pad > 0):
         return False
     folded = fold_shape(shape)
     elements = max(folded.height * folded.width * folded.channels, shape.pixels * shape.maps) * shape.images
@@ -116,7 +131,7 @@ def backwards(shape: Shape) -> Shape:
 
 def weight_gradient(dy: Array, x: Array, shape: Shape) -> Array:
     """dw (KH, KW, C/groups, M) float32; ``x`` as :func:`fold` gives it."""
-    folded, parts = fold_shape(shape), gradient_parts(shape)
+    folded, parts = fold_shape(shape), gradient_plan(shape, current())
     partial = empty((parts.count, folded.depth, shape.maps), "float32")
     launch(
         f"weight_gradient_{parts.tile}",
@@ -138,7 +153,7 @@ def weight_gradient(dy: Array, x: Array, shape: Shape) -> Array:
 
 
 def _convolve(x: Array, w: Array, y: Array, shape: Shape, bias: Array | None, rectify: bool) -> None:
-    plan = product_plan(shape, y.shape[1] * y.shape[2])
+    plan = product_plan(shape, y.shape[1] * y.shape[2], current())
     launch(
         f"convolve_{plan.tile}",
         (plan.blocks,),
@@ -168,35 +183,34 @@ class Plan:
     stretch: int = 0  # pixels a part
 
 
-def product_plan(shape: Shape, pixels: int) -> Plan:
+def product_plan(shape: Shape, pixels: int, room: Room) -> Plan:
     """Of y (or dx), ``pixels`` of an image."""
     rows = ceil(shape.images * pixels / ROWS)
     places = ceil(shape.depth / DEPTH) * (DEPTH // 8) * 8
 
     def plan(tile: int) -> Plan:
-        stage = _stage(tile)
-        stages = _stages(stage, places)
+        stages = _stages(tile, places, room)
         count = rows * shape.groups * ceil(shape.maps // shape.groups / tile)
-        return Plan(tile, count, stages, stages * stage + places)
+        return Plan(tile, count, stages, stages * _stage(tile) + places)
 
-    return min((plan(tile) for tile in TILES), key=_cost)
+    return min((plan(tile) for tile in TILES), key=lambda p: _cost(p, room))
 
 
-def gradient_parts(shape: Shape) -> Plan:
+def gradient_plan(shape: Shape, room: Room) -> Plan:
     """Of dw: its blocks alone would leave most of the device idle, so that the sum over the pixels is split."""
     folded, pixels = fold_shape(shape), shape.images * shape.pixels
     corners = 2 * DEPTH * 8
 
     def plan(tile: int) -> Plan:
-        stage = _stage(tile)
-        stages = _stages(stage, corners)
+        stages = _stages(tile, corners, room)
+        shared = stages * _stage(tile) + corners
         blocks = ceil(folded.depth / ROWS) * shape.groups * ceil(shape.maps // shape.groups / tile)
-        shared = corners + stages * stage
-        parts = max(1, min(current().processors * _together(shared, tile) // blocks, pixels // (4 * DEPTH)))
+        whole = Plan(tile, blocks, stages, shared)
+        parts = max(1, min(room.processors * together(whole, room) // blocks, pixels // (4 * DEPTH)))
         stretch = ceil(ceil(pixels / parts) / DEPTH) * DEPTH
-        return Plan(tile, blocks, stages, shared, ceil(pixels / stretch), stretch)
+        return replace(whole, count=ceil(pixels / stretch), stretch=stretch)
 
-    return min((plan(tile) for tile in TILES if tile != 48), key=_cost)
+    return min((plan(tile) for tile in TILES if tile != 48), key=lambda p: _cost(p, room))
 
 
 def _stage(tile: int) -> int:
@@ -204,20 +218,18 @@ def _stage(tile: int) -> int:
     return 2 * DEPTH * (ROWS + ceil(tile / PANEL) * PANEL)
 
 
-def _cost(plan: Plan) -> float:
-    """What a multiprocessor copies to its shared memory, which is what the kernels are bound by (docs/gpu.md)."""
-    together = _together(plan.shared, plan.tile)
-    rounds = ceil(plan.blocks * plan.count / (current().processors * together))
-    return rounds * together * (ROWS + plan.tile) * (plan.stretch or 1)
+def _stages(tile: int, beside: int, room: Room) -> int:
+    """Slices in shared memory: three where that lets two blocks share a multiprocessor, else two."""
+    return 3 if 2 * (3 * _stage(tile) + beside + 1024) <= room.shared_processor else 2
 
 
-def _together(shared: int, tile: int) -> int:
+def together(plan: Plan, room: Room) -> int:
     """Blocks a multiprocessor holds at once, by their shared memory and by the registers they have been given."""
-    return max(1, min(3 if tile == 48 else 2, current().shared_processor // (shared + 1024)))
+    return max(1, min(3 if plan.tile == 48 else 2, room.shared_processor // (plan.shared + 1024)))
 
 
-def _stages(stage: int, beside: int) -> int:
-    """Buffers in the ring: as many as let two blocks share a multiprocessor, and never less than two."""
-    device = current()
-    two = (device.shared_processor // 2 - 1024 - beside) // stage
-    return max(2, min(3, two)) if device.shared_block >= beside + 3 * stage else 2
+def _cost(plan: Plan, room: Room) -> float:
+    """What a multiprocessor copies to its shared memory, which is what the kernels are bound by (docs/gpu.md)."""
+    each = together(plan, room)
+    rounds = ceil(plan.blocks * plan.count / (room.processors * each))
+    return rounds * each * (ROWS + plan.tile) * (plan.stretch or 1)

