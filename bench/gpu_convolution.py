@@ -22,7 +22,7 @@ import numpy as np
 
 from net.alexnet import alexnet
 from net.backend import load
-from net.gpu import convolution, implicit, kernels
+from net.gpu import convolution, implicit
 from net.gpu.convolution import Shape
 from net.gpu.device import current
 from net.layers import Conv
@@ -133,10 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[128, 1024])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tune", action="store_true", help="every tile and number of stages")
-    parser.add_argument("--define", nargs="+", default=[], metavar="NAME=VALUE", help="macros for implicit.cu")
     options = parser.parse_args(arguments)
-    plain = kernels.options
-    kernels.options = lambda *a: (*plain(*a), *(f"-D{d}" for d in options.define))
     ops = load("gpu", "bf16")
     device = current()
     scratch = device.cupy.empty((2**28,), "uint8")

@@ -31,26 +31,16 @@
 
 __device__ __forceinline__ int place_in_panel(int row, int piece) { return row * 64 + (piece ^ row % 8) * 8; }
 
-// Copies 16 bytes to shared memory in the background, or fills with zeros. SOON: they are wanted again soon, so that they
-// are to stay in the first-level cache.
-template <bool SOON>
+// Copies 16 bytes to shared memory in the background, or fills with zeros. Past the first-level cache: what is left of that
+// beside shared memory is too small to hold a window's pixels until they are wanted again.
 __device__ __forceinline__ void copy_async(real* to, const real* from, bool inside) {
 #ifdef SHIM
     for (int v = 0; v < 8; v++) to[v].bits = inside ? from[v].bits : 0;
 #elif __CUDA_ARCH__ >= 800
     uint32 address = (uint32)__cvta_generic_to_shared(to), bytes = inside ? 16 : 0;
-    if (SOON)
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
-    else
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 #endif
 }
-#ifndef SOON_X
-#define SOON_X true
-#endif
-#ifndef SOON_W
-#define SOON_W false
-#endif
 
 // Everything this thread has asked for since the last call is one group.
 __device__ __forceinline__ void end_group() {
@@ -288,7 +278,7 @@ __device__ __forceinline__ void copy_pixel(
     real* to, const real* x, const Place& corner, const Place& place, int height, int width) {
     int row = corner.row + place.row, col = corner.col + place.col;
     bool inside = row >= 0 && row < height && col >= 0 && col < width;
-    copy_async<SOON_X>(to, x + (inside ? corner.offset + place.offset : 0), inside);
+    copy_async(to, x + (inside ? corner.offset + place.offset : 0), inside);
 }
 
 // 64 rows of COLS values, from a matrix whose rows are `stride` apart; beyond `have` rows or `cols` columns: zeros.
@@ -301,7 +291,7 @@ __device__ __forceinline__ void copy_rows(real* to, const real* from, int have, 
 #pragma unroll
     for (int row = first; row < DEPTH; row += DOWN) {
         bool inside = column && row < have;
-        copy_async<SOON_W>(to + piece / 8 * PANEL + place_in_panel(row, piece % 8),
+        copy_async(to + piece / 8 * PANEL + place_in_panel(row, piece % 8),
                    from + (inside ? (long long)row * stride + piece * 8 : 0), inside);
     }
 }
