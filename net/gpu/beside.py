@@ -42,8 +42,12 @@ def run(work: Callable[[], None], reads: Array) -> None:
         work()
         return
     _stream().wait_event(_mark(current().stream))
-    with _stream():
+    # Not `with`, which leaves CuPy on its default stream: it does not know the one that was chosen by use().
+    _stream().use()
+    try:
         work()
+    finally:
+        current().stream.use()
     _held.append(reads)
 
 

@@ -75,18 +75,19 @@ class Stream:
         self._queue: deque[Work] = deque()
         self._recording: list[Work] | None = None
         self._began = False  # a recording, rather than joined one
-        self._before: list[Stream] = []
 
     def use(self) -> Stream:
         _current[0] = self
         return self
 
     def __enter__(self) -> Stream:
-        self._before.append(_current[0])
+        _stack.append(self)
         return self.use()
 
     def __exit__(self, *error: object) -> None:
-        self._before.pop().use()
+        """As CuPy's: back to the `with` around this one, or the default stream, whatever use() had chosen."""
+        _stack.pop()
+        _stack[-1].use()
 
     def queue(self, work: Work) -> None:
         if self._recording is not None:
@@ -173,6 +174,7 @@ def _recording_stream() -> Stream | None:
 
 _null = Stream()
 _current = [_null]
+_stack = [_null]
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
