@@ -174,8 +174,7 @@ class Children:
             file.write(f"$ python {' '.join(arguments)}\n".encode())
             file.flush()
             with self._lock:
-                if self._stopping:
-                    raise StoppingError
+                self.check()
                 child = subprocess.Popen(
                     [sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=file, env=self._environment
                 )
@@ -186,6 +185,11 @@ class Children:
         if status in STOPPED:
             raise StoppingError
         return status
+
+    def check(self) -> None:
+        """Raise where nothing may be started any more."""
+        if self._stopping:
+            raise StoppingError
 
     def stop(self, *, tell: bool) -> None:
         """Start nothing any more; ``tell`` the stages at work to save and stop."""
@@ -464,6 +468,7 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
     for r in results:
         look = {"color": colours[names.index(r["name"]) % len(colours)], "linewidth": 1.2}
         look |= {"linestyle": "--"} if r["by"] == "PyTorch" else {}
+        look |= {"marker": ".", "markersize": 3}
         smooth = _epoch_means(r["training"])
         loss.plot([x for x, _ in smooth], [y for _, y in smooth], **look)
         first = next(other for other in results if other["name"] == r["name"]) is r
@@ -572,6 +577,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def task(run: Planned) -> Callable[[], None]:
         def carry() -> None:
+            children.check()
             say(f"{run.name}, seed {run.seed}: {places[run].root}")
             carry_out(children, run, how, places[run], keep=options.keep, report=reported(run))
             say(f"{run.name}, seed {run.seed}: done")

@@ -42,6 +42,9 @@ class InThisProcess:
         self.commands: list[list[str]] = []
         self.environment = environment
 
+    def check(self) -> None:
+        pass
+
     def run(self, arguments: Sequence[str], log: Path) -> int:
         self.commands.append(list(arguments))
         if arguments[0] == "run_pipeline.py":
