@@ -3,6 +3,8 @@
     python -m bench.evidence --source DIR --epochs 20 --seeds 0 1     all of it, into runs/evidence/
     python -m bench.evidence --epochs 20 --seeds 0 1 --list           what is done and what is left
     python -m bench.evidence --source DIR --epochs 20 --only original "original in PyTorch"
+    python -m bench.evidence --source DIR --epochs 60 --device gpu --precision bf16 --jobs 5 --minutes 6 \\
+        --set train.validate_every=5 --set train.save_every=60 --report original
 
 DIR holds pictures as ``--stage preprocess`` takes them. Every run goes through the real stages in processes of their
 own: train to the end of the schedule, evaluate the last checkpoint with the centre view and with ten. The schedule is
@@ -11,8 +13,13 @@ the recipe's own, with its epochs scaled to ``--epochs``; its numbers are otherw
 
 A run that was stopped goes on where it was, one that is done is not done again; a stopped run's checkpoint stays, a
 finished run's weights are removed (``--keep`` keeps them). After each run ``evidence.json``, ``evidence.md`` and
-``evidence.png`` in the output folder are written anew. ``--epochs`` and ``--batch`` are part of a run's folder name;
-for other ``--set`` choose another ``--out``.
+``evidence.png`` in the output folder are written anew. ``--epochs``, ``--batch`` and ``--precision`` are part of a
+run's folder name; for other ``--set`` choose another ``--out``.
+
+``--jobs`` runs go on at a time; they share the GPU, or the cores, so a run's images/s are not what the machine could
+do. After ``--minutes`` nothing new is started and the runs at work are told to save and stop: they stand in the results
+as far as they came. On a small set and a fast card an epoch is over sooner than its validation, and much sooner than
+its checkpoint of 490 MB: see ``train.validate_every`` and ``train.save_every``.
 """
 
 from __future__ import annotations
@@ -27,14 +34,19 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
 from data.sampling import steps_per_epoch
 from data.shards import read_manifest
+from net.backend import choose
 from pipeline.checkpoint import checkpoints
 from pipeline.config import RECIPES, Config, Schedule, override, to_dict
 from pipeline.metrics import read_metrics
@@ -58,6 +70,7 @@ ABLATIONS: Final = (
     ("dropout", ("network.dropout_keep=1",), '"substantial overfitting" (section 4.2)'),
     ("flips", ("input.flip=false",), '"substantial overfitting" without crops and flips (section 4.1)'),
 )
+THREADS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 ABOVE_CHANCE: Final = 0.05  # nats below ln(classes) from which on a run has left the plateau
 _SMOOTH: Final = 5  # logged losses whose mean decides that
 
@@ -73,22 +86,36 @@ class Planned:
     torch: bool = False
 
 
+@dataclass(frozen=True)
+class How:
+    """What is the same for all runs: how long, on which batches, with which settings, and where they are computed."""
+
+    epochs: int
+    batch: int
+    changes: tuple[str, ...] = ()  # the command line's own settings
+    device: str = "cpu"  # resolved: never "auto"
+    precision: str = "fp32"
+    machine: str = ""
+    jobs: int = 1
+
+
 def planned(base: str, seeds: Sequence[int]) -> list[Planned]:
-    """All runs, the ones that say most first."""
+    """All runs, the ones that say most first, and PyTorch's, which take longest, early enough to be done in time."""
     recipes: list[tuple[str, str, tuple[str, ...]]] = [
-        ("original", "original", ()),
         ("seed", "seed", ()),
         ("seed without the last ReLU", "seed", ("network.final_relu=false",)),
+        ("original", "original", ()),
         ("caffe", "caffe", ()),
         ("paper", "paper", ()),
     ]
-    if base not in [name for name, _, _ in recipes]:
-        recipes.insert(0, (base, base, ()))
-    runs = [Planned(name, recipe, seed, changes) for seed in seeds for name, recipe, changes in recipes]
-    ablations = [(f"{base} without {what}", changes) for what, changes, _ in ABLATIONS]
-    runs += [Planned(name, base, seeds[0], changes) for name, changes in ablations]
-    runs += [Planned(f"{base} in PyTorch", base, seed, torch=True) for seed in seeds]
-    return runs + [Planned(name, base, seed, changes) for seed in seeds[1:] for name, changes in ablations]
+    others = [entry for entry in recipes if entry[0] != base]
+    runs = []
+    for seed in seeds:
+        runs += [Planned(base, base, seed), Planned(f"{base} in PyTorch", base, seed, torch=True)]
+    runs += [Planned(name, recipe, seed, changes) for seed in seeds for name, recipe, changes in others]
+    return runs + [
+        Planned(f"{base} without {what}", base, seed, changes) for seed in seeds for what, changes, _ in ABLATIONS
+    ]
 
 
 def scaled(schedule: Schedule, factor: float) -> Schedule:
@@ -96,15 +123,15 @@ def scaled(schedule: Schedule, factor: float) -> Schedule:
     return tuple({math.ceil(epoch * factor): value for epoch, value in schedule}.items())
 
 
-def configured(run: Planned, epochs: int, batch: int, changes: Sequence[str] = ()) -> Config:
-    """The run's complete configuration; ``changes`` are the command line's own settings."""
-    config = override(RECIPES[run.recipe], None, [*run.changes, *changes], run.seed)
+def configured(run: Planned, how: How) -> Config:
+    """The run's complete configuration."""
+    config = override(RECIPES[run.recipe], None, [*run.changes, *how.changes], run.seed)
     train, inp = config.train, config.input
-    factor = epochs / train.epochs
+    factor = how.epochs / train.epochs
     train = replace(
         train,
-        epochs=epochs,
-        batch_size=batch,
+        epochs=how.epochs,
+        batch_size=how.batch,
         lr=scaled(train.lr, factor),
         bias_lr=scaled(train.bias_lr, factor),
         conv1_lr=scaled(train.conv1_lr, factor),
@@ -116,40 +143,107 @@ def configured(run: Planned, epochs: int, batch: int, changes: Sequence[str] = (
     return override(replace(config, train=train, input=inp))
 
 
-def folder_of(out: Path, run: Planned, epochs: int, batch: int) -> RunDir:
+def folder_of(out: Path, run: Planned, how: How) -> RunDir:
     slug = "-".join(run.name.lower().split())
-    return RunDir(out / f"{slug}-seed{run.seed}-{epochs}x{batch}")
+    suffix = "" if how.precision == "fp32" else f"-{how.precision}"
+    return RunDir(out / f"{slug}-seed{run.seed}-{how.epochs}x{how.batch}{suffix}")
 
 
 # --- running -------------------------------------------------------------------------------------------------------
 
 
+STOPPED: Final = (*(128 + s for s in (signal.SIGINT, signal.SIGTERM)), -signal.SIGINT, -signal.SIGTERM)  # statuses
+
+
+class StoppingError(Exception):
+    """A stage was stopped by a signal, or is not started any more: its run stays unfinished."""
+
+
 class Children:
-    """Starts the stages one after another; one that is at work when this process is stopped saves first."""
+    """Runs stages in processes of their own, from several threads at once; those at work can be told to stop."""
 
-    def __init__(self) -> None:
-        self._child: subprocess.Popen[bytes] | None = None
-        self._stopped = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._stopped = number
-        # Ctrl-C reaches the child by itself, and twice would be an order to stop without saving.
-        if self._child is not None and number == signal.SIGTERM:
-            self._child.terminate()
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = {**os.environ, **environment}
+        self._working: set[subprocess.Popen[bytes]] = set()
+        self._stopping = False
+        self._lock = threading.Lock()
 
     def run(self, arguments: Sequence[str], log: Path) -> int:
         """Run ``python ARGUMENTS``, its output at the end of ``log``; returns the exit status."""
         with open(log, "ab") as file:
             file.write(f"$ python {' '.join(arguments)}\n".encode())
             file.flush()
-            with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=file) as self._child:
-                status = self._child.wait()
-            self._child = None
-        if self._stopped:
-            raise SystemExit(128 + self._stopped)
+            with self._lock:
+                self.check()
+                child = subprocess.Popen(
+                    [sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=file, env=self._environment
+                )
+                self._working.add(child)
+            status = child.wait()
+            with self._lock:
+                self._working.remove(child)
+        if status in STOPPED:
+            raise StoppingError
         return status
+
+    def check(self) -> None:
+        """Raise where nothing may be started any more."""
+        if self._stopping:
+            raise StoppingError
+
+    def stop(self, *, tell: bool) -> None:
+        """Start nothing any more; ``tell`` the stages at work to save and stop."""
+        with self._lock:
+            self._stopping = True
+            for child in self._working if tell else ():
+                child.terminate()
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT, for the main loop to look at."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+
+
+def carry_out_all(
+    children: Children,
+    signals: Signals,
+    tasks: Sequence[Callable[[], None]],
+    jobs: int,
+    deadline: float,
+    finished: Callable[[], None],
+) -> bool:
+    """Do the tasks in order, ``jobs`` at a time, until ``deadline`` (of ``time.monotonic``); whether all were done.
+
+    ``finished`` is called after each, here and nowhere else, so that the results have one writer.
+    """
+    complete, told = True, False
+    with ThreadPoolExecutor(jobs) as pool:
+        left = {pool.submit(task) for task in tasks}
+        try:
+            while left:
+                done, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in done:
+                    if isinstance(future.exception(), StoppingError):
+                        complete = False
+                    else:
+                        future.result()  # raises what went wrong in the task
+                if done and not told:
+                    finished()
+                if not told and (signals.number or time.monotonic() > deadline):
+                    # Ctrl-C reaches the children by itself, and twice would be an order to stop without saving.
+                    children.stop(tell=signals.number != signal.SIGINT)
+                    told = True
+        except BaseException:
+            children.stop(tell=True)
+            raise
+    return complete
 
 
 def prepare(children: Children, source: Path, out: Path, changes: Sequence[str]) -> None:
@@ -162,28 +256,37 @@ def prepare(children: Children, source: Path, out: Path, changes: Sequence[str])
         raise SystemExit(f"preprocessing failed; see {log}")
 
 
-def carry_out(children: Children, run: Planned, config: Config, folder: RunDir, device: str, keep: bool) -> None:
-    """Train and evaluate one run; writes ``result.json`` into its folder."""
+def carry_out(children: Children, run: Planned, how: How, folder: RunDir, *, keep: bool, report: bool) -> None:
+    """Train and evaluate one run; writes ``result.json`` into its folder, a failure's too."""
     make_folder(folder.root)
     if not folder.preprocess.exists():
         folder.preprocess.symlink_to(Path("..") / "pictures" / "preprocess")
-    write_sealed(folder.config, to_dict(config))
+    write_sealed(folder.config, to_dict(configured(run, how)))
     log = folder.root / "log.txt"
     where = ["--run", str(folder.root)]
-    stage = ["run_pipeline.py", *where, "--device", device, "--stage"]
-    training = ["-m", "bench.evidence_torch", *where] if run.torch else [*stage, "train", "--resume"]
+    computing = ["--device", how.device, "--precision", how.precision]
+    stage = ["run_pipeline.py", *where, *computing, "--stage"]
+    cuda = ["--device", "cuda" if how.device == "gpu" else "cpu", "--precision", how.precision]
+    training = ["-m", "bench.evidence_torch", *where, *cuda] if run.torch else [*stage, "train", "--resume"]
+    began = time.monotonic()
+
+    def keep_result(**more: Any) -> None:
+        write_json(folder.root / "result.json", {**result(run, how, folder), **more})
+
     if children.run(training, log) != 0:
-        write_json(folder.root / "result.json", {**result(run, config, folder), "failed": _last_error(log)})
+        keep_result(failed=_last_error(log))
         return
+    seconds = round(time.monotonic() - began, 1)
     views = {}
     for count in (1, 10):
         if children.run([*stage, "eval", "--views", str(count)], log) != 0:
-            raise SystemExit(f"the evaluation failed; see {log}")
+            keep_result(failed=f"in evaluation: {_last_error(log)}")
+            return
         views[count] = read_json(folder.eval / "metrics.json", "evaluate again")
-    made = {**result(run, config, folder), "centre": views[1], "ten_views": views[10]}
-    if children.run([*stage, "report"], log) != 0:
-        raise SystemExit(f"the report failed; see {log}")
-    write_json(folder.root / "result.json", made)
+    if report and children.run([*stage, "report"], log) != 0:
+        keep_result(failed=f"in the report: {_last_error(log)}")
+        return
+    keep_result(centre=views[1], ten_views=views[10], training_seconds=seconds)
     if not keep:
         for path in checkpoints(folder.train):
             path.unlink()
@@ -197,10 +300,10 @@ def _last_error(log: Path) -> str:
 # --- results -------------------------------------------------------------------------------------------------------
 
 
-def result(run: Planned, config: Config, folder: RunDir) -> dict[str, Any]:
+def result(run: Planned, how: How, folder: RunDir) -> dict[str, Any]:
     """What a run's metrics say, finished or not."""
     manifest = read_manifest(folder)
-    per_epoch = steps_per_epoch(manifest["splits"]["train"]["images"], config.train.batch_size)
+    per_epoch = steps_per_epoch(manifest["splits"]["train"]["images"], how.batch)
     records = read_metrics(folder.train / "metrics.jsonl")
     steps = [(r["step"] / per_epoch, r["loss"]) for r in records if "loss" in r]
     rates = [r["images_per_second"] for r in records if "loss" in r]
@@ -211,8 +314,9 @@ def result(run: Planned, config: Config, folder: RunDir) -> dict[str, Any]:
         "seed": run.seed,
         "by": "PyTorch" if run.torch else "hand",
         "folder": folder.root.name,
-        "epochs": config.train.epochs,
-        "batch": config.train.batch_size,
+        "precision": how.precision,
+        "epochs": how.epochs,
+        "batch": how.batch,
         "classes": manifest["classes"],
         "training": [[round(x, 4), round(y, 5)] for x, y in steps],
         "validation": [
@@ -220,7 +324,8 @@ def result(run: Planned, config: Config, folder: RunDir) -> dict[str, Any]:
         ],
         "leaves_chance_after": leaves_chance(steps, manifest["classes"]),
         "images_per_second": round(statistics.median(rates), 1) if rates else None,
-        "machine": machine(),
+        "machine": how.machine,
+        "jobs": how.jobs,
         "date": datetime.date.today().isoformat(),
     }
 
@@ -237,14 +342,23 @@ def leaves_chance(losses: Sequence[tuple[float, float]], classes: int) -> float 
     return None
 
 
-def machine() -> str:
-    """The processor's name and the number of cores."""
+def machine(device: str) -> str:
+    """The processor's name and the number of cores; on a GPU its name first."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].partition(":")[2].strip() if lines else name
-    return f"{name}, {os.cpu_count()} cores"
+    host = f"{name}, {os.cpu_count()} cores"
+    if device != "gpu":
+        return host
+    # Asked of a program, not of CuPy: this process shall take no memory on the card.
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        cards = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"a GPU whose name nvidia-smi did not tell ({error}); {host}"
+    return f"{cards[0]}; {host}" if cards else host
 
 
 def markdown(results: Sequence[dict[str, Any]], base: str) -> str:
@@ -266,9 +380,7 @@ def markdown(results: Sequence[dict[str, Any]], base: str) -> str:
     for name, group in groups.items():
         cells = [
             name,
-            _each(
-                group, lambda r: f"{r['validation'][-1][0]:.3g} of {r['epochs']}" if r["validation"] else "0", same=True
-            ),
+            _each(group, _epochs_done, same=True),
             _each(group, lambda r: _percent(r, "centre", "top1")),
             _each(group, lambda r: _percent(r, "ten_views", "top1")),
             _each(group, lambda r: _percent(r, "ten_views", "top5")),
@@ -279,7 +391,12 @@ def markdown(results: Sequence[dict[str, Any]], base: str) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *_ablations(groups, base), *_failures(results)]
     if results:
-        lines += ["", f"Machine: {results[-1]['machine']}; {results[-1]['date']}; batch {results[-1]['batch']}."]
+        last = results[-1]
+        shared = f"; {last['jobs']} runs at a time shared it, so no rate is the machine's" if last["jobs"] > 1 else ""
+        lines += [
+            "",
+            f"Machine: {last['machine']}; {last['date']}; {last['precision']}, batch {last['batch']}{shared}.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -324,8 +441,13 @@ def _percent(r: dict[str, Any], view: str, key: str) -> str:
     return f"{100 * r[view][key]:.1f}" if view in r else _state(r)
 
 
+def _epochs_done(r: dict[str, Any]) -> str:
+    done = max((points[-1][0] for points in (r["training"], r["validation"]) if points), default=0)
+    return f"{done:.3g} of {r['epochs']}"
+
+
 def _state(r: dict[str, Any]) -> str:
-    return "failed" if "failed" in r else "running"
+    return "failed" if "failed" in r else "unfinished"
 
 
 def _takeoff(r: dict[str, Any]) -> str:
@@ -346,6 +468,7 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
     for r in results:
         look = {"color": colours[names.index(r["name"]) % len(colours)], "linewidth": 1.2}
         look |= {"linestyle": "--"} if r["by"] == "PyTorch" else {}
+        look |= {"marker": ".", "markersize": 3}
         smooth = _epoch_means(r["training"])
         loss.plot([x for x, _ in smooth], [y for _, y in smooth], **look)
         first = next(other for other in results if other["name"] == r["name"]) is r
@@ -375,18 +498,16 @@ def _epoch_means(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]
     return [(float(epoch), statistics.mean(values)) for epoch, values in sorted(epochs.items())]
 
 
-def collect(
-    runs: Sequence[Planned], out: Path, epochs: int, batch: int, changes: Sequence[str]
-) -> list[dict[str, Any]]:
+def collect(runs: Sequence[Planned], out: Path, how: How) -> list[dict[str, Any]]:
     """The results of all runs that have begun, in the order of the plan."""
     found = []
     for run in runs:
-        folder = folder_of(out, run, epochs, batch)
+        folder = folder_of(out, run, how)
         path = folder.root / "result.json"
         if path.exists():
             found.append(read_json(path, "remove it, and it is made again"))
         elif (folder.train / "metrics.jsonl").exists():
-            found.append(result(run, configured(run, epochs, batch, changes), folder))
+            found.append(result(run, how, folder))
     return found
 
 
@@ -394,6 +515,14 @@ def write_results(results: Sequence[dict[str, Any]], out: Path, base: str) -> No
     write_json(out / "evidence.json", {"base": base, "runs": list(results)})
     write_atomic(out / "evidence.md", lambda file: file.write(markdown(results, base).encode()) and None)
     picture(results, out / "evidence.png")
+
+
+def few_threads(jobs: int) -> dict[str, str]:
+    """Environment variables that share the cores among ``jobs`` processes; none where one has them all."""
+    if jobs == 1:
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {name: str(max(1, cores // jobs)) for name in THREADS if name not in os.environ}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -407,43 +536,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="runs of these names only, as --list prints them")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of every run")
     parser.add_argument("--device", default="auto", help="as run_pipeline.py takes it")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"), help="PyTorch's as well")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop what is at work then; default: never")
+    parser.add_argument("--report", nargs="*", metavar="NAME", help="a report for these runs' first seed; default: all")
     parser.add_argument("--keep", action="store_true", help="keep the weights of finished runs, 460 MB each")
     parser.add_argument("--list", action="store_true", help="show the plan and what is done of it, and run nothing")
     options = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
     out = options.out.resolve()
     everything = planned(options.base, options.seeds)
-    runs = [run for run in everything if not options.only or run.name in options.only]
-    if unknown := set(options.only or ()) - {run.name for run in everything}:
+    names = {run.name for run in everything}
+    if unknown := {*(options.only or ()), *(options.report or ())} - names:
         parser.error(f"no run is called {', '.join(sorted(unknown))}; --list shows the names")
-    places = {run: folder_of(out, run, options.epochs, options.batch) for run in runs}
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    how = How(options.epochs, options.batch, tuple(options.set), options.device, options.precision, jobs=options.jobs)
+    places = {run: folder_of(out, run, how) for run in everything}
 
     def done(run: Planned) -> bool:
         path = places[run].root / "result.json"
         return path.exists() and "failed" not in read_json(path, "remove it")
 
+    runs = [run for run in everything if not options.only or run.name in options.only]
     if options.list:
         for run in runs:
             print(f"{'done' if done(run) else 'left':5s} seed {run.seed}  {run.name}")
         return 0
-    children = Children()
-    if options.source is not None:
-        prepare(children, options.source.resolve(), out, options.set)
-    elif not (out / "pictures" / "preprocess" / "manifest.json").exists():
+    if options.source is None and not (out / "pictures" / "preprocess" / "manifest.json").exists():
         parser.error("--source is needed the first time")
+    device, why = choose(options.device)
+    how = replace(how, device=device, machine=machine(device))
+    print(f"{how.machine}: {device} ({why}), {how.precision}, {how.jobs} at a time", flush=True)
+
+    def reported(run: Planned) -> bool:
+        return options.report is None or (run.name in options.report and run.seed == options.seeds[0])
+
+    def say(what: str) -> None:
+        print(f"{datetime.datetime.now():%H:%M:%S}  {what}", flush=True)
+
+    def task(run: Planned) -> Callable[[], None]:
+        def carry() -> None:
+            children.check()
+            say(f"{run.name}, seed {run.seed}: {places[run].root}")
+            carry_out(children, run, how, places[run], keep=options.keep, report=reported(run))
+            say(f"{run.name}, seed {run.seed}: done")
+
+        return carry
 
     def write() -> None:
-        write_results(collect(everything, out, options.epochs, options.batch, options.set), out, options.base)
+        write_results(collect(everything, out, how), out, options.base)
 
-    for run in runs:
-        if done(run):
-            continue
-        print(f"{datetime.datetime.now():%H:%M}  {run.name}, seed {run.seed}: {places[run].root}", flush=True)
-        config = configured(run, options.epochs, options.batch, options.set)
-        carry_out(children, run, config, places[run], options.device, options.keep)
-        write()
+    children, signals = Children(few_threads(options.jobs)), Signals()
+    if options.source is not None:
+        first = partial(prepare, children, options.source.resolve(), out, options.set)
+        if not carry_out_all(children, signals, [first], 1, deadline, lambda: say("the pictures are prepared")):
+            raise SystemExit(128 + signals.number if signals.number else 1)
+    tasks = [task(run) for run in runs if not done(run)]
+    complete = carry_out_all(children, signals, tasks, options.jobs, deadline, write)
     write()
     print((out / "evidence.md").read_text())
-    return 0
+    if signals.number:
+        return 128 + signals.number
+    if not complete:
+        print("not everything is finished; the same command goes on where this one stopped", file=sys.stderr)
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

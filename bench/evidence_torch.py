@@ -1,12 +1,12 @@
 """A run's training done by PyTorch instead: same start, same batches, same dropout masks, same schedule.
 
-    python -m bench.evidence_torch --run RUN
+    python -m bench.evidence_torch --run RUN [--device cuda] [--precision tf32]
 
 ``RUN`` is a preprocessed run directory with its ``config.json``. From this project come the initial weights, the order
-of the pictures with their crops, flips and colour shifts, the dropout masks and the learning rates; PyTorch prepares
-the pictures, runs the network, differentiates it by its autograd, and updates. Checkpoints and metrics are written as
-``--stage train`` writes them, so ``--stage eval``, ``report`` and ``watch`` work on the result, and a run that was
-stopped goes on from its last epoch.
+of the pictures with their crops, flips and colour shifts, the generator of the dropout masks and the learning rates;
+PyTorch prepares the pictures, runs the network, differentiates it by its autograd, and updates. ``bf16`` is its
+autocast. Checkpoints and metrics are written as ``--stage train`` writes them, so ``--stage eval``, ``report`` and
+``watch`` work on the result, and a run that was stopped goes on from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -28,20 +28,26 @@ from bench import parity
 from data.loader import load
 from net import reference
 from net.network import initial_parameters
-from net.reference.dropout import dropout_mask
+from net.reference import philox
 from pipeline.checkpoint import newest_sound, note_best, prune, save_checkpoint
 from pipeline.config import Config, Network, at_epoch, from_dict, to_dict
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, cut_back
 from pipeline.run_dir import RunDir, fingerprint, read_sealed
+from pipeline.signals import StopRequest
 from stages.eval import evaluate
 from stages.setup import Dataset, TrainingPlan, decays, jittered, learning_rates, network_layers, open_dataset, shapes
 
+PRECISIONS: Final = ("fp32", "tf32", "bf16")
+Dropout = Callable[[torch.Tensor, int], torch.Tensor]
 
-def train(run: RunDir, config: Config) -> None:
+
+def train(run: RunDir, config: Config, device: str = "cpu", precision: str = "fp32") -> None:
     """Train to the recipe's end, from the newest sound checkpoint where there is one."""
+    _set_up(device, precision)
     dataset = open_dataset(run)
     plan = TrainingPlan(config, dataset)
+    per_epoch, last = plan.steps_per_epoch, config.train.epochs * plan.steps_per_epoch
     expected = shapes(network_layers(config, len(dataset.classes)), config)
     saved = newest_sound(run.train)[0]
     if saved is None:
@@ -49,35 +55,41 @@ def train(run: RunDir, config: Config) -> None:
     else:
         done, arrays = saved.header["step"], saved.arrays
     names = list(expected)
-    parameters = {name: parity.to_torch(arrays[name], "cpu").requires_grad_() for name in names}
+    parameters = {name: parity.to_torch(arrays[name], device).requires_grad_() for name in names}
     zeros = {name: np.zeros(shape, np.float32) for name, shape in expected.items()}
-    velocities = {name: parity.to_torch(arrays.get(f"momentum/{name}", zeros[name]), "cpu") for name in names}
+    velocities = {name: parity.to_torch(arrays.get(f"momentum/{name}", zeros[name]), device) for name in names}
+    mean = torch.from_numpy(dataset.mean).permute(2, 0, 1).to(device)
     decay = decays(config, names)
     cut_back(run.train / "metrics.jsonl", done)
-    batches = load(
-        dataset.train,
-        plan,
-        range(done, config.train.epochs * plan.steps_per_epoch),
-        crop=config.input.crop,
-        largest=config.train.batch_size,
-        slots=config.loader.slots,
-        threads=config.loader.threads,
-    )
-    with contextlib.closing(batches) as loader, MetricsLog(run.train / "metrics.jsonl") as log:
-        clock, images = time.perf_counter(), 0
-        for batch in loader:
-            epoch, step = batch.number // plan.steps_per_epoch, batch.number + 1
-            x = parity.torch_input(config, dataset.mean, batch.arrays, torch.float32, jittered=jittered(config, epoch))
-            scores = parity.torch_scores(config.network, parameters, x, _masked(config, batch.number))
-            loss = F.cross_entropy(scores, torch.from_numpy(batch.arrays["labels"]).long())
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        log = stack.enter_context(MetricsLog(run.train / "metrics.jsonl"))
+        batches = load(
+            dataset.train,
+            plan,
+            range(done, last),
+            crop=config.input.crop,
+            largest=config.train.batch_size,
+            slots=config.loader.slots,
+            threads=config.loader.threads,
+            allocate=_host_empty if device == "cpu" else _pinned,
+        )
+        clock, images, waited = time.perf_counter(), 0, 0.0
+        for batch in stack.enter_context(contextlib.closing(batches)):
+            epoch, step = batch.number // per_epoch, batch.number + 1
+            there = {name: torch.from_numpy(value).to(device) for name, value in batch.arrays.items()}
+            x = parity.torch_input(config, mean, there, torch.float32, jittered=jittered(config, epoch))
+            with _arithmetic(device, precision):
+                scores = parity.torch_scores(config.network, parameters, x, _masked(config, batch.number))
+            loss = F.cross_entropy(scores.float(), there["labels"].long())
             gradients = dict(zip(names, torch.autograd.grad(loss, list(parameters.values())), strict=True))
             rates = dict(zip(names, learning_rates(config, names, epoch).tolist(), strict=True))
             parity.torch_update(parameters, velocities, gradients, rates, decay, config.train.momentum)
-            images += len(batch.arrays["labels"])
-            number = float(loss.detach())
-            if not math.isfinite(number):
-                raise PipelineError(f"PyTorch's loss is {number} at step {step}: training has diverged")
+            images, waited = images + len(there["labels"]), waited + batch.waited
             if step % config.train.log_every == 0:
+                number = float(loss.detach())
+                if not math.isfinite(number):
+                    raise PipelineError(f"PyTorch's loss is {number} at step {step}: training has diverged")
                 seconds = time.perf_counter() - clock
                 log.write(
                     {
@@ -85,44 +97,103 @@ def train(run: RunDir, config: Config) -> None:
                         "epoch": epoch,
                         "loss": number,
                         "lr": at_epoch(config.train.lr, epoch),
-                        "images_per_second": images / seconds,
-                        "data_wait": 0.0,
+                        "images_per_second": round(images / seconds, 2),
+                        "data_wait": round(min(waited / seconds, 1.0), 5),
                     }
                 )
-                clock, images = time.perf_counter(), 0
-            if step % plan.steps_per_epoch == 0:
-                validation = _validate(config, dataset, parameters)
-                log.write({"step": step, "epochs_done": epoch + 1, **validation})
+                clock, images, waited = time.perf_counter(), 0, 0.0
+            epochs, rest = divmod(step, per_epoch)
+            validation = None
+            if rest == 0 and (step == last or epochs % config.train.validate_every == 0):
+                validation = _validate(config, dataset, parameters, mean, device, precision)
+                log.write({"step": step, "epochs_done": epochs, **validation})
+                print(f"epoch {epochs} done: validation top-1 {validation['top1']:.2%}", flush=True)
+                clock, images, waited = time.perf_counter(), 0, 0.0
+            if step == last or stop.signum or (rest == 0 and epochs % config.train.save_every == 0):
                 log.sync()
                 _save(run, config, dataset, step, parameters, velocities, validation)
-                print(f"epoch {epoch + 1} done: validation top-1 {validation['top1']:.2%}", flush=True)
-                clock, images = time.perf_counter(), 0
+                clock, images, waited = time.perf_counter(), 0, 0.0
+            if stop.signum and step < last:
+                raise StoppedError(stop.signum, f"stopped at step {step}, everything is saved")
 
 
-def _masked(config: Config, step: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
+def _set_up(device: str, precision: str) -> None:
+    """Say how PyTorch shall compute; refuses what the device does not have."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PipelineError("PyTorch finds no GPU here: use --device cpu")
+    if device == "cpu" and precision != "fp32":
+        raise PipelineError(f"on the CPU PyTorch computes in fp32 here, not in {precision}: use --device cuda")
+    # PyTorch's own defaults are TF32 for convolutions and float32 for products.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = True  # the fastest of cuDNN's algorithms, as its users are told to
+
+
+def _arithmetic(device: str, precision: str) -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _host_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return np.empty(shape, dtype)
+
+
+def _pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return torch.from_numpy(np.empty(shape, dtype)).pin_memory().numpy()
+
+
+def _masked(config: Config, step: int) -> Dropout:
     """Dropout in training, with the masks that ``--stage train`` draws at this step."""
     network = config.network
 
     def dropout(x: torch.Tensor, layer: int) -> torch.Tensor:
         if network.dropout_keep == 1:
             return x
-        mask = torch.from_numpy(dropout_mask(tuple(x.shape), network.dropout_keep, (config.seed, step, layer)))
+        mask = dropout_mask(tuple(x.shape), network.dropout_keep, config.seed, step, layer, x.device)
         return x * mask / (network.dropout_keep if network.dropout_scale_in_training else 1.0)
 
     return dropout
 
 
-def _in_test(network: Network) -> Callable[[torch.Tensor, int], torch.Tensor]:
+def dropout_mask(
+    shape: tuple[int, ...], keep: float, seed: int, step: int, layer: int, device: torch.device | str
+) -> torch.Tensor:
+    """``net.reference.dropout.dropout_mask`` in PyTorch, on ``device``: the same Philox words, the same mask.
+
+    Words are held in int64, which has room for 32 bits without a sign. A product of two has 64 bits and wraps; its low
+    half is right all the same, and so is the high half once the copies of the sign that the shift brings are cut off.
+    """
+    size, low = math.prod(shape), 2**32 - 1
+    c0 = torch.arange(-(-size // 4), device=device)
+    c1, c2, c3 = (torch.full_like(c0, word) for word in (layer, step & low, step >> 32))
+    k0, k1 = seed & low, seed >> 32
+    for _ in range(philox.ROUNDS):
+        p0, p1 = c0 * int(philox.M0), c2 * int(philox.M1)
+        high0, high1 = (p0 >> 32) & low, (p1 >> 32) & low
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & low, high0 ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + philox.W0) & low, (k1 + philox.W1) & low
+    drawn = torch.stack((c0, c1, c2, c3), dim=-1).flatten()[:size]
+    return (drawn < math.floor(keep * 2**32)).reshape(shape)
+
+
+def _in_test(network: Network) -> Dropout:
     return lambda x, layer: x if network.dropout_scale_in_training else x * network.dropout_keep
 
 
-def _validate(config: Config, dataset: Dataset, parameters: dict[str, torch.Tensor]) -> dict[str, float]:
+def _validate(
+    config: Config,
+    dataset: Dataset,
+    parameters: dict[str, torch.Tensor],
+    mean: torch.Tensor,
+    device: str,
+    precision: str,
+) -> dict[str, float]:
     """Centre view, with PyTorch's own forward pass."""
 
     def predict(inputs: dict[str, Any]) -> np.ndarray:
-        with torch.no_grad():
-            x = parity.torch_input(config, dataset.mean, inputs, torch.float32, jittered=False)
-            return parity.torch_scores(config.network, parameters, x, _in_test(config.network)).softmax(1).numpy()
+        with torch.no_grad(), _arithmetic(device, precision):
+            there = {name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
+            x = parity.torch_input(config, mean, there, torch.float32, jittered=False)
+            scores = parity.torch_scores(config.network, parameters, x, _in_test(config.network))
+            return scores.float().softmax(1).cpu().numpy()
 
     result = evaluate(reference, predict, dataset.val, config, min(config.eval.batch_size, 128), 1)
     return {
@@ -140,7 +211,7 @@ def _save(
     step: int,
     parameters: dict[str, torch.Tensor],
     velocities: dict[str, torch.Tensor],
-    validation: dict[str, float],
+    validation: dict[str, float] | None,
 ) -> None:
     arrays = {name: parity.from_torch(p.detach()) for name, p in parameters.items()}
     arrays |= {f"momentum/{name}": parity.from_torch(v) for name, v in velocities.items()}
@@ -154,17 +225,24 @@ def _save(
         "validation": validation,
     }
     path = save_checkpoint(run.train, step, header, arrays)
-    note_best(run.train, path, step, validation["top1"])
+    if validation is not None:
+        note_best(run.train, path, step, validation["top1"])
     prune(run.train, 1, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.evidence_torch", description=__doc__.partition("\n")[0])
     parser.add_argument("--run", type=Path, required=True)
-    run = RunDir(parser.parse_args(arguments).run)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    options = parser.parse_args(arguments)
+    run = RunDir(options.run)
     config = from_dict(read_sealed(run.config, "start it with python -m bench.evidence"), str(run.config))
     try:
-        train(run, config)
+        train(run, config, options.device, options.precision)
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signum
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -131,12 +131,12 @@ def by_torch(device: str, config: Config, start: Arrays, data: Sequence[Arrays])
     velocities = {name: torch.zeros_like(p) for name, p in parameters.items()}
     rates = {name: _rate(config, name) for name in parameters}
     decays = {n: config.train.weight_decay if n.endswith(".w") or config.train.bias_decay else 0.0 for n in parameters}
+    mean = torch.from_numpy(mean_picture(config)).permute(2, 0, 1).to(device)
     losses, first = [], {}
     for number, arrays in enumerate(data):
-        x = torch_input(config, mean_picture(config), arrays, parameters["conv1.w"].dtype).to(device)
-        loss = F.cross_entropy(
-            torch_scores(config.network, parameters, x), torch.from_numpy(arrays["labels"]).long().to(device)
-        )
+        batch = {name: torch.from_numpy(value).to(device) for name, value in arrays.items()}
+        x = torch_input(config, mean, batch, parameters["conv1.w"].dtype)
+        loss = F.cross_entropy(torch_scores(config.network, parameters, x), batch["labels"].long())
         gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
         losses.append(float(loss.detach().double()))
         if number == 0:
@@ -183,29 +183,28 @@ def from_torch(tensor: torch.Tensor) -> np.ndarray:
 
 
 def torch_input(
-    config: Config, mean: np.ndarray, arrays: Arrays, precision: torch.dtype, *, jittered: bool = True
+    config: Config, mean: torch.Tensor, batch: Tensors, precision: torch.dtype, *, jittered: bool = True
 ) -> torch.Tensor:
-    """Crops -> (N, 3, height, width); ``jittered`` is whether colour shifts are being drawn."""
+    """Crops -> (N, 3, height, width), on the device of ``batch`` and of ``mean`` (3, size, size).
+
+    ``jittered`` is whether colour shifts are being drawn.
+    """
     inp, crop = config.input, config.input.crop
-    whole = torch.from_numpy(mean).permute(2, 0, 1)
-    margin = (whole.shape[1] - crop) // 2
-    prepared = []
-    for image, (row, column), flip, shift in zip(
-        arrays["images"], arrays["corner"], arrays["flip"], arrays["shift"], strict=True
-    ):
-        x = torch.from_numpy(image).permute(2, 0, 1).to(precision)
-        if inp.mean == "image":
-            x = x - whole[:, row : row + crop, column : column + crop]
-        if flip:
-            x = x.flip(2)
-        if inp.mean == "center":
-            x = x - whole[:, margin : margin + crop, margin : margin + crop]
-        x = (x + torch.from_numpy(shift)[:, None, None]) * inp.scale
-        if jittered and inp.jitter and inp.jitter_rescale:
-            x = x / (1 + inp.jitter)
-        prepared.append(x.flip(0) if inp.bgr else x)
+    x = batch["images"].permute(0, 3, 1, 2).to(precision)
+    if inp.mean == "image":
+        places = mean.unfold(1, crop, 1).unfold(2, crop, 1)  # (3, row, column, crop, crop), a view
+        row, column = batch["corner"].long().unbind(1)
+        x = x - places[:, row, column].transpose(0, 1)
+    x = torch.where(batch["flip"].bool()[:, None, None, None], x.flip(3), x)
+    if inp.mean == "center":
+        margin = (mean.shape[1] - crop) // 2
+        x = x - mean[:, margin : margin + crop, margin : margin + crop]
+    x = (x + batch["shift"][:, :, None, None]) * inp.scale
+    if jittered and inp.jitter and inp.jitter_rescale:
+        x = x / (1 + inp.jitter)
+    x = x.flip(1) if inp.bgr else x
     before, after = inp.border
-    return F.pad(torch.stack(prepared), (before, after, before, after))
+    return F.pad(x, (before, after, before, after))
 
 
 def torch_scores(
@@ -225,18 +224,22 @@ def torch_scores(
     def pool(x: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(x, network.pool_size, network.pool_stride)
 
+    def squares(x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.promote_types(x.dtype, torch.float32)).square()  # under autocast x is bfloat16
+
     def lrn(x: torch.Tensor) -> torch.Tensor:
         n = network.lrn_size
         alpha = network.lrn_alpha / n if n and network.lrn_alpha_over_n else network.lrn_alpha
-        # As a picture one pixel wide whose rows are the channels, a window of channels is a window of rows.
         if n == 0:
             return x
-        squares = F.pad(x.square(), (0, 0, 0, 0, n // 2, n // 2))
-        neighbours = squares.unfold(1, 2 * (n // 2) + 1, 1).sum(-1)
+        # As a picture whose rows are the channels and whose columns the pixels, a window of channels is one of rows.
+        rows = squares(x).flatten(2)
+        neighbours = F.avg_pool2d(rows, (2 * (n // 2) + 1, 1), stride=1, padding=(n // 2, 0), divisor_override=1)
+        neighbours = neighbours.unflatten(2, x.shape[2:])
         return x / (network.lrn_k + alpha * neighbours).pow(network.lrn_beta)
 
     def map_norm(x: torch.Tensor) -> torch.Tensor:
-        around = F.avg_pool2d(x.square(), 5, stride=1, padding=2, divisor_override=1)
+        around = F.avg_pool2d(squares(x), 5, stride=1, padding=2, divisor_override=1)
         return x / (1 + 0.001 / 25 * around).pow(0.75)
 
     x = conv(x, "conv1", stride=4)

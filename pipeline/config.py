@@ -88,6 +88,8 @@ class Train:
     weight_decay: float = 5e-4
     bias_decay: bool = True  # weight decay on biases too
     checkpoint_every: int = 4000  # steps
+    save_every: int = 1  # epochs from a checkpoint at an epoch's end to the next; the end of training has one anyway
+    validate_every: int = 1  # epochs from a validation to the next; the last epoch is validated anyway
     log_every: int = 20  # steps
     order: str = "auto"  # of an epoch's pictures: uniform | blocks (for sets larger than memory) | auto: what fits
     plateau_steps: int = 500  # warn when the loss has stayed at ln(classes) for so many steps
@@ -365,6 +367,10 @@ def _check(config: Config) -> None:
         (
             min(train.checkpoint_every, train.log_every, train.keep_checkpoints) >= 1,
             "train.checkpoint_every, train.log_every and train.keep_checkpoints must be at least 1",
+        ),
+        (
+            min(train.save_every, train.validate_every) >= 1,
+            "train.save_every and train.validate_every must be at least 1",
         ),
         (2 <= config.loader.slots <= 64, "loader.slots must lie between 2 and 64"),
         (1 <= config.loader.threads <= 64, "loader.threads must lie between 1 and 64"),

@@ -55,7 +55,15 @@ from stages.setup import (
 )
 
 # Settings that may differ between the run so far and its continuation: they change no weight.
-_FREE = ("epochs", "checkpoint_every", "log_every", "keep_checkpoints", "plateau_steps")
+_FREE = (
+    "epochs",
+    "checkpoint_every",
+    "save_every",
+    "validate_every",
+    "log_every",
+    "keep_checkpoints",
+    "plateau_steps",
+)
 
 
 @dataclass
@@ -163,7 +171,8 @@ def _loop(
     last: int,
     stop: StopRequest,
 ) -> None:
-    """From batch to batch: step, and at the epoch's end, every so many steps, or when asked to stop, save."""
+    """Step from batch to batch; validate and save at an epoch's end; save every so many steps and when told to stop."""
+    train = config.train
     with contextlib.ExitStack() as stack:
         batches = load(
             dataset.train,
@@ -179,11 +188,13 @@ def _loop(
         for batch in loader:
             trainer.step(batch)
             done = trainer.state.step
-            epoch_ends = done % plan.steps_per_epoch == 0
+            epochs, rest = divmod(done, plan.steps_per_epoch)
+            epoch_ends, ends = rest == 0, done == last
             signum = trainer.ranks.largest(stop.signum or 0)  # a signal to any rank stops all after the same step
-            if epoch_ends or done == last or done % config.train.checkpoint_every == 0 or signum:
-                trainer.settle()
-                validation = trainer.validate() if epoch_ends else None
+            validation = None
+            if epoch_ends and (ends or epochs % train.validate_every == 0):
+                validation = trainer.validate()
+            if ends or signum or done % train.checkpoint_every == 0 or (epoch_ends and epochs % train.save_every == 0):
                 trainer.save({**header, "validation": validation})
             if signum and done < last:
                 raise StoppedError(
@@ -264,6 +275,7 @@ class _Trainer:
 
     def validate(self) -> dict[str, float]:
         """Accuracy and loss on the validation pictures, centre view, at the end of an epoch."""
+        self.settle()
         ops, config = self._ops, self._config
         prepared = preparation(config, self._dataset.mean, ops, jittered=False)
         predict = prediction(ops, self._layers, self.state.parameters, prepared, views=1)
@@ -280,6 +292,7 @@ class _Trainer:
 
     def save(self, header: dict[str, Any]) -> None:
         """Write a checkpoint, once all ranks have been found to have the same weights."""
+        self.settle()
         ops, parameters = self._ops, self.state.parameters
         self.ranks.require_same(
             lambda: b"".join(hashlib.sha256(ops.to_host(value)).digest() for value in parameters.values()),

@@ -147,6 +147,8 @@ def test_wrong_settings_are_refused(setting: str, pattern: str) -> None:
         "train.momentum=1",
         "train.weight_decay=-1",
         "train.checkpoint_every=0",
+        "train.save_every=0",
+        "train.validate_every=0",
         "train.log_every=0",
         "train.keep_checkpoints=0",
         "loader.slots=1",

@@ -190,6 +190,23 @@ def test_checkpoint_every_and_keep(run: Path) -> None:
     assert [path.name for path in checkpoints(run / "train")] == ["step-00000003.ckpt"]
 
 
+def test_validation_and_checkpoints_only_every_so_many_epochs(run: Path, undisturbed: Path) -> None:
+    rarely = settings("train.validate_every=2", "train.save_every=3")
+    train(run, "--epochs", 5, *rarely).done()
+    validations = [r["epochs_done"] for r in metrics(run) if "top1" in r]
+    assert validations == [2, 4, 5]  # the last epoch always
+    assert [path.name for path in checkpoints(run / "train")] == ["step-00000018.ckpt", "step-00000030.ckpt"]
+    header = load_checkpoint(run / "train" / "step-00000018.ckpt").header
+    assert header["validation"] is None
+    assert json.loads((run / "train" / "best.json").read_text())["step"] == 30
+    # Nothing but the lines differs: the losses are those of a run that validates and saves every epoch.
+    losses = [r for r in metrics(undisturbed) if "loss" in r]
+    assert [r for r in metrics(run) if "loss" in r][: len(losses)] == losses
+    # And a run may go on with other intervals than it began with.
+    train(run, "--resume", "--epochs", 1, "--set", "train.validate_every=1", "--set", "train.save_every=1").done()
+    assert checkpoints(run / "train")[-1].name == "step-00000036.ckpt"
+
+
 def test_divergence_stops_training_and_keeps_the_last_good_checkpoint(run: Path, undisturbed: Path) -> None:
     shutil.copytree(undisturbed / "train", run / "train")
     good = {path.name: digest(path) for path in checkpoints(run / "train")}
