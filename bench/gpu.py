@@ -81,14 +81,16 @@ class Effort:
     deadline: float  # of time.monotonic(): nobody starts after it
 
 
-def contenders(ops: ModuleType, precision: str, host: Host, classes: int, keep: float, views: int, dry: bool) -> list:
-    """Ours, every mode of PyTorch, and for training in fp32 the naive port."""
+def contenders(
+    ops: ModuleType, precision: str, host: Host, classes: int, keep: float, views: int, dry: bool, modes: str = ""
+) -> list[Contender]:
+    """Ours, every mode of PyTorch whose name has ``modes`` in it, and for training in fp32 the naive port."""
 
     def start_ours() -> Callable[[Host], Any]:
         return ours(ops, host, classes, keep, views=views)
 
     found = [Contender("ours", start_ours, ops.to_host, ops.synchronize)]
-    found += torch_contenders(precision, host, classes, keep, views, dry)
+    found += [c for c in torch_contenders(precision, host, classes, keep, views, dry) if modes in c.name]
     if precision == "fp32" and not views:
         from bench import gpu_naive
 
@@ -251,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--window", type=int, default=None, help="steps a round, at most")
+    parser.add_argument("--modes", default="", metavar="PART", help="only PyTorch's modes with this in their names")
     parser.add_argument("--minutes", type=float, default=60.0, help="nothing new is started after so long")
     parser.add_argument("--kernels", action="store_true", help="time every kernel of a step instead")
     parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="compare loss curves instead")
@@ -328,11 +331,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             for images in sizes:
                 given = batches(4, images, crop, classes, ops.host_empty)
-                runners = contenders(ops, precision, host, classes, 1.0 if dry else 0.5, 0, dry)
+                runners = contenders(ops, precision, host, classes, 1.0 if dry else 0.5, 0, dry, options.modes)
                 finish(race("training step", runners, precision, given, images, effort))
             crops = VIEWS if dry else 128 * VIEWS
             given = batches(4, crops, crop, classes, ops.host_empty)
-            runners = contenders(ops, precision, host, classes, 1.0, VIEWS, dry)
+            runners = contenders(ops, precision, host, classes, 1.0, VIEWS, dry, options.modes)
             finish(race("10-view evaluation", runners, precision, given, crops, effort))
         if dry:
             gpu_checks.loader_rate("RUN", 400, precisions[0], dry)
