@@ -100,10 +100,10 @@ __device__ __forceinline__ void gather(
 #pragma unroll
         for (int v = 0; v < V; v++) sum[v] = 0.0f;
         for (int kh = 0; kh < kernel_h; kh++) {
-            int down = row + pad - kh, r = stride == 1 ? down : down / stride;  // a division costs more than the rest
+            int down = row + pad - kh, r = down / stride;
             if (down < 0 || r * stride != down || r >= out_height) continue;
             for (int kw = 0; kw < kernel_w; kw++) {
-                int right = col + pad - kw, c = stride == 1 ? right : right / stride;
+                int right = col + pad - kw, c = right / stride;
                 if (right < 0 || c * stride != right || c >= out_width) continue;
                 float part[V];
                 load<V>(from + (long long)(r * out_width + c) * groups * padded + (kh * kernel_w + kw) * each, part);

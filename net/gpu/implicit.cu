@@ -215,27 +215,25 @@ __device__ __forceinline__ void start_products(
     int lane = threadIdx.x % 32, top = Tile<COLS>::top(), side = Tile<COLS>::side();
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 16) {
-        uint32 a[DOWN][4], b[RIGHT / 2][4];
-#pragma unroll
-        for (int i = 0; i < DOWN; i++) {
-            int m = top + i * 16;
-            if (TRANSPOSED) {
-                int piece = m / 8 + lane / 8 % 2;
-                load_matrices<true>(
-                    a[i], left + piece / 8 * PANEL + place_in_panel(k + lane / 16 * 8 + lane % 8, piece % 8));
-            } else {
-                load_matrices<false>(a[i], left + place_in_panel(m + lane % 16, k / 8 + lane / 16));
-            }
-        }
+        uint32 b[RIGHT / 2][4];
 #pragma unroll
         for (int j = 0; j < RIGHT / 2; j++) {
             int piece = side / 8 + j * 2 + lane / 16;
             load_matrices<true>(b[j], right + piece / 8 * PANEL + place_in_panel(k + lane % 16, piece % 8));
         }
 #pragma unroll
-        for (int i = 0; i < DOWN; i++)
+        for (int i = 0; i < DOWN; i++) {
+            uint32 a[4];
+            int m = top + i * 16;
+            if (TRANSPOSED) {
+                int piece = m / 8 + lane / 8 % 2, term = k + lane / 16 * 8 + lane % 8;
+                load_matrices<true>(a, left + piece / 8 * PANEL + place_in_panel(term, piece % 8));
+            } else {
+                load_matrices<false>(a, left + place_in_panel(m + lane % 16, k / 8 + lane / 16));
+            }
 #pragma unroll
-            for (int j = 0; j < RIGHT; j++) multiply_add(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+            for (int j = 0; j < RIGHT; j++) multiply_add(sum[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        }
     }
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Final
 
-from net.gpu import graph
+from net.gpu import graph, implicit
 from net.gpu.convolution import Shape
 from net.gpu.cublas import WORKSPACE
 from net.gpu.device import Device, current
@@ -81,11 +81,16 @@ def _bytes_needed(
             conv = layer.conv if isinstance(layer, ConvBlock) else layer
             sizes = _conv_shape(conv, current_shape, batch)
             result = batch * sizes.pixels * sizes.maps * picture
-            piece = sizes.images_at_once(device.memory, picture)
-            columns = piece * sizes.pixels * sizes.row * picture
-            if training and piece == batch and isinstance(layer, ConvBlock):
-                own += columns
-            passing += columns + result
+            if picture == 2 and implicit.takes(sizes):
+                folded = implicit.fold_shape(sizes)
+                room = batch * folded.height * folded.width * folded.channels * picture if sizes.stride > 1 else 0
+                kept = True
+            else:
+                piece = sizes.images_at_once(device.memory, picture)
+                room, kept = piece * sizes.pixels * sizes.row * picture, piece == batch
+            if training and kept and isinstance(layer, ConvBlock):
+                own += room
+            passing += room + result
             if isinstance(layer, ConvBlock) and layer.pool:
                 own += result + batch * prod(output)
         if isinstance(layer, Linear | LinearBlock) and picture == 2:
@@ -95,7 +100,7 @@ def _bytes_needed(
         total += own if training else 0
         largest = max(largest, own + passing + values * 4)
         current_shape = output
-    states = parameters * 4 * (2 if training else 1)
+    states = parameters * 4 * (3 if training else 1)  # gradients wait for their updates beside the backward pass
     inputs = 4 * batch * prod(shape)  # three slots of uint8 pictures, and the recording's own
     return int(SLACK * (total + largest + states + inputs)) + WORKSPACE + CONTEXT
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from net.gpu import kernels
 
-ARCHITECTURES = ("sm_70", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
-TYPES = {"float": (), "bfloat16": ("-DBF16",)}
+# sm_90a has the instructions of Hopper alone; the backend compiles for it what uses them.
+ARCHITECTURES = ("sm_70", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100")
+TYPES = ("float", "bfloat16")
 
 _FUNCTION = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"
@@ -65,7 +66,11 @@ def supported(architecture: str) -> bool:
     _library().nvrtcGetNumSupportedArchs(ctypes.byref(count))
     numbers = (ctypes.c_int * count.value)()
     _library().nvrtcGetSupportedArchs(numbers)
-    return int(architecture.removeprefix("sm_")) in numbers
+    return _capability(architecture) in numbers
+
+
+def _capability(architecture: str) -> int:
+    return int(architecture.removeprefix("sm_").removesuffix("a"))
 
 
 def compile_cubin(source: str, architecture: str, definitions: Sequence[str] = ()) -> tuple[bytes, dict[str, Usage]]:
@@ -97,6 +102,13 @@ def _usages(log: str) -> Any:
         yield found["name"], Usage(int(found["registers"]), static, int(found["frame"]), spills)
 
 
+def compiled(file: str, kind: str, architecture: str) -> tuple[bytes, dict[str, Usage]]:
+    """One of the backend's files, with the definitions it is compiled with for that card."""
+    real = "uint16" if kind == "bfloat16" else "float32"
+    found = kernels.options(file, real, _capability(architecture))
+    return compile_cubin(kernels.source(file), architecture, [o for o in found if o.startswith("-D")])
+
+
 def table() -> str:
     """Registers of every kernel on every card as Markdown; spills and stack where there are any."""
     lines = [
@@ -105,11 +117,11 @@ def table() -> str:
     ]
     usages: dict[tuple[str, str, str], dict[str, Usage]] = {}
     for file in kernels.sources():
-        for kind, definitions in TYPES.items():
+        for kind in TYPES:
             for architecture in ARCHITECTURES:
                 if not used(file, kind, architecture) or not supported(architecture):
                     continue
-                _, found = compile_cubin(kernels.source(file), architecture, definitions)
+                _, found = compiled(file, kind, architecture)
                 for name, usage in found.items():
                     usages.setdefault((file, name, kind), {})[architecture] = usage
     for (file, name, kind), found in sorted(usages.items()):
@@ -120,6 +132,10 @@ def table() -> str:
 
 def used(file: str, kind: str, architecture: str) -> bool:
     """Whether the backend compiles a file so: for bfloat16 only with arrays of it, and on cards that have it."""
+    if file == "implicit":  # for bfloat16 only, and on Hopper only with that card's own instructions
+        return kind == "bfloat16" and architecture not in ("sm_70", "sm_90")
+    if architecture == "sm_90a":
+        return False
     if kind == "float":
         return True
     types = [t for kernel, parameters in kernels.signatures().values() if kernel == file for t in parameters]

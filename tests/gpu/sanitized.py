@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
 import numpy as np
 
 from net.backend import load
 from net.gpu import kernels
-from tests.gpu import standin, test_blocks
+from tests.gpu import standin, test_blocks, test_implicit
 from tests.net import cases
 
 # Under the thread sanitizer every CUDA thread is a thread of the system: only kernels that share memory, in small.
@@ -32,7 +33,15 @@ def card() -> None:
             x, w, b, dy = (ops.asarray(a) for a in test_blocks.draw(block))
             _, kept = ops.conv_block_forward(x, w, b, **test_blocks.options(block), training=True)
             ops.conv_block_backward(dy, kept, w, **test_blocks.options(block), need_dx=True)
+        for implicit in test_implicit.SMALL if precision == "bf16" else ():
+            _convolve(ops, implicit)
         ops.synchronize()
+
+
+def _convolve(ops: ModuleType, case: test_implicit.Case) -> None:
+    x, w, b, dy = (ops.asarray(a) for a in test_implicit.draw(case))
+    ops.conv2d_forward(x, w, b, **case.geometry)
+    ops.conv2d_backward(dy, x, w, **case.geometry, need_dx=True)
 
 
 def races() -> None:
@@ -45,6 +54,8 @@ def races() -> None:
                 x, w, b, dy = (ops.asarray(a) for a in test_blocks.draw(block))
                 _, kept = ops.conv_block_forward(x, w, b, **test_blocks.options(block), training=True)
                 ops.conv_block_backward(dy, kept, w, **test_blocks.options(block), need_dx=False)
+        # On Hopper's way: the other takes hours of exchanges between threads.
+        _convolve(load("gpu", "bf16"), test_implicit.SMALL[0])
 
 
 def broken(file: str, old: str, new: str) -> None:
