@@ -29,6 +29,7 @@ from net.layers import Conv
 
 Run = Callable[[], Any]
 PASSES = ("y", "dw", "dx")
+SIDE = 227
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,11 @@ class Layer:
 
 def layers(ops: ModuleType, images: int) -> Iterator[Layer]:
     """The five convolutions on random pictures, in bfloat16."""
-    size: tuple[int, ...] = (227, 227, 3)
+    size: tuple[int, ...] = (SIDE, SIDE, 3)
     for layer in alexnet(1000):
         if isinstance(layer, Conv):
-            shape = Shape(
-                images, *size, layer.size, layer.size, layer.maps, layer.stride, layer.pad, layer.groups
-            )  # fmt: skip
+            geometry = (layer.size, layer.size, layer.maps, layer.stride, layer.pad, layer.groups)
+            shape = Shape(images, *size, *geometry)
             random = np.random.default_rng(shape.maps)
             w = random.standard_normal((layer.size, layer.size, size[2] // layer.groups, layer.maps), dtype=np.float32)
             x, dy = (_random_pictures(ops, images, s, random) for s in (size, layer.output_shape(size)))
@@ -110,7 +110,7 @@ def torch_passes(layer: Layer, ops: ModuleType) -> dict[str, Run]:
 
 def microseconds(run: Run, clear: Run, *, stream: Any, event: Callable[[], Any], rounds: int) -> float:
     """Median time of ``run`` on the device; ``event`` makes an event that has been recorded."""
-    for _ in range(3):
+    for _ in range(min(3, rounds)):
         run()
     pairs = []
     for _ in range(rounds):
@@ -136,10 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     ops = load("gpu", "bf16")
     device = current()
-    scratch = device.cupy.empty((2**28,), "uint8")
+    scratch, zeros = (ops.empty((2**28,), "uint8") for _ in range(2))
 
     def clear() -> None:
-        scratch.data.memset_async(0, scratch.nbytes, device.stream)
+        scratch.data.copy_from_device_async(zeros.data, scratch.nbytes, device.stream)
 
     def event() -> Any:
         made = device.cupy.cuda.Event()
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 apart = np.linalg.norm(a - b) / np.linalg.norm(a)
                 mine = timed(ours[name])
                 columns, cudnn = timed(by_columns[name]), theirs(name, options.rounds)
-                rate = work / mine / 1e6
+                rate = work / mine / 1e6 if mine else 0.0
                 place = f"{layer.name} {name}"
                 print(f"{place:18s} {columns:9.1f} {mine:9.1f} {rate:8.0f} {cudnn:>9s}   {apart:.1e}", flush=True)
                 if options.tune:

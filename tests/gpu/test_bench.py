@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import gpu, gpu_checks, gpu_model
+from bench import gpu, gpu_checks, gpu_convolution, gpu_model
 from net.alexnet import alexnet
 from tests.gpu import test_network
 from tests.gpu.conftest import REAL, need_compiler
@@ -36,7 +36,7 @@ def test_the_dry_run_goes_through_everything(
     said = capsys.readouterr().out
     for words in (
         "resumed after 2 of 4 steps: the same bits",
-        "together   99 kernels",
+        "together   97 kernels",
         "fed by 2 loader threads",
         "training step, bf16, batch 2",
         "10-view evaluation, bf16, batch 10",
@@ -119,3 +119,21 @@ def test_without_compute_sanitizer_it_is_said(monkeypatch: pytest.MonkeyPatch) -
 def test_the_models_card_is_found_by_the_drivers_name(name: str, card: str) -> None:
     assert gpu_checks._card(name).name == card
     assert gpu_checks._card("some other card") is gpu_model.H100
+
+
+def test_the_convolutions_are_compared(
+    backend: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In small: every layer and pass both ways, and how far apart they are."""
+    if REAL:
+        pytest.skip("python -m bench.gpu_convolution measures on a GPU")
+    monkeypatch.setattr(gpu_convolution, "SIDE", 67)
+    monkeypatch.setattr(gpu_convolution, "_with_torch", lambda layer, ops: lambda name, rounds: "-")
+    monkeypatch.setattr(gpu_convolution, "load", lambda device, precision: backend(precision))
+    gpu_convolution.main(["--batch", "8", "--rounds", "1"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("conv")]
+    assert [tuple(row[:2]) for row in rows] == [
+        (f"conv{number}", name) for number in range(1, 6) for name in ("y", "dw", "dx") if (number, name) != (1, "dx")
+    ]
+    for row in rows:
+        assert float(row[-1]) < 5e-3, row
