@@ -46,7 +46,7 @@ def test_the_dry_run_goes_through_everything(
         assert words in said
     written = json.loads((tmp_path / "figures.json").read_text())
     assert [f["contender"] for f in written["figures"]] == ["ours", "ours"]
-    assert len(written["kernels bf16 2"]) == 99
+    assert len(written["kernels bf16 2"]) == 97
     assert len(written["curve bf16"]["ours"]) == 2
 
 
