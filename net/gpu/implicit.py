@@ -27,7 +27,7 @@ ROWS: Final = 128  # of the product, a block
 DEPTH: Final = 64  # terms of the sum, a slice
 PANEL: Final = 64  # columns of the product that lie side by side in shared memory
 TILES: Final = (128, 96, 48)  # columns of the product a block computes, for which there are kernels
-LARGEST: Final = 2**31 - 1  # elements of a picture array; the kernels count in 32 bits
+LARGEST: Final = 2**31 - 1  # elements of a picture array
 
 
 class Room(Protocol):
@@ -55,9 +55,11 @@ def takes(shape: Shape) -> bool:
     if folds == (shape.groups > 1) or (folds and shape.pad > 0):
         return False
     folded = fold_shape(shape)
+    # The kernels hold rows and columns in 16 bits, places in memory in 32.
+    small = max(folded.height, folded.width) < 2**14
     elements = max(folded.height * folded.width * folded.channels, shape.pixels * shape.maps) * shape.images
     pieces = folded.channels // folded.groups % 8 == 0 and shape.maps // shape.groups % 8 == 0
-    return pieces and elements <= LARGEST and shape.kernel_h == shape.kernel_w and shape.pad < shape.kernel_h
+    return pieces and small and elements <= LARGEST and shape.kernel_h == shape.kernel_w and shape.pad < shape.kernel_h
 
 
 def fold_shape(shape: Shape) -> Shape:

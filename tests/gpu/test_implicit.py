@@ -235,7 +235,7 @@ MISTAKES = [
             "corners[row + j * DOWN]", MANY),
     Mistake("one part is forgotten", "p < parts; p++", "p < parts - 1; p++", MANY),
     Mistake("the kernel is not turned", "(taps - 1 - tap)", "tap"),
-    Mistake("the folded picture's last row", "first + e / line < height", "first + e / line < height - 1", CASES[0]),
+    Mistake("the folded picture's last row", "min(s, height - first)", "min(s, height - first - 1)", CASES[0]),
     Mistake("the folded window's edge", "kw < kernel_w ? w[", "kw <= kernel_w ? w[", CASES[0]),
     Mistake("pieces are exchanged at writing only", "left + place_in_panel(m + lane % 16, k / 8 + lane / 16)",
             "left + (m + lane % 16) * 64 + k + lane / 16 * 8", generation="Ampere"),
@@ -251,8 +251,9 @@ def test_a_mistake_is_caught(
     ops: ModuleType, pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch, mistake: Mistake
 ) -> None:
     original = {file: kernels.source(file) for file in kernels.sources()}
-    assert mistake.old in original["implicit"], "the text to break is no longer there"
-    broken = {**original, "implicit": original["implicit"].replace(mistake.old, mistake.new)}
+    file = next((f for f in ("implicit", "fold") if mistake.old in original[f]), None)
+    assert file is not None, "the text to break is no longer there"
+    broken = {**original, file: original[file].replace(mistake.old, mistake.new)}
     monkeypatch.setattr(kernels, "source", broken.__getitem__)
     forget_kernels()
     for order in reversed(build.ORDERS):
