@@ -140,6 +140,7 @@ def _stage(
             restart=options.restart,
             goal=goal,
             device=device,
+            precision=options.precision,
             tensorboard=options.tensorboard,
             ranks=ranks,
         )
