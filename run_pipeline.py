@@ -16,10 +16,8 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
@@ -27,6 +25,7 @@ from pipeline.config import Config, from_dict, load_config, override, to_dict
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.ranks import Ranks, joined
 from pipeline.run_dir import RunDir, locked, read_sealed, write_sealed
+from pipeline.signals import Interruption
 
 _CONFIGURED = frozenset(("preprocess", "train", "eval"))
 _READING = frozenset(("predict", "watch"))
@@ -37,9 +36,9 @@ _SHARED = frozenset(("train", "eval"))  # stages that several processes can shar
 def main(arguments: list[str] | None = None) -> int:
     """Run the stages the command line asks for; returns the exit status."""
     options = parse(arguments)
-    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with joined() as ranks:
+        # Outside the loops that save before they stop, a signal makes a stage leave with temporary files removed.
+        with Interruption(), joined() as ranks:
             _run(options, ranks)
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
@@ -52,14 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    """Outside the loops that save before they stop: leave as after Ctrl-C, temporary files removed."""
-    raise StoppedError(signum, "terminated; everything finished so far is kept")
 
 
 def _run(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -148,6 +140,7 @@ def _stage(
             restart=options.restart,
             goal=goal,
             device=device,
+            precision=options.precision,
             tensorboard=options.tensorboard,
             ranks=ranks,
         )

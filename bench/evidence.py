@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import io
+import itertools
 import math
 import os
 import platform
@@ -43,6 +44,8 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
+
+from PIL import Image
 
 from data.sampling import steps_per_epoch
 from data.shards import read_manifest
@@ -73,6 +76,9 @@ ABLATIONS: Final = (
 THREADS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 ABOVE_CHANCE: Final = 0.05  # nats below ln(classes) from which on a run has left the plateau
 _SMOOTH: Final = 5  # logged losses whose mean decides that
+LOG_EVERY: Final = 5  # steps
+FIRST_STEPS: Final = 500  # of the training curves, compared apart from the rest
+_CURVE: Final = 10  # logged losses whose mean is a point of a curve that is compared with another
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def configured(run: Planned, how: How) -> Config:
         lr=scaled(train.lr, factor),
         bias_lr=scaled(train.bias_lr, factor),
         conv1_lr=scaled(train.conv1_lr, factor),
-        log_every=5,
+        log_every=LOG_EVERY,
         keep_checkpoints=1,
     )
     if inp.jitter_epochs is not None:
@@ -386,10 +392,10 @@ def markdown(results: Sequence[dict[str, Any]], base: str) -> str:
             _each(group, lambda r: _percent(r, "ten_views", "top5")),
             _each(group, lambda r: f"{r['centre']['loss']:.3f}" if "centre" in r else _state(r)),
             _each(group, _takeoff),
-            _each(group, lambda r: f"{r['images_per_second']}", same=True),
+            _each(group, lambda r: "none" if r["images_per_second"] is None else f"{r['images_per_second']:,.0f}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *_ablations(groups, base), *_failures(results)]
+    lines += ["", *_curves(groups, base), *_ablations(groups, base), *_failures(results)]
     if results:
         last = results[-1]
         shared = f"; {last['jobs']} runs at a time shared it, so no rate is the machine's" if last["jobs"] > 1 else ""
@@ -400,18 +406,64 @@ def markdown(results: Sequence[dict[str, Any]], base: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def apart(
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], first: int, last: int
+) -> tuple[float, ...] | None:
+    """How far two training curves are apart in steps ``first`` to ``last``, each a mean over ten logged losses.
+
+    The mean of a - b, the mean of its absolute value and the largest; None where the curves have no such steps both.
+    """
+    differences = [x[1] - y[1] for x, y in zip(a, b, strict=False)]
+    step = [LOG_EVERY * (end + 1) for end in range(len(differences))]
+    smooth = [
+        statistics.mean(differences[end - _CURVE + 1 : end + 1])
+        for end in range(_CURVE - 1, len(differences))
+        if first <= step[end] - LOG_EVERY * _CURVE + 1 and step[end] <= last
+    ]
+    if not smooth:
+        return None
+    sizes = [abs(d) for d in smooth]
+    return statistics.mean(smooth), statistics.mean(sizes), max(sizes)
+
+
+def _curves(groups: dict[str, list[dict[str, Any]]], base: str) -> list[str]:
+    """The training curve by hand beside PyTorch's, seed by seed, and how far two seeds are apart."""
+    by_seed = [
+        {r["seed"]: r for r in groups.get(name, []) if "failed" not in r} for name in (base, f"{base} in PyTorch")
+    ]
+    hand, torch = by_seed
+    pairs = [(f"by hand - PyTorch, seed {s}", hand[s], torch[s]) for s in hand if s in torch]
+    for who, runs in zip(("by hand", "PyTorch"), by_seed, strict=True):
+        pairs += [(f"seed {s} - seed {t}, {who}", runs[s], runs[t]) for s, t in itertools.combinations(runs, 2)]
+    end = max((LOG_EVERY * len(r["training"]) for runs in by_seed for r in runs.values()), default=0)
+    spans = [(1, min(FIRST_STEPS, end)), *([(FIRST_STEPS + 1, end)] if end > FIRST_STEPS else [])]
+    rows = []
+    for name, one, other in pairs:
+        found = [apart(one["training"], other["training"], *span) for span in spans]
+        if None not in found:
+            rows.append(f"| {name} | " + " | ".join(f"{f[0]:+.3f}, {f[1]:.3f}, {f[2]:.3f}" for f in found) + " |")
+    head = [
+        f"Training loss of {base}, the differences of two curves in nats: their mean, the mean of their size, the "
+        f"largest. A point of a curve is the mean of {_CURVE} logged losses ({_CURVE * LOG_EVERY} steps):",
+        "",
+        f"| curves | {' | '.join(f'steps {first} to {last}' for first, last in spans)} |",
+        f"|---|{'---|' * len(spans)}",
+    ]
+    return [*head, *rows, ""] if rows else []
+
+
 def _ablations(groups: dict[str, list[dict[str, Any]]], base: str) -> list[str]:
-    """Points of error that leaving something out costs, beside what others found on the full set."""
-    whole = _mean_error(groups.get(base, []))
-    if whole is None:
-        return []
+    """Points of error that leaving something out costs, seed by seed, beside what others found on the full set."""
+    whole = {r["seed"]: r for r in groups.get(base, []) if "ten_views" in r}
     rows = []
     for what, _, paper in ABLATIONS:
-        error = _mean_error(groups.get(f"{base} without {what}", []))
-        if error is not None:
-            rows.append(f"| {what} | {error[0] - whole[0]:+.1f} | {error[1] - whole[1]:+.1f} | {paper} |")
+        group = [r for r in groups.get(f"{base} without {what}", []) if r["seed"] in whole]
+        if not [r for r in group if "failed" in r or "ten_views" in r]:
+            continue
+        cells = [_each(group, partial(_cost, whole, view)) for view in ("centre", "ten_views")]
+        rows.append(f"| {what} | {' | '.join(cells)} | {paper} |")
     head = [
-        f"What it costs to leave something out of {base}, in points of top-1 error, means over the seeds:",
+        f"What it costs to leave something out of {base}, in points of top-1 error, a figure a seed:",
         "",
         "| left out | centre | ten views | paper, authors' logs (ILSVRC, top-1 / top-5) |",
         "|---|---|---|---|",
@@ -419,12 +471,12 @@ def _ablations(groups: dict[str, list[dict[str, Any]]], base: str) -> list[str]:
     return [*head, *rows] if rows else []
 
 
-def _mean_error(group: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
-    done = [r for r in group if "ten_views" in r]
-    if not done:
-        return None
-    centre, ten = (statistics.mean(100 * (1 - r[view]["top1"]) for r in done) for view in ("centre", "ten_views"))
-    return centre, ten
+def _cost(whole: Mapping[int, dict[str, Any]], view: str, r: dict[str, Any]) -> str:
+    if view not in r:
+        return _state(r)
+    if r["leaves_chance_after"] is None:
+        return "at chance"
+    return f"{100 * (whole[r['seed']][view]['top1'] - r[view]['top1']):+.1f}"
 
 
 def _failures(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -478,7 +530,9 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
             label=r["name"] if first else None,
             **look,
         )
-    loss.set(title="Training loss, mean of each epoch", xlabel="epoch", ylabel="nats", xlim=(0, None), ylim=(0, None))
+    loss.set(title="Training loss, mean of each epoch", xlabel="epoch", ylabel="nats", xlim=(0, None))
+    # A run that diverges is cut off: the others are to be seen.
+    loss.set_ylim(0, 1.3 * math.log(max((r["classes"] for r in results), default=10)))
     accuracy.set(title="Validation top-1, centre view", xlabel="epoch", xlim=(0, None), ylim=(0, 1))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in (loss, accuracy):
@@ -487,7 +541,10 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
         figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
-    write_atomic(path, lambda out: out.write(file.getvalue()) and None)
+    # A page of a few colours: a third of the bytes.
+    small = io.BytesIO()
+    Image.open(file).convert("RGB").quantize(128).save(small, format="png", optimize=True)
+    write_atomic(path, lambda out: out.write(small.getvalue()) and None)
 
 
 def _epoch_means(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:

@@ -1,11 +1,16 @@
-"""SIGINT and SIGTERM as a request: the stage finishes its step, saves, and stops."""
+"""SIGINT and SIGTERM: a request (the stage finishes its step, saves and stops), or an exception that is not lost."""
 
 from __future__ import annotations
 
 import signal
+import sys
 from types import FrameType, TracebackType
+from typing import Final
+
+from pipeline.errors import StoppedError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN: Final = 0.02  # seconds after which an exception that was lost is raised anew
 
 
 class StopRequest:
@@ -28,3 +33,49 @@ class StopRequest:
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
+
+
+class Interruption:
+    """Within its ``with`` block SIGTERM raises :class:`StoppedError`, and neither it nor Ctrl-C's exception gets lost.
+
+    A signal's handler runs wherever Python happens to be. In a finalizer, or in Python code that C has called, an
+    exception goes nowhere: the interpreter says "Exception ignored in" and goes on as if no signal had come. It tells
+    ``sys.unraisablehook``, and here that sets an alarm, which raises the exception anew a moment later, and again until
+    it has come through. An alarm and no thread: a finalizer runs at any point, while locks are held as well.
+    """
+
+    def __enter__(self) -> Interruption:
+        self._lost: int | None = None
+        self._hook = sys.unraisablehook
+        self._terminate = signal.signal(signal.SIGTERM, self._raise)
+        self._alarm = signal.signal(signal.SIGALRM, self._raise_anew)
+        sys.unraisablehook = self._unraisable
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = self._hook
+        signal.signal(signal.SIGALRM, self._alarm)
+        signal.signal(signal.SIGTERM, self._terminate)
+
+    def _raise(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise StoppedError(signum, "terminated; everything finished so far is kept")
+
+    def _raise_anew(self, signum: int, frame: FrameType | None) -> None:
+        lost, self._lost = self._lost, None
+        if lost is not None:
+            self._raise(lost, frame)
+
+    def _unraisable(self, what: sys.UnraisableHookArgs) -> None:
+        if isinstance(what.exc_value, StoppedError):
+            self._lost = what.exc_value.signum
+        elif isinstance(what.exc_value, KeyboardInterrupt):
+            self._lost = signal.SIGINT
+        else:
+            self._hook(what)
+            return
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN)

@@ -107,19 +107,21 @@ def run(
     restart: bool,
     goal: Goal,
     device: str,
+    precision: str = "fp32",
     tensorboard: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
     """Train from the beginning or from the newest sound checkpoint, and write ``<run>/train/``.
 
-    ``tensorboard`` writes the metrics as event files too, to ``<run>/train/tensorboard/``. ``ranks`` are the processes
-    that share each batch; their number changes nothing but rounding.
+    ``device`` and ``precision`` are what ``ops`` computes on and in, for the checkpoints' headers. ``tensorboard``
+    writes the metrics as event files too, to ``<run>/train/tensorboard/``. ``ranks`` are the processes that share each
+    batch; their number changes nothing but rounding.
     """
     dataset = open_dataset(run_dir)
     require_size(config, dataset, run_dir)
     layers = network_layers(config, len(dataset.classes))
     config = with_order(config, dataset)
-    header = _header(config, dataset, device, ranks)
+    header = _header(config, dataset, device, precision, ranks)
     ranks.require_same(lambda: fingerprint(header).encode(), "the ranks have different data, settings or software")
     plan = TrainingPlan(config, dataset, ranks)
     require_memory(ops, layers, config, min(plan.largest, len(dataset.train)), training=True)
@@ -498,6 +500,11 @@ def _resume(
             f"note: so far it was trained on the {saved.header.get('device')} backend, from here on the "
             f"{header['device']} backend; the two round differently"
         )
+    if saved.header.get("precision", header["precision"]) != header["precision"]:
+        print(
+            f"note: so far it was trained in {saved.header['precision']}, from here on in {header['precision']}; "
+            "the two round differently"
+        )
     if saved.header.get("ranks", 1) != header["ranks"]:
         print(
             f"note: so far a batch was shared by {saved.header.get('ranks', 1)} ranks, from here on by "
@@ -523,7 +530,7 @@ def _save(run_dir: RunDir, ops: ModuleType, log: MetricsLog, keep: int, state: S
     prune(run_dir.train, keep, path)
 
 
-def _header(config: Config, dataset: Dataset, device: str, ranks: Ranks) -> dict[str, Any]:
+def _header(config: Config, dataset: Dataset, device: str, precision: str, ranks: Ranks) -> dict[str, Any]:
     """What a checkpoint says of the run it belongs to."""
     return {
         "schema": 1,
@@ -532,6 +539,7 @@ def _header(config: Config, dataset: Dataset, device: str, ranks: Ranks) -> dict
         "classes": len(dataset.classes),
         "wnids": [entry["wnid"] for entry in dataset.classes],
         "device": device,
+        "precision": precision,
         "ranks": ranks.size,
         "numpy": np.__version__,
         "python": platform.python_version(),

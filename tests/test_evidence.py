@@ -216,18 +216,46 @@ def test_tables_put_seeds_and_ablations_beside_each_other() -> None:
         run = {"name": name, "seed": seed, "classes": 10, "epochs": 2, "batch": 8, "validation": [[2, centre, 1, 1]]}
         rest = {"images_per_second": 9.0, "leaves_chance_after": None, "machine": "m", "date": "d"}
         rest |= {"training": [[1.5, 2.0]], "precision": "bf16", "jobs": 5}
+        rest["leaves_chance_after"] = 1.0 if centre > 0.1 else None
         return {**run, **rest, **both}
 
     results = [made("x", 0, 0.70, 0.72), made("x", 1, 0.72, 0.74), made("x without flips", 0, 0.66, 0.70)]
+    results.append({**made("x without dropout", 0, 0, 0), "failed": "nan"})
+    del results[-1]["centre"], results[-1]["ten_views"]
+    results.append(made("x without dropout", 1, 0.1, 0.1))
     results.append({**made("y", 0, 0, 0), "failed": "diverged at step 3"})
     del results[-1]["centre"], results[-1]["ten_views"]
     results.append({**made("z", 0, 0, 0), "validation": []})
     del results[-1]["centre"], results[-1]["ten_views"]
     table = evidence.markdown(results, "x")
-    assert "| z | 1.5 of 2 | unfinished | unfinished | unfinished | unfinished | not yet | 9.0 |" in table
+    assert "| z | 1.5 of 2 | unfinished | unfinished | unfinished | unfinished | not yet | 9 |" in table
     assert "Machine: m; d; bf16, batch 8; 5 runs at a time shared it, so no rate is the machine's." in table
-    assert "| x | 2 of 2 | 70.0 / 72.0 | 72.0 / 74.0 | 100.0 / 100.0 | 1.000 / 1.000 | never / never | 9.0 |" in table
-    assert "| flips | +5.0 | +3.0 |" in table
+    assert (
+        "| x | 2 of 2 | 70.0 / 72.0 | 72.0 / 74.0 | 100.0 / 100.0 | 1.000 / 1.000 | 1.0 epochs / 1.0 epochs |" in table
+    )
+    assert "| flips | +4.0 | +2.0 |" in table  # beside the same seed
+    assert "| dropout | failed / at chance | failed / at chance |" in table  # no figure, so no cost
     assert "- y, seed 0: diverged at step 3" in table
     assert "| y | 2 of 2 | failed | failed |" in table
     assert evidence.markdown([], "x")
+
+
+def test_training_curves_are_compared_seed_by_seed() -> None:
+    def made(name: str, seed: int, above: float, later: float) -> dict:
+        losses = [[0.1 * n, 2.0 + above + (-1) ** n + (later if n >= 100 else 0)] for n in range(120)]
+        return {"name": name, "seed": seed, "training": losses}
+
+    hand, torch = made("x", 0, 0.0, 0.25), made("x in PyTorch", 0, 0.125, 0.0)
+    assert evidence.apart(hand["training"], torch["training"], 1, 500) == pytest.approx((-0.125, 0.125, 0.125))
+    # No point reaches across the border, and the noise that both share is not in the difference.
+    assert evidence.apart(hand["training"], torch["training"], 501, 600) == pytest.approx((0.125, 0.125, 0.125))
+    assert evidence.apart(hand["training"][:99], torch["training"], 501, 600) is None
+    groups = {"x": [hand, made("x", 1, 0.5, 0.25)], "x in PyTorch": [torch]}
+    assert evidence._curves(groups, "x")[2:] == [
+        "| curves | steps 1 to 500 | steps 501 to 600 |",
+        "|---|---|---|",
+        "| by hand - PyTorch, seed 0 | -0.125, 0.125, 0.125 | +0.125, 0.125, 0.125 |",
+        "| seed 0 - seed 1, by hand | -0.500, 0.500, 0.500 | -0.500, 0.500, 0.500 |",
+        "",
+    ]
+    assert evidence._curves({"x": [hand]}, "x") == []

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from data.shards import Split
+from net.backend import DEVICES
 from pipeline.run_dir import RunDir, make_folder, write_atomic
 from stages.eval import evaluate, predictor
 from stages.report import charts, facts, pictures
@@ -228,21 +229,27 @@ def _tiles(known: Facts, trained: Trained) -> list[dict[str, str]]:
     tiles = []
     if known.evaluation is not None:
         views = known.evaluation["views"]
-        note = f"{known.evaluation['images']:,} validation pictures, {'centre view' if views == 1 else '10 views'}"
+        note = f"{known.evaluation['images']:,} validation pictures, {_views(views)}"
         for name in ("top1", "top5"):
             tiles.append({"title": f"Top-{name[-1]} accuracy", "value": f"{known.evaluation[name]:.1%}", "note": note})
-        tiles.append({"title": "Validation loss", "value": f"{known.evaluation['loss']:.3f}", "note": "nats"})
+        loss = f"{known.evaluation['loss']:.3f}"
+        tiles.append({"title": "Validation loss", "value": loss, "note": f"nats, {_views(views)}"})
     epochs = f"{known.epoch(known.step):.4g} of {known.config.train.epochs} epochs"
-    tiles.append({"title": "Trained", "value": f"{known.step:,} steps", "note": epochs})
+    tiles.append({"title": "Trained", "value": f"{known.step:,}", "note": f"steps, {epochs}"})
     if known.rate is not None:
-        device = str(trained.header.get("device", "")).upper()
-        note = f"images/s, median while training, {device}"
+        device = known.device.upper() if known.device in DEVICES else known.device
+        where = f"{device}, {known.precision}" if "precision" in trained.header else device
+        note = f"images/s, median while training, {where}"
         tiles.append({"title": "Speed", "value": f"{known.rate:,.0f}", "note": note})
     count = sum(array.size for array in trained.parameters.values())
     tiles.append(
         {"title": "Network", "value": f"{count / 1e6:.1f} M", "note": f"parameters, {len(trained.classes)} classes"}
     )
     return tiles
+
+
+def _views(count: int) -> str:
+    return "centre view" if count == 1 else f"{count} views"
 
 
 def _color(dataset: Dataset) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from data.sampling import steps_per_epoch
 from data.shards import read_manifest
+from net.backend import DEVICES
 from pipeline.config import RECIPES, Config
 from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
@@ -58,6 +59,8 @@ class Facts:
     validations: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     predictions: dict[str, np.ndarray] | None
+    device: str = ""  # what it was trained on and in, as its checkpoint says
+    precision: str = "fp32"
 
     @property
     def name(self) -> str:
@@ -93,6 +96,8 @@ def read_facts(run: RunDir, trained: Trained) -> Facts:
         validations=[r for r in records if _has_numbers(r, "step", "top1", "top5", "validation_loss")],
         evaluation=evaluation,
         predictions=predictions,
+        device=str(trained.header.get("device", "")),
+        precision=str(trained.header.get("precision", "fp32")),
     )
 
 
@@ -238,13 +243,16 @@ def commands(facts: Facts) -> list[str]:
     own = not started or started[-1].startswith(str(facts.run.root))
     source = "" if own else f" --source {shlex.quote(str(started[-1]))}"
     where = f" --run {shlex.quote(str(facts.run.root))}"
+    computing = f" --device {facts.device}" if facts.device in DEVICES else ""
+    if computing and facts.precision in ("tf32", "bf16"):
+        computing += f" --precision {facts.precision}"
     lines = [
         f"python run_pipeline.py --stage preprocess{source}{where} --recipe {facts.config.recipe}{options}",
-        f"python run_pipeline.py --stage train --steps {facts.step}{where}",
+        f"python run_pipeline.py --stage train --steps {facts.step}{where}{computing}",
     ]
     if facts.evaluation is not None:
-        lines.append(f"python run_pipeline.py --stage eval --views {facts.evaluation['views']}{where}")
-    return [*lines, f"python run_pipeline.py --stage report{where}"]
+        lines.append(f"python run_pipeline.py --stage eval --views {facts.evaluation['views']}{where}{computing}")
+    return [*lines, f"python run_pipeline.py --stage report{where}{computing}"]
 
 
 def setting_text(value: Any) -> str:
@@ -262,7 +270,7 @@ def versions(trained: Trained) -> list[tuple[str, str]]:
             continue
     known = [
         (f"trained with {key}", str(trained.header[key]))
-        for key in ("device", "python", "numpy")
+        for key in ("device", "precision", "python", "numpy")
         if key in trained.header
     ]
     return [*known, *installed]

@@ -1,13 +1,21 @@
-"""The first signal is a request, the second an interruption, and the handlers of before come back."""
+"""The first signal is a request, the second an interruption, none is lost, and the handlers of before come back."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from pipeline.signals import StopRequest
+import run_pipeline
+from pipeline.errors import StoppedError
+from pipeline.signals import Interruption, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -37,3 +45,76 @@ def test_nothing_is_changed_without_a_signal() -> None:
         pass
     assert stop.signum is None
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+class Something:
+    """What a finalizer can be bound to."""
+
+
+def _in_a_finalizer(act: Callable[[], None]) -> None:
+    thing = Something()
+    weakref.finalize(thing, act)
+    del thing
+
+
+def _in_a_weak_reference(act: Callable[[], None]) -> None:
+    thing = Something()
+    kept = weakref.ref(thing, lambda _: act())
+    del thing
+    assert kept() is None
+
+
+def _in_the_garbage_collector(act: Callable[[], None]) -> None:
+    gc.callbacks.append(lambda phase, info: act() if phase == "start" else None)
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.pop()
+
+
+@pytest.mark.parametrize("place", [_in_a_finalizer, _in_a_weak_reference, _in_the_garbage_collector])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_python_would_ignore_is_not_lost(
+    place: Callable[[Callable[[], None]], None],
+    number: signal.Signals,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """The handler runs where an exception goes nowhere, twice, and the command line stops all the same."""
+    came: list[str] = []
+
+    def stage(options: Any, ranks: Any) -> None:
+        def signalled() -> None:
+            os.kill(os.getpid(), number)
+            came.append("the handler did not raise here")
+
+        place(signalled)
+        assert not came, "a signal handled elsewhere shows nothing"
+        place(lambda: time.sleep(0.2))  # the next one is lost as well
+        time.sleep(20)
+        pytest.fail("the signal was lost")
+
+    monkeypatch.setattr(run_pipeline, "_run", stage)
+    before = sys.unraisablehook, *(signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM))
+    assert run_pipeline.main(["--stage", "verify"]) == status
+    after = sys.unraisablehook, *(signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM))
+    assert after == before
+    told = capfd.readouterr().err
+    assert "everything finished so far is kept" in told
+    assert "ignored" not in told
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_terminated_in_the_open_raises_at_once_and_other_lost_exceptions_are_still_told() -> None:
+    told: list[str] = []
+    before, sys.unraisablehook = sys.unraisablehook, lambda what: told.append(str(what.exc_value))
+    try:
+        with pytest.raises(StoppedError) as caught, Interruption():  # noqa: PT012
+            _in_a_weak_reference(lambda: {}["another's"])
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("not terminated")
+    finally:
+        sys.unraisablehook = before
+    assert caught.value.signum == signal.SIGTERM
+    assert told == ['"another\'s"']

@@ -82,6 +82,13 @@ def test_commands_are_taken_by_the_command_line(known: Facts) -> None:
     assert override(RECIPES[options[0].recipe], None, options[0].set, options[0].seed) == changed
     assert options[1].steps == 10
     assert {o.run for o in options} == {str(known.run.root)}
+    assert {o.device for o in options[1:]} == {"auto"}  # not known of a checkpoint from elsewhere
+    for line in facts.commands(replace(known, device="gpu", precision="bf16"))[1:]:
+        option = parse(shlex.split(line)[2:])
+        assert (option.device, option.precision) == ("gpu", "bf16")
+    on_cpu = facts.commands(replace(known, device="cpu"))[1]
+    assert "--device cpu" in on_cpu
+    assert "--precision" not in on_cpu
 
 
 def test_norms_are_means_of_absolute_values(trained_run: Path) -> None:
