@@ -8,9 +8,15 @@ preprocess
 loader
     Crops of 2,000 stored pictures in memory into batches of 128: this loader with one thread beside a PyTorch
     DataLoader over the same memory map with two workers.
+memory
+    What the loader holds while it goes through 1,000 short epochs of the source: memory of the process that is not
+    mapped from files, beside the size of the ring.
+wait
+    The share of training's time spent waiting for data: the training stage on the CPU, the source's pictures, batches
+    of 128.
 blocks
-    Shards written for the purpose and dropped from the page cache before each turn: crops in uniform and in block-wise
-    order beside ``dd``; and how well the block-wise order mixes.
+    A set written for the purpose and dropped from the page cache before each turn: crops in uniform and in block-wise
+    order beside ``dd``; and how well the block-wise order mixes. ``--gigabytes 30`` is more than many machines' memory.
 
 torchvision's transforms are missing here where no build of it fits the installed PyTorch.
 """
@@ -18,7 +24,9 @@ torchvision's transforms are missing here where no build of it fits the installe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import io
 import json
 import math
@@ -26,6 +34,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -57,12 +66,14 @@ from pipeline.config import SEED, Preprocess
 from pipeline.metrics import read_metrics
 from pipeline.run_dir import RunDir
 from stages import preprocess
+from stages.setup import TrainingPlan, open_dataset, with_order
 
 try:
     import cv2
 except ModuleNotFoundError:
     cv2 = None
 
+PARTS = ("preprocess", "scaling", "loader", "memory", "wait", "blocks")
 SIZE, CROP, BATCH = 256, 224, 128
 HOW = Augmentation(SIZE, CROP, True, True, 0.1, np.eye(3))
 
@@ -179,7 +190,8 @@ class Stored:
     """Pictures of a memory map, as a split and as a data set of PyTorch's."""
 
     def __init__(self, path: Path, count: int) -> None:
-        self.path, self.images = path, np.memmap(path, np.uint8, "r", shape=(count, SIZE, SIZE, 3))
+        # As a plain array: slices of np.memmap take longer, for either contestant.
+        self.path, self.images = path, np.asarray(np.memmap(path, np.uint8, "r", shape=(count, SIZE, SIZE, 3)))
         self.labels = np.zeros(count, dtype=np.int32)
 
     def row(self, index: int) -> np.ndarray:
@@ -231,6 +243,61 @@ def loading(folder: Path, rounds: int) -> dict[str, Any]:
     for name, rate in rates.items():
         print(f"{name:32} {rate:9.0f} crops/s, {rate / peer:.2f} times the DataLoader", flush=True)
     return {name: {"crops_per_second": rate, "times_dataloader": rate / peer} for name, rate in rates.items()}
+
+
+def preprocessed(source: Path, run: RunDir) -> None:
+    """The source's shards, made by the preprocessing stage."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        preprocess.run(SEED, run, source=source, jobs=os.cpu_count() or 1)
+
+
+def anonymous() -> int:
+    """Bytes of this process's memory that are not mapped from files."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))) * 1024
+
+
+def memory(source: Path, folder: Path, epochs: int = 1000) -> dict[str, Any]:
+    run = RunDir(folder / "run")
+    preprocessed(source, run)
+    dataset = open_dataset(run)
+    config = with_order(dataclasses.replace(SEED, train=dataclasses.replace(SEED.train, batch_size=BATCH)), dataset)
+    plan = TrainingPlan(config, dataset)
+    for _ in loader.load(dataset.train, plan, range(2), crop=CROP, largest=BATCH, slots=4, threads=2):
+        pass  # compiles, opens and allocates what is needed once
+    gc.collect()
+    before, found = anonymous(), {}
+    batches = range(epochs * plan.steps_per_epoch)
+    start = time.perf_counter()
+    for batch in loader.load(dataset.train, plan, batches, crop=CROP, largest=BATCH, slots=4, threads=2):
+        epoch, place = divmod(batch.number + 1, plan.steps_per_epoch)
+        if not place and epoch in (1, 10, 100, 300, epochs):
+            found[epoch] = round((anonymous() - before) / 1e6, 2)
+            print(f"after epoch {epoch:5}: {found[epoch]:8.2f} MB more than before the loader", flush=True)
+    seconds, ring = time.perf_counter() - start, 4 * BATCH * (CROP * CROP * 3 + 8 + 1 + 12 + 4) / 1e6
+    crops = epochs * len(dataset.train)
+    print(f"the ring of 4 batches has {ring:.2f} MB; {crops} crops in {seconds:.1f} s", flush=True)
+    return {"megabytes_after_epoch": found, "ring_megabytes": ring, "crops": crops, "seconds": seconds}
+
+
+def waiting(source: Path, folder: Path, steps: int) -> dict[str, Any]:
+    run = RunDir(folder / "run")
+    preprocessed(source, run)
+    command = [sys.executable, "run_pipeline.py", "--stage", "train", "--run", str(run.root), "--device", "cpu"]
+    command += ["--steps", str(steps), "--set", f"train.batch_size={BATCH}", "--set", "train.log_every=1"]
+    subprocess.run(command, check=True, capture_output=True)
+    lines = [record for record in read_metrics(run.train / "metrics.jsonl") if "data_wait" in record]
+    # The first steps compile kernels and fill the ring.
+    seconds = [BATCH / record["images_per_second"] for record in lines[5:]]
+    waited = sum(s * record["data_wait"] for s, record in zip(seconds, lines[5:], strict=True))
+    rate, share = BATCH * len(seconds) / sum(seconds), waited / sum(seconds)
+    largest = max(record["data_wait"] for record in lines[5:])
+    print(
+        f"training on the CPU, {len(seconds)} steps of {BATCH}: {rate:.1f} images/s, {share:.3%} of the time waiting "
+        f"for data, at most {largest:.3%} in a step; {lines[0]['data_wait']:.2%} in the first step",
+        flush=True,
+    )
+    return {"images_per_second": rate, "data_wait": share, "largest": largest, "first": lines[0]["data_wait"]}
 
 
 def blocks(folder: Path, rounds: int, gigabytes: float) -> dict[str, Any]:
@@ -305,14 +372,15 @@ def mixing() -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("preprocess", "scaling", "loader", "blocks"))
-    parser.add_argument("--source", type=Path, help="folder with the archives, for preprocess and scaling")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--source", type=Path, help="folder with the pictures; loader and blocks make their own")
     parser.add_argument("--folder", type=Path, help="where to write; default: the temporary folder")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the set for blocks")
+    parser.add_argument("--steps", type=int, default=35, help="training steps for wait, the first five not counted")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    if options.part in ("preprocess", "scaling") and options.source is None:
+    if options.part not in ("loader", "blocks") and options.source is None:
         parser.error(f"{options.part} needs --source")
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
@@ -320,6 +388,8 @@ def main() -> int:
             "preprocess": lambda: preprocessing(options.source, folder, options.rounds),
             "scaling": lambda: scaling(options.source, folder, options.rounds),
             "loader": lambda: loading(folder, options.rounds),
+            "memory": lambda: memory(options.source, folder),
+            "wait": lambda: waiting(options.source, folder, options.steps),
             "blocks": lambda: blocks(folder, options.rounds, options.gigabytes),
         }
         found = parts[options.part]()

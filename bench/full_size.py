@@ -1,7 +1,10 @@
-"""Archives with as many members as ILSVRC-2012, and what listing them costs: ``python -m bench.full_size``.
+"""Everything but decoding at the size of ILSVRC-2012: ``python -m bench.full_size``.
 
 The 1,281,167 training and 50,000 validation members are one tiny JPEG each, so the archives take 2 GB instead of 155;
-what is measured depends on the number of members, not on their size. The archives are deleted afterwards.
+what is measured depends on the number of members, not on their size. They are listed, shuffled and cut into tasks. Then
+a shard is written for each task as the stage writes it (names, labels, checksums, sums and rejects of its pictures),
+except that the pictures themselves are a hole in the file, so all take 1.5 GB; the tally adds them up and writes the
+manifest, which is read again and its shards opened as training does. Everything is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -10,12 +13,14 @@ import argparse
 import gzip
 import io
 import json
+import os
 import resource
 import shutil
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,14 +28,22 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from data import ilsvrc
+from data import ilsvrc, shards
+from data.convert import ShardResult, ShardTask
+from data.listing import text
 from data.plan import make_plan, shard_tasks
 from data.sampling import block_order, epoch_order
-from data.shards import shard_bytes
+from data.shards import Content, shard_bytes
 from data.sources import read_source
+from data.tally import Tally
 from pipeline.config import SEED
+from pipeline.metrics import MetricsLog
+from pipeline.run_dir import RunDir, put_in_place
+from stages import preprocess
+from stages.setup import open_dataset
 
 CLASSES, TRAIN, VAL = 1000, 1_281_167, 50_000
+HOLE = 4_000_000  # bytes; of a shard's parts only its pictures are larger
 
 
 def member(name: str, size: int) -> bytes:
@@ -79,9 +92,50 @@ def _write_devkit(path: Path, wnids: list[str], val: int) -> None:
         file.write(bytes(1024))
 
 
+def synthetic(task: ShardTask, hole: np.ndarray) -> ShardResult:
+    """A shard of the task's pictures, black but not written, one in a thousand rejected; put in place as usual."""
+    pictures, size = task.pictures, task.layout.size
+    random = np.random.default_rng(task.index)
+    rejected = np.flatnonzero(random.random(len(pictures)) < 0.001)
+    rows = np.delete(np.arange(len(pictures)), rejected)
+    total = random.integers(0, 255 * len(rows), (size, size, 3)).astype(np.uint32)
+    moments = np.diag([len(rows) * size * size, *[int(total.sum()) * 100] * 3]).astype(np.int64)
+    moments[0, 1:] = moments[1:, 0] = total.sum(axis=(0, 1), dtype=np.int64)
+    content = Content(
+        images=hole[: len(rows)],
+        labels=pictures.label[rows],
+        devkit_id=task.devkit_ids[pictures.label[rows]],
+        source=pictures.name[rows],
+        crc=random.integers(0, 2**32, len(rows), dtype=np.uint32),
+        total=total,
+        moments=moments,
+        rejects=[
+            (text(pictures.name[row]), "the decoder says: cannot identify image file") for row in rejected.tolist()
+        ],
+        warnings={"UserWarning: Corrupt EXIF data": len(rejected)},
+    )
+    path = task.folder / shards.shard_name(task.layout.split, task.index)
+    temporary = path.with_name(f"{path.name}.tmp")
+    sha256 = shards.write_shard(temporary, task.layout, task.index, content)
+    length = temporary.stat().st_size
+    put_in_place(temporary, path)
+    return ShardResult(path.name, task.layout.split, temporary, sha256, length, replace(content, images=None), 1.0, 0)
+
+
+def leave_a_hole(raw: io.FileIO, data: memoryview, digest: Any) -> None:
+    """What the shards' writer does with each part of a file, but for pictures, which are skipped."""
+    if len(data) > HOLE:
+        raw.seek(len(data), os.SEEK_CUR)
+        raw.truncate()
+        return
+    written = raw.write(data)
+    assert written == len(data)
+    digest.update(data)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to make the archives (2 GB); default: the temporary folder")
+    parser.add_argument("--folder", type=Path, help="where to make all of it (4 GB); default: the temporary folder")
     parser.add_argument("--train", type=int, default=TRAIN)
     parser.add_argument("--val", type=int, default=VAL)
     parser.add_argument("--rate", type=float, help="pictures a second and core, for the projected hours")
@@ -106,6 +160,33 @@ def main() -> int:
         plan = timed("fingerprint", lambda: make_plan(SEED, source))
         tasks = timed("shuffling and cutting into shards", lambda: shard_tasks(plan, folder / "nothing", None))
         assert sum(len(task.pictures) for task in tasks) == options.train + options.val
+        run = RunDir(folder / "run")
+        run.preprocess.mkdir(parents=True)
+        tally = Tally(plan)
+        shards._write = leave_a_hole
+        hole = np.zeros((SEED.preprocess.shard_images, plan.size, plan.size, 3), np.uint8)  # never touched: no memory
+
+        def made() -> None:
+            with MetricsLog(run.preprocess / "metrics.jsonl") as log:
+                for task in tasks:
+                    result = synthetic(replace(task, folder=run.preprocess), hole)
+                    tally.add(result)
+                    log.write(preprocess._record(tally, result, time.perf_counter() - 1))
+                    log.sync()
+
+        timed("the shards without their pictures", made)
+        timed("colours, classes, rejects and manifest", lambda: tally.write(run.preprocess))
+        manifest = timed("reading the manifest", lambda: shards.read_manifest(run))
+        assert len(manifest["splits"]["train"]["shards"]) + len(manifest["splits"]["val"]["shards"]) == len(tasks)
+        rejects = sum(manifest["splits"][split]["rejects"] for split in ("train", "val"))
+        assert (
+            sum(manifest["splits"][split]["images"] for split in ("train", "val"))
+            == options.train + options.val - rejects
+        )
+        dataset = timed("opening all shards, as training does", lambda: open_dataset(run))
+        assert len(dataset.train) == manifest["splits"]["train"]["images"]
+        again = timed("tasks of a run that is taken up", lambda: shard_tasks(plan, run.preprocess, None))
+        assert all(task.known for task in again)
         timed("an epoch's order, uniform", lambda: epoch_order(options.train, 0, 0))
         timed("an epoch's order, block-wise", lambda: block_order(options.train, 0, 0))
     finally:

@@ -2,7 +2,7 @@
 
 The scheduler hands each task to one worker, and to another one where that worker dies. joblib's Dask backend would give
 the same with less code, but a task that the scheduler gives up leaves it waiting for ever (its callback is never
-called), so Dask's own client is used.
+called), so Dask's own client is used; ``python -m tests.cluster.joblib_waits`` shows it.
 """
 
 from __future__ import annotations

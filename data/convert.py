@@ -24,7 +24,7 @@ import numpy as np
 from data.color import ColorSum
 from data.images import UnreadableError, decoder, read_square
 from data.listing import Listing, text
-from data.shards import Content, Layout, checksums, read_shard, shard_name, write_shard
+from data.shards import Content, Layout, checksum, read_shard, shard_name, write_shard
 from pipeline.errors import PipelineError
 from pipeline.run_dir import hash_file
 
@@ -91,13 +91,13 @@ def make_shard(task: ShardTask) -> ShardResult:
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         content = _convert(task)
-        write_shard(temporary, task.layout, task.index, content)
-        return _result(task, path, temporary, hash_file(temporary), content, start)
+        sha256 = write_shard(temporary, task.layout, task.index, content)
+        return _result(task, path, temporary, sha256, content, start)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise PipelineError(f"cannot read back {temporary}: {error.strerror or error}") from error
+            raise PipelineError(f"cannot find {temporary}, just written: {error.strerror or error}") from error
         raise
 
 
@@ -131,14 +131,15 @@ def _convert(task: ShardTask) -> Content:
     images = np.empty((len(pictures), size, size, 3), dtype=np.uint8)
     rejects: dict[int, str] = {}
     noted: Counter[str] = Counter()
-    color = ColorSum(size)
+    color, crc = ColorSum(size), np.empty(len(pictures), dtype=np.uint32)
     for row, data in _files(pictures):
         try:
             images[row] = read_square(data, size, task.layout.filter, noted, decoder=task.decoder["name"].lower())
         except UnreadableError as error:
             rejects[row] = str(error)
-        else:
+        else:  # at once: the picture is still in the cache
             color.add(images[row])
+            crc[row] = checksum(images[row])
     rows = np.array([row for row in range(len(pictures)) if row not in rejects], dtype=np.int64)
     for place, row in enumerate(rows.tolist()):  # close the gaps in place: a copy would double the memory
         if place != row:
@@ -148,7 +149,7 @@ def _convert(task: ShardTask) -> Content:
         labels=pictures.label[rows],
         devkit_id=task.devkit_ids[pictures.label[rows]],
         source=pictures.name[rows],
-        crc=checksums(images[: len(rows)]),
+        crc=crc[rows],
         total=color.picture,
         moments=color.moments(),
         rejects=[(text(pictures.name[row]), rejects[row]) for row in sorted(rejects)],

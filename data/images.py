@@ -12,6 +12,7 @@ with Pillow.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import io
@@ -171,8 +172,56 @@ def _by_simplejpeg(data: bytes) -> np.ndarray | None:
 def rgbx(image: Image.Image) -> np.ndarray:
     """A picture of Pillow's in the form that :func:`decode` gives."""
     image.load()  # before it is converted: an untold palette or mode is only known now
-    data = (image if image.mode == "RGB" else image.convert("RGB")).tobytes("raw", "RGBX")
-    return np.frombuffer(data, dtype=np.uint8).reshape(image.height, image.width, 4)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    pixels = _lent(image)
+    if pixels is None:
+        pixels = np.frombuffer(image.tobytes("raw", "RGBX"), dtype=np.uint8)
+    return pixels.reshape(image.height, image.width, 4)
+
+
+class _Lent:
+    """An array's address, and the capsule that keeps the memory there; NumPy keeps this object in turn."""
+
+    def __init__(self, capsule: object, address: int, size: int) -> None:
+        self._capsule = capsule
+        self.__array_interface__ = {"version": 3, "shape": (size,), "typestr": "|u1", "data": (address, True)}
+
+
+def _lent(image: Image.Image) -> np.ndarray | None:
+    """Pillow's own memory of an RGB picture as an array, read only: ``tobytes`` gives the same, copied twice.
+
+    Pillow 11.2 and later lend it through the Arrow C data interface, whose structs are fixed for good
+    (https://arrow.apache.org/docs/format/CDataInterface.html): the picture is a list of pixels, whose only child is the
+    array of bytes; of each the second buffer holds the values. None where Pillow is older, or holds the picture in
+    several pieces, as it does with more than 16 MB.
+    """
+    if not hasattr(image, "__arrow_c_array__"):
+        return None
+    try:
+        _, capsule = image.__arrow_c_array__()
+    except ValueError:  # "Image is in multiple array blocks"
+        return None
+    pixels = _ArrowArray.from_address(_capsule_pointer(capsule, b"arrow_array"))
+    if (pixels.length, pixels.offset, pixels.n_children) != (image.width * image.height, 0, 1):
+        return None
+    values = pixels.children[0].contents
+    if (values.length, values.offset, values.n_buffers) != (4 * pixels.length, 0, 2):
+        return None
+    return np.asarray(_Lent(capsule, values.buffers[1], values.length))
+
+
+class _ArrowArray(ctypes.Structure):
+    pass
+
+
+_ArrowArray._fields_ = [
+    *((name, ctypes.c_int64) for name in ("length", "null_count", "offset", "n_buffers", "n_children")),
+    ("buffers", ctypes.POINTER(ctypes.c_void_p)),
+    ("children", ctypes.POINTER(ctypes.POINTER(_ArrowArray))),
+    *((name, ctypes.c_void_p) for name in ("dictionary", "release", "private_data")),
+]
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 
 
 def square(pixels: np.ndarray, size: int, resample: str) -> np.ndarray:
@@ -204,11 +253,14 @@ def _combined(pixels: np.ndarray, across: kernels.Weights, down: kernels.Weights
     first, last, top, bottom = x[0], (x + x_taps).max(), y[0], (y + y_taps).max()
     # Each pass adds up whole lines; for the columns, lines are the picture's columns, so it is turned and turned back.
     kept = pixels.view(np.uint32)[top:bottom, first:last, 0]
-    narrow = np.empty((size, 4 * len(kept)), dtype=np.uint8)
-    kernels.combine(np.ascontiguousarray(kept.T).view(np.uint8), x - first, x_taps, x_weight, narrow)
-    lines = np.ascontiguousarray(narrow.view(np.uint32).T).view(np.uint8)
+    columns = np.empty(kept.shape[::-1], dtype=np.uint32)
+    kernels.turned(kept, columns)
+    narrow = np.empty((size, len(kept)), dtype=np.uint32)
+    kernels.combine(columns.view(np.uint8), x - first, x_taps, x_weight, narrow.view(np.uint8))
+    lines = np.empty((len(kept), size), dtype=np.uint32)
+    kernels.turned(narrow, lines)
     out = np.empty((size, 4 * size), dtype=np.uint8)
-    kernels.combine(lines, y - top, y_taps, y_weight, out)
+    kernels.combine(lines.view(np.uint8), y - top, y_taps, y_weight, out)
     return kernels.without_fourth(out.reshape(size, size, 4))
 
 

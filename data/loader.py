@@ -3,7 +3,7 @@
 The ring has a fixed number of slots, allocated once. A worker takes the next batch number and a free slot, asks the
 ``plan`` which crops make that batch, and copies them out of the memory-mapped shards. The consumer takes batches in
 order, whatever order the workers finish in, and gives each slot back when it is done with it. There is no fork and no
-shared-memory segment: copying crops releases Python's global lock, so threads suffice.
+shared-memory segment: one call copies all crops of a batch without Python's global lock, so threads suffice.
 
 An error in a worker is raised in the consumer, at the batch it belongs to.
 """
@@ -15,17 +15,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
+from data import kernels
 from data.sampling import Crops
 
 Plan = Callable[[int], Crops]  # batch number -> its crops
 
+_LINE: Final = 64  # bytes of a cache line; crops are copied fastest into a buffer that begins with one
+
 
 class Pictures(Protocol):
-    """What the loader needs of a split: its labels and one stored picture at a time."""
+    """What the loader needs of a split: its labels and one stored picture at a time.
+
+    Pictures are uint8 (size, size, 3), contiguous, all of one size.
+    """
 
     labels: np.ndarray
 
@@ -94,8 +100,11 @@ def load(
 
 
 def _slot(largest: int, crop: int, allocate: Callable[[tuple[int, ...], type], np.ndarray]) -> dict[str, np.ndarray]:
+    count = largest * crop * crop * 3
+    spare = allocate((count + _LINE,), np.uint8)
+    images = spare[-spare.ctypes.data % _LINE :][:count].reshape(largest, crop, crop, 3)
     return {
-        "images": allocate((largest, crop, crop, 3), np.uint8),
+        "images": images,
         "corner": allocate((largest, 2), np.int32),
         "flip": allocate((largest,), np.uint8),
         "shift": allocate((largest, 3), np.float32),
@@ -161,7 +170,23 @@ def _fill(slot: dict[str, np.ndarray], pictures: Pictures, crops: Crops, crop: i
     slot["flip"][:count] = crops.flip
     slot["shift"][:count] = crops.shift
     slot["labels"][:count] = pictures.labels[crops.index]
-    images = slot["images"]
-    for i, (index, (top, left)) in enumerate(zip(crops.index.tolist(), crops.corner.tolist(), strict=True)):
-        images[i] = pictures.row(index)[top : top + crop, left : left + crop]
+    _copy_crops([pictures.row(index) for index in crops.index.tolist()], crops.corner, slot["images"][:count])
     return count
+
+
+def _copy_crops(rows: list[np.ndarray], corner: np.ndarray, images: np.ndarray) -> None:
+    """Fill ``images`` with the crops of ``rows``. What follows works with bare addresses, so all is checked here.
+
+    Raises
+    ------
+    ValueError
+        A crop reaches beyond its picture, or the pictures are not laid out as they should be.
+    """
+    size, crop = rows[0].shape[0], images.shape[1]
+    layout = (np.dtype(np.uint8), (size, size, 3), (size * 3, 3, 1))
+    if any((row.dtype, row.shape, row.strides) != layout for row in rows):
+        raise ValueError(f"the pictures are not all uint8 ({size}, {size}, 3) and contiguous")
+    if corner.shape != (len(rows), 2) or corner.min() < 0 or corner.max() > size - crop:
+        raise ValueError(f"a crop of {crop} pixels reaches beyond its picture of {size}")
+    address = np.array([row.__array_interface__["data"][0] for row in rows], dtype=np.uint64)
+    kernels.copy_crops(address, corner, size, images)

@@ -2,16 +2,16 @@
 
 The block-wise order (data/sampling.py) uses the pictures of one group of blocks before those of the next. A thread
 reads the blocks of the next group from end to end while the loader takes crops from the present one, so the disk sees
-long reads only. What is read lands in the kernel's page cache, which the memory maps of the shards share; nothing is
-kept here.
+long reads only, and it is told of the next few blocks while one is read, so it is never idle in between. What is read
+lands in the kernel's page cache, which the memory maps of the shards share; nothing is kept here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,9 @@ Piece = tuple[Path, int, int]  # file, offset, bytes
 
 _READ: Final = 4 << 20  # bytes a read
 _AHEAD: Final = 1  # groups read ahead of the one in use
+_ANNOUNCED: Final = (
+    3  # blocks the kernel is told of before they are read; with none the disk waits at every block's end
+)
 
 
 def total_memory() -> int:
@@ -32,7 +35,7 @@ def total_memory() -> int:
     return min(memory, int(text)) if text.isdigit() else memory
 
 
-@contextmanager
+@contextlib.contextmanager
 def reading_ahead(
     plan: Callable[[int], Crops],
     groups_of: Callable[[int], range],
@@ -101,7 +104,10 @@ class _Reader:
                 if self._closed:
                     return
             try:
-                for piece in self._pieces(group):
+                pieces = self._pieces(group)
+                for place, piece in enumerate(pieces):
+                    for later in pieces[place + _ANNOUNCED if place else 0 : place + _ANNOUNCED + 1]:
+                        _announce(later)
                     if not self._warm(piece, buffer):
                         return
             except BaseException as error:  # noqa: BLE001  whatever it is, a worker must raise it and not wait for ever
@@ -116,17 +122,31 @@ class _Reader:
     def _warm(self, piece: Piece, buffer: bytearray) -> bool:
         """Read a piece into the page cache; False where the reader was closed meanwhile."""
         path, offset, length = piece
-        try:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                end = offset + length
-                while offset < end and not self._closed:
-                    done = os.preadv(handle, [memoryview(buffer)[: min(_READ, end - offset)]], offset)
-                    if not done:
-                        break  # cut short since it was opened: the checksum will tell
-                    offset += done
-            finally:
-                os.close(handle)
-        except OSError as error:
-            raise PipelineError(f"cannot read {path}: {error.strerror or error}") from error
+        with _opened(path) as handle:
+            end = offset + length
+            while offset < end and not self._closed:
+                done = os.preadv(handle, [memoryview(buffer)[: min(_READ, end - offset)]], offset)
+                if not done:
+                    break  # cut short since it was opened: the checksum will tell
+                offset += done
         return not self._closed
+
+
+def _announce(piece: Piece) -> None:
+    """Have the kernel begin to read a piece; it goes on when the file is closed."""
+    path, offset, length = piece
+    with _opened(path) as handle:
+        os.posix_fadvise(handle, offset, length, os.POSIX_FADV_WILLNEED)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A file to read; what fails with it is told with its name."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise PipelineError(f"cannot read {path}: {error.strerror or error}") from error

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from data import ilsvrc, tar
 from data.images import UnreadableError, read_square
 from data.matfile import read_structures
-from data.shards import Content, Layout, checksums, read_shard, write_shard
+from data.shards import Content, Layout, checksum, read_shard, write_shard
 from net.weights import caffe, tensors
 from net.weights.errors import WeightsError
 from pipeline.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -129,7 +129,7 @@ def _shard(path: Path) -> bytes:
         labels=np.array([0, 1], np.int32),
         devkit_id=np.array([2, 1], np.int32),
         source=np.array([b"a/1", b"b/2"]),
-        crc=checksums(images),
+        crc=np.array([checksum(image) for image in images], dtype=np.uint32),
         total=images.sum(axis=0, dtype=np.uint32),
         moments=np.eye(4, dtype=np.int64),
         rejects=[("a/3", "why")],

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +56,7 @@ class Report:
             f"{self.kills[s]} in {s} ({self.at_a_change[s]} at a change of the run directory, "
             f"{self.half_written[s]} left an unfinished file)"
             for s in STAGES
+            if self.kills[s]
         )
         return (
             f"{self.kills.total()} kills: {by_stage}; {self.victims} runs were finished after them, each identical to "
@@ -89,8 +90,13 @@ PLACES = {
 }
 
 
-def kill_many(folder: Path, kills: int, seed: int, *, say: Callable[[object], None] = print) -> Report:
+def kill_many(
+    folder: Path, kills: int, seed: int, stages: Sequence[str] = STAGES, *, say: Callable[[object], None] = print
+) -> Report:
     """Kill at random moments until ``kills`` have happened and the last victim has reached its end.
+
+    ``stages`` are those to kill, in the pipeline's order and without a gap: victims begin as copies of what the
+    undisturbed run had before the first of them, and end with the last.
 
     Raises
     ------
@@ -98,7 +104,7 @@ def kill_many(folder: Path, kills: int, seed: int, *, say: Callable[[object], No
         A promise was broken; the message says which, the run is left in ``folder``.
     """
     random, report, start = np.random.default_rng(seed), Report(), time.monotonic()
-    source, wholes = _wholes(folder, LONG)
+    source, wholes = _wholes(folder, LONG, stages)
 
     def draw(stage: str) -> Iterator[Kill]:
         # At most so many a stage: an evaluation begins anew each time and would take all of them.
@@ -110,7 +116,9 @@ def kill_many(folder: Path, kills: int, seed: int, *, say: Callable[[object], No
 
     while report.kills.total() < kills:
         victim = folder / f"victim-{report.victims}"
-        _end_alike(victim, source, {stage: draw(stage) for stage in STAGES}, wholes, report)
+        if (folder / "before").exists():
+            shutil.copytree(folder / "before", victim)
+        _end_alike(victim, source, {stage: draw(stage) for stage in stages}, wholes, report)
         report.seconds = time.monotonic() - start
         say(report)
     return report
@@ -119,24 +127,35 @@ def kill_many(folder: Path, kills: int, seed: int, *, say: Callable[[object], No
 def kill_at_places(folder: Path) -> Report:
     """The short form: one victim, killed at :data:`PLACES`; raises as :func:`kill_many` does."""
     report = Report()
-    source, wholes = _wholes(folder, SHORT)
+    source, wholes = _wholes(folder, SHORT, STAGES)
     _end_alike(folder / "victim", source, {stage: iter(kills) for stage, kills in PLACES.items()}, wholes, report)
     return report
 
 
-def _wholes(folder: Path, size: tuple[dict[str, tuple[int, ...]], int, int]) -> tuple[Path, dict[str, Whole]]:
-    source = pictures.draw(folder / "source", *size)
-    return source, {stage: _undisturbed(stage, folder / "undisturbed", source) for stage in STAGES}
+def _wholes(
+    folder: Path, size: tuple[dict[str, tuple[int, ...]], int, int], stages: Sequence[str]
+) -> tuple[Path, dict[str, Whole]]:
+    """The source, and each of ``stages`` undisturbed; what stood there before the first of them is in ``before``."""
+    source, run = pictures.draw(folder / "source", *size), folder / "undisturbed"
+    if size is LONG:  # whose kills are drawn from the seconds of work, in which no compiling must count
+        for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
+            _undisturbed(stage, folder / "compiling", source)
+        shutil.rmtree(folder / "compiling")
+    for stage in STAGES[: STAGES.index(stages[0])]:
+        _undisturbed(stage, run, source)
+    if run.exists():
+        shutil.copytree(run, folder / "before")
+    return source, {stage: _undisturbed(stage, run, source) for stage in stages}
 
 
 def _end_alike(
     victim: Path, source: Path, planned: dict[str, Iterator[Kill]], wholes: dict[str, Whole], report: Report
 ) -> None:
     """Take a run through all stages, killed as planned; it must end as the whole ones did."""
-    for stage in STAGES:
+    for stage, kills in planned.items():
         ended = False
         while not ended:
-            kill = next(planned[stage], None)
+            kill = next(kills, None)
             ended = _ends_before(stage, victim, source, kill, report)
             _check_what_is_there(victim)
         assert _state(stage, victim) == wholes[stage].state, f"{victim}: {stage} ended otherwise than undisturbed"

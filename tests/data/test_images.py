@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.images import FILTERS, UnreadableError, decode, decoder, read_square, rgbx, square
+from data.images import FILTERS, UnreadableError, _lent, decode, decoder, read_square, rgbx, square
 from pipeline.errors import PipelineError
 from tests.data.archives import encoded, jpeg, picture
 
@@ -87,6 +87,24 @@ def test_a_jpeg_goes_through_unchanged():
     data = jpeg(5, 90, 70)
     expected = plain(Image.open(io.BytesIO(data)).convert("RGB"), 64, Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(read_square(data, 64, "bicubic", Counter()), expected)
+
+
+def test_lent_pixels_outlive_their_picture():
+    found = []
+    for seed in range(40):
+        with Image.open(io.BytesIO(encoded(picture(seed, 200, 150), "PNG"))) as image:
+            found.append(rgbx(image))
+    for seed, pixels in enumerate(found):
+        np.testing.assert_array_equal(pixels[..., :3], np.array(picture(seed, 200, 150)))
+    assert not found[0].flags.writeable
+
+
+@pytest.mark.skipif(not hasattr(Image.Image, "__arrow_c_array__"), reason="Pillow is older than 11.2")
+def test_pixels_are_lent_where_they_are_in_one_piece_and_copied_where_not():
+    assert _lent(picture(1)) is not None
+    large = Image.new("RGB", (2500, 2000), (1, 2, 3))
+    assert _lent(large) is None
+    assert rgbx(large)[-1, -1].tolist()[:3] == [1, 2, 3]
 
 
 def test_a_png_is_read_whatever_it_is_called():

@@ -112,7 +112,7 @@ def test_a_crop_beyond_the_picture_is_an_error_not_a_wrong_picture() -> None:
         crops = plan(number)
         return Crops(crops.index, crops.corner + SIZE - CROP + 1, crops.flip, crops.shift)
 
-    with pytest.raises(ValueError, match="broadcast"):
+    with pytest.raises(ValueError, match="beyond its picture"):
         next(load(range(3), plan=outside))
 
 
@@ -151,7 +151,7 @@ def test_buffers_come_from_the_allocator_and_number_the_slots() -> None:
 
     for _ in load(range(30), slots=3, allocate=allocate):
         pass
-    slot = [((8, 13, 13, 3), "|u1"), ((8, 2), "<i4"), ((8,), "|u1"), ((8, 3), "<f4"), ((8,), "<i4")]
+    slot = [((8 * 13 * 13 * 3 + 64,), "|u1"), ((8, 2), "<i4"), ((8,), "|u1"), ((8, 3), "<f4"), ((8,), "<i4")]
     assert made == slot * 3
 
 
@@ -207,3 +207,40 @@ def test_memory_stays_flat_over_a_thousand_epochs() -> None:
     ring = 4 * (BATCH * (CROP * CROP * 3 + 8 + 1 + 12 + 4))
     assert peaks[1] <= peaks[0] + 20_000, (peaks, ring)
     assert peaks[1] < ring + 60_000
+
+
+@pytest.mark.parametrize("start", [0, 1, 32])  # of the batch, in bytes after a cache line
+@pytest.mark.parametrize("crop", [1, 13, 32, 33, 64])  # rows of 32 and 64 pixels fill whole streamed pieces
+def test_crops_are_copied_exactly_and_nothing_beside_them_is_touched(crop: int, start: int) -> None:
+    random, size, count = np.random.default_rng(crop), 70, 5
+    rows = list(random.integers(0, 256, (count, size, size, 3), dtype=np.uint8))
+    corner = random.integers(0, size - crop + 1, (count, 2)).astype(np.int32)
+    corner[:2] = [[0, 0], [size - crop, size - crop]]
+    length = count * crop * crop * 3
+    space = np.full(length + 256, 7, dtype=np.uint8)
+    first = -space.ctypes.data % 64 + 64 + start
+    images = space[first : first + length].reshape(count, crop, crop, 3)
+    loader._copy_crops(rows, corner, images)
+    for image, row, (top, left) in zip(images, rows, corner, strict=True):
+        assert np.array_equal(image, row[top : top + crop, left : left + crop])
+    assert (space[:first] == 7).all()
+    assert (space[first + length :] == 7).all()
+
+
+@pytest.mark.parametrize("corner", [[[-1, 0]], [[0, -1]], [[0, 8]], [[8, 0]], [[0, 0], [0, 0]]])
+def test_a_place_outside_is_refused(corner: list[list[int]]) -> None:
+    row, images = np.zeros((20, 20, 3), dtype=np.uint8), np.empty((1, 13, 13, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="beyond its picture"):
+        loader._copy_crops([row], np.array(corner, dtype=np.int32), images)
+
+
+def test_pictures_that_are_not_laid_out_alike_are_refused() -> None:
+    sound, corner = np.zeros((20, 20, 3), dtype=np.uint8), np.zeros((2, 2), dtype=np.int32)
+    images = np.empty((2, 13, 13, 3), dtype=np.uint8)
+    wrong = (
+        *(sound[:, ::-1], sound.transpose(1, 0, 2), sound[:19], np.zeros((20, 20, 4), dtype=np.uint8)),
+        *(np.zeros((21, 21, 3), dtype=np.uint8), sound.astype(np.int8)),
+    )
+    for row in wrong:
+        with pytest.raises(ValueError, match="contiguous"):
+            loader._copy_crops([sound, row], corner, images)

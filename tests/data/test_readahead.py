@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -55,3 +56,30 @@ def test_a_failing_read_is_raised_at_the_batch_that_needs_it(tmp_path: Path):
 
 def test_memory_is_that_of_this_machine():
     assert 1 << 28 < total_memory() < 1 << 50
+
+
+def test_each_piece_is_announced_once_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "shard"
+    file.write_bytes(bytes(10_000))
+    seen: list[tuple[str, int]] = []
+    advise, read = os.posix_fadvise, os.preadv
+
+    def announced(handle: int, offset: int, length: int, what: int) -> None:
+        assert (length, what) == (10, os.POSIX_FADV_WILLNEED)
+        seen.append(("announced", offset))
+        advise(handle, offset, length, what)
+
+    def reads(handle: int, buffers: list[memoryview], offset: int) -> int:
+        seen.append(("read", offset))
+        return read(handle, buffers, offset)
+
+    monkeypatch.setattr(os, "posix_fadvise", announced)
+    monkeypatch.setattr(os, "preadv", reads)
+    with reading_ahead(str, lambda _: range(1), lambda _: [(file, 10 * i, 10) for i in range(9)], 0, 1) as plan:
+        plan(0)
+    assert [what for what in seen if what[0] == "announced"] == [("announced", 10 * i) for i in range(9)]
+    assert [what for what in seen if what[0] == "read"] == [("read", 10 * i) for i in range(9)]
+    for i in range(9):
+        before = seen[: seen.index(("read", 10 * i))]
+        assert ("announced", 10 * min(i + 3, 8)) in before  # three more than the one that is read
+        assert ("announced", 10 * (i + 4)) not in before
