@@ -60,6 +60,9 @@ FUSED_OPERATIONS: Final[dict[str, tuple[str, ...]]] = {
     # convolution, bias, ReLU [, LRN] [, max pool]  ->  y, kept
     "conv_block_forward": ("x", "w", "b", "stride", "pad", "groups", "lrn", "pool", "training"),
     "conv_block_backward": ("dy", "kept", "w", "stride", "pad", "groups", "lrn", "pool", "need_dx"),
+    # convolution, bias [, LRN] [, max pool], ReLU (block 1 of the authors' code)  ->  y, kept
+    "conv_block_relu_last_forward": ("x", "w", "b", "stride", "pad", "groups", "lrn", "pool", "training"),
+    "conv_block_relu_last_backward": ("dy", "kept", "w", "stride", "pad", "groups", "lrn", "pool", "need_dx"),
     # linear, bias, ReLU  ->  y, kept
     "linear_block_forward": ("x", "w", "b", "training"),
     "linear_block_backward": ("dy", "kept", "w", "need_dx"),

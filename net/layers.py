@@ -252,11 +252,15 @@ class Dropout(_WithoutParameters):
 
 @dataclass(frozen=True)
 class ConvBlock:
-    """Convolution, ReLU, and where present LRN and max pooling, as one operation of the backend."""
+    """Convolution, ReLU, and where present LRN and max pooling, as one operation of the backend.
+
+    The ReLU follows the convolution, or with ``relu_last`` the pooling.
+    """
 
     conv: Conv
     lrn: Lrn | None
     pool: MaxPool | None
+    relu_last: bool = False
 
     def output_shape(self, shape: Shape) -> Shape:
         shape = self.conv.output_shape(shape)
@@ -273,13 +277,15 @@ class ConvBlock:
 
     def forward(self, ops: ModuleType, parameters: Parameters, x: Array, run: Run) -> tuple[Array, Any]:
         w, b = parameters[f"{self.conv.name}.w"], parameters[f"{self.conv.name}.b"]
-        return ops.conv_block_forward(x, w, b, **self._options, training=run.training)
+        forward = ops.conv_block_relu_last_forward if self.relu_last else ops.conv_block_forward
+        return forward(x, w, b, **self._options, training=run.training)
 
     def backward(
         self, ops: ModuleType, parameters: Parameters, dy: Array, kept: Any, need_dx: bool
     ) -> tuple[Array | None, Parameters]:
         w = parameters[f"{self.conv.name}.w"]
-        dx, dw, db = ops.conv_block_backward(dy, kept, w, **self._options, need_dx=need_dx)
+        backward = ops.conv_block_relu_last_backward if self.relu_last else ops.conv_block_backward
+        dx, dw, db = backward(dy, kept, w, **self._options, need_dx=need_dx)
         return dx, {f"{self.conv.name}.w": dw, f"{self.conv.name}.b": db}
 
 
@@ -318,11 +324,22 @@ def fuse(layers: Sequence[Layer], ops: ModuleType) -> tuple[Layer, ...]:
             # A pool that comes after something other than ReLU or LRN (block 2 of `original`) stays on its own.
             pool = rest.pop(0) if _next_is(rest, MaxPool) else None
             layer = ConvBlock(layer, lrn, pool)
+        elif isinstance(layer, Conv) and _relu_last(rest) and hasattr(ops, "conv_block_relu_last_forward"):
+            lrn = rest.pop(0) if _next_is(rest, Lrn) else None
+            pool = rest.pop(0)
+            rest.pop(0)
+            layer = ConvBlock(layer, lrn, pool, relu_last=True)
         elif isinstance(layer, Linear) and _next_is(rest, Relu) and hasattr(ops, "linear_block_forward"):
             rest.pop(0)
             layer = LinearBlock(layer)
         fused.append(layer)
     return tuple(fused)
+
+
+def _relu_last(layers: list[Layer]) -> bool:
+    """Whether [LRN,] max pooling and a ReLU follow."""
+    after = layers[1:] if _next_is(layers, Lrn) else layers
+    return _next_is(after, MaxPool) and _next_is(after[1:], Relu)
 
 
 def _next_is(layers: list[Layer], kind: type) -> bool:

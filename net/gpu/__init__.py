@@ -8,6 +8,8 @@ from net.gpu.arrays import asarray, empty, host_empty, synchronize, to_host, upl
 from net.gpu.blocks import (
     conv_block_backward,
     conv_block_forward,
+    conv_block_relu_last_backward,
+    conv_block_relu_last_forward,
     linear_block_backward,
     linear_block_forward,
 )
@@ -44,6 +46,8 @@ __all__ = [
     "conv2d_forward",
     "conv_block_backward",
     "conv_block_forward",
+    "conv_block_relu_last_backward",
+    "conv_block_relu_last_forward",
     "cross_entropy",
     "describe",
     "dropout_backward",

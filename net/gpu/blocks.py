@@ -62,15 +62,12 @@ def conv_block_forward(
     training: bool,
 ) -> tuple[Array, KeptByConv | None]:
     """Convolution, bias, ReLU [, LRN] [, max pool]: x (N, H, W, Cin) -> y, and what backward needs."""
+    if lrn is not None or pool is not None:
+        return _forward(x, w, b, shape_of(x, w, stride, pad, groups), lrn, pool, training, relu_last=False)
     shape = shape_of(x, w, stride, pad, groups)
     x, weights = operands(x, w, shape)
-    if lrn is None and pool is None:
-        y, columns = rectified(x, weights, b, shape, keep_columns=training)
-        return y, KeptByConv(x, weights, columns, y, None, None, shape) if training else None
-    c, columns = product(x, weights, shape, keep_columns=training)
-    bias = floats(b)
-    y, winner = _relu_lrn_pool(c, bias, lrn, pool, training)
-    return y, KeptByConv(x, weights, columns, c, bias, winner, shape) if training else None
+    y, columns = rectified(x, weights, b, shape, keep_columns=training)
+    return y, KeptByConv(x, weights, columns, y, None, None, shape) if training else None
 
 
 def conv_block_backward(
@@ -86,7 +83,63 @@ def conv_block_backward(
     need_dx: bool,
 ) -> tuple[Array | None, Array, Array]:
     """dy -> dx (or None), dw, db. The weights are those of the forward pass, already in the products' type."""
-    dc, db = _backward(pictures(dy), kept.winner, kept.result, kept.bias, lrn, pool)
+    return _backward(dy, kept, w, lrn, pool, need_dx, relu_last=False)
+
+
+def conv_block_relu_last_forward(
+    x: Array,
+    w: Array,
+    b: Array,
+    *,
+    stride: int,
+    pad: int,
+    groups: int,
+    lrn: Lrn | None,
+    pool: Pool | None,
+    training: bool,
+) -> tuple[Array, KeptByConv | None]:
+    """Convolution, bias [, LRN] [, max pool], ReLU, the order of block 1 in the authors' code."""
+    return _forward(x, w, b, shape_of(x, w, stride, pad, groups), lrn, pool, training, relu_last=True)
+
+
+def conv_block_relu_last_backward(
+    dy: Array,
+    kept: KeptByConv,
+    w: Array,
+    *,
+    stride: int,
+    pad: int,
+    groups: int,
+    lrn: Lrn | None,
+    pool: Pool | None,
+    need_dx: bool,
+) -> tuple[Array | None, Array, Array]:
+    """dy -> dx (or None), dw, db, as :func:`conv_block_backward`."""
+    return _backward(dy, kept, w, lrn, pool, need_dx, relu_last=True)
+
+
+def _forward(
+    x: Array,
+    w: Array,
+    b: Array,
+    shape: Shape,
+    lrn: Lrn | None,
+    pool: Pool | None,
+    training: bool,
+    *,
+    relu_last: bool,
+) -> tuple[Array, KeptByConv | None]:
+    x, weights = operands(x, w, shape)
+    c, columns = product(x, weights, shape, keep_columns=training)
+    bias = floats(b)
+    y, winner = _finish(c, bias, lrn, pool, training, relu_last)
+    return y, KeptByConv(x, weights, columns, c, bias, winner, shape) if training else None
+
+
+def _backward(
+    dy: Array, kept: KeptByConv, w: Array, lrn: Lrn | None, pool: Pool | None, need_dx: bool, *, relu_last: bool
+) -> tuple[Array | None, Array, Array]:
+    dc, db = _finish_backward(pictures(dy), kept.winner, kept.result, kept.bias, lrn, pool, relu_last)
     dw = weight_gradient(dc, kept.x, kept.columns, kept.shape)
     return (input_gradient(dc, w, kept.weights, kept.shape) if need_dx else None), dw, db
 
@@ -109,9 +162,10 @@ def linear_block_backward(
     return dx, dw, column_sum(dz)
 
 
-def _relu_lrn_pool(
-    c: Array, bias: Array, lrn: Lrn | None, pool: Pool | None, training: bool
+def _finish(
+    c: Array, bias: Array, lrn: Lrn | None, pool: Pool | None, training: bool, relu_last: bool
 ) -> tuple[Array, Array | None]:
+    """What follows a convolution: y and each window's winner."""
     images, height, width, channels = c.shape
     size, stride = pool or (1, 1)
     out_height, out_width = (height - size) // stride + 1, (width - size) // stride + 1
@@ -126,7 +180,7 @@ def _relu_lrn_pool(
         (images * down * right,),
         (
             *(c, bias, y, winner, height, width, channels, out_height, out_width, rows, columns, down, right),
-            *(size, stride, *_normalisation(lrn)),
+            *(size, stride, *_normalisation(lrn), relu_last),
         ),
         dtype=c.dtype,
         block=block,
@@ -135,8 +189,14 @@ def _relu_lrn_pool(
     return y, winner
 
 
-def _backward(
-    dy: Array, winner: Array | None, c: Array, bias: Array | None, lrn: Lrn | None, pool: Pool | None
+def _finish_backward(
+    dy: Array,
+    winner: Array | None,
+    c: Array,
+    bias: Array | None,
+    lrn: Lrn | None,
+    pool: Pool | None,
+    relu_last: bool,
 ) -> tuple[Array, Array]:
     """The gradient of the convolution's result, and db."""
     images, height, width, channels = c.shape
@@ -152,7 +212,7 @@ def _backward(
         (parts,),
         (
             *(dy, winner, c, bias, dc, partial, pixels, height, width, channels, dy.shape[1], dy.shape[2]),
-            *(size, stride, *_normalisation(lrn)),
+            *(size, stride, *_normalisation(lrn), relu_last),
         ),
         dtype=c.dtype,
         block=block,

@@ -10,6 +10,9 @@
 //     da_i = dn_i * s_i^-beta - 2 alpha beta a_i * sum over j within `half` of i of t_j,   t_j = dn_j a_j s_j^(-beta-1)
 //     dc = da where a > 0, else 0;   db = sum of dc over all pixels
 //
+// With `relu_last` (block 1 of the authors' code) the ReLU follows the pool instead: a = c + b, y = relu(max of n), and
+// backward dn is 0 where a <= 0, for n has a's sign, while dc = da.
+//
 // c (N, height, width, channels); y, winner (N, out_height, out_width, channels); winner is the row-major place in the
 // window. A thread owns V neighbouring channels; channels/V threads side by side make a pixel, and the block's
 // further threads ("lanes") take further pixels. V = 4, half = 2 is AlexNet's case, V = 1 takes any.
@@ -54,7 +57,7 @@ template <int V, int SIZE, int STRIDE>
 __device__ __forceinline__ void forward(
     const real* c, const float* b, real* y, uint8* winner, int height, int width, int channels, int out_height,
     int out_width, int tile_rows, int tile_cols, int tiles_down, int tiles_right, int any_size, int any_stride, int lrn,
-    int half, float k, float alpha, float beta) {
+    int half, float k, float alpha, float beta, int relu_last) {
     extern __shared__ __align__(16) float shared[];
     const int size = SIZE ? SIZE : any_size, stride = SIZE ? STRIDE : any_stride;
     int vectors = channels / V, lane = threadIdx.x / vectors, lanes = blockDim.x / vectors;
@@ -76,7 +79,7 @@ __device__ __forceinline__ void forward(
             float a[V];
             load<V>(picture + (row * width + col) * channels + i, a);
 #pragma unroll
-            for (int v = 0; v < V; v++) a[v] = relu(a[v] + bias[v]);
+            for (int v = 0; v < V; v++) a[v] = relu_last ? a[v] + bias[v] : relu(a[v] + bias[v]);
             store<V>(shared + p * channels + i, a);
         }
     }
@@ -118,6 +121,10 @@ __device__ __forceinline__ void forward(
                 }
             }
         }
+        if (relu_last) {
+#pragma unroll
+            for (int v = 0; v < V; v++) best[v] = relu(best[v]);
+        }
         long long to = (((long long)image * out_height + first_row + r) * out_width + first_col + q) * channels + i;
         store<V>(y + to, best);
         if (winner) {
@@ -136,7 +143,7 @@ template <int V, int SIZE, int STRIDE>
 __device__ __forceinline__ void backward(
     const real* dy, const uint8* winner, const real* c, const float* b, real* dc, float* partial, int pixels,
     int height, int width, int channels, int out_height, int out_width, int any_size, int any_stride, int lrn, int half,
-    float k, float alpha, float beta) {
+    float k, float alpha, float beta, int relu_last) {
     extern __shared__ __align__(16) float shared[];
     const int size = SIZE ? SIZE : any_size, stride = SIZE ? STRIDE : any_stride;
     // Windows along one side that a pixel lies in, at most.
@@ -160,7 +167,7 @@ __device__ __forceinline__ void backward(
         if (mine) {
             load<V>(c + here, a);
 #pragma unroll
-            for (int v = 0; v < V; v++) a[v] = relu(a[v] + bias[v]);
+            for (int v = 0; v < V; v++) a[v] = relu_last ? a[v] + bias[v] : relu(a[v] + bias[v]);
             if (winner) {
 #pragma unroll
                 for (int v = 0; v < V; v++) d[v] = 0.0f;
@@ -187,6 +194,10 @@ __device__ __forceinline__ void backward(
             } else {
                 load<V>(dy + here, d);
             }
+            if (relu_last) {
+#pragma unroll
+                for (int v = 0; v < V; v++) d[v] = positive(a[v]) ? d[v] : 0.0f;
+            }
         }
         if (lrn) {
             if (mine) store<V>(shared + own_a + i, a);
@@ -212,7 +223,7 @@ __device__ __forceinline__ void backward(
         if (mine) {
 #pragma unroll
             for (int v = 0; v < V; v++) {
-                d[v] = positive(a[v]) ? d[v] : 0.0f;
+                d[v] = relu_last || positive(a[v]) ? d[v] : 0.0f;
                 db[v] += d[v];
             }
             store<V>(dc + here, d);
@@ -237,39 +248,39 @@ __device__ __forceinline__ void backward(
 extern "C" __global__ void __launch_bounds__(THREADS, 4) block_forward_4(
     const real* c, const float* b, real* y, uint8* winner, int height, int width, int channels, int out_height,
     int out_width, int tile_rows, int tile_cols, int tiles_down, int tiles_right, int size, int stride, int lrn,
-    int half, float k, float alpha, float beta) {
+    int half, float k, float alpha, float beta, int relu_last) {
     if (size == 3 && stride == 2)
         forward<4, 3, 2>(c, b, y, winner, height, width, channels, out_height, out_width, tile_rows, tile_cols,
-                         tiles_down, tiles_right, size, stride, lrn, half, k, alpha, beta);
+                         tiles_down, tiles_right, size, stride, lrn, half, k, alpha, beta, relu_last);
     else
         forward<4, 0, 0>(c, b, y, winner, height, width, channels, out_height, out_width, tile_rows, tile_cols,
-                         tiles_down, tiles_right, size, stride, lrn, half, k, alpha, beta);
+                         tiles_down, tiles_right, size, stride, lrn, half, k, alpha, beta, relu_last);
 }
 
 extern "C" __global__ void __launch_bounds__(512) block_forward_1(
     const real* c, const float* b, real* y, uint8* winner, int height, int width, int channels, int out_height,
     int out_width, int tile_rows, int tile_cols, int tiles_down, int tiles_right, int size, int stride, int lrn,
-    int half, float k, float alpha, float beta) {
+    int half, float k, float alpha, float beta, int relu_last) {
     forward<1, 0, 0>(c, b, y, winner, height, width, channels, out_height, out_width, tile_rows, tile_cols, tiles_down,
-                     tiles_right, size, stride, lrn, half, k, alpha, beta);
+                     tiles_right, size, stride, lrn, half, k, alpha, beta, relu_last);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3) block_backward_4(
     const real* dy, const uint8* winner, const real* c, const float* b, real* dc, float* partial, int pixels,
     int height, int width, int channels, int out_height, int out_width, int size, int stride, int lrn, int half,
-    float k, float alpha, float beta) {
+    float k, float alpha, float beta, int relu_last) {
     if (size == 3 && stride == 2)
         backward<4, 3, 2>(dy, winner, c, b, dc, partial, pixels, height, width, channels, out_height, out_width, size,
-                          stride, lrn, half, k, alpha, beta);
+                          stride, lrn, half, k, alpha, beta, relu_last);
     else
         backward<4, 0, 0>(dy, winner, c, b, dc, partial, pixels, height, width, channels, out_height, out_width, size,
-                          stride, lrn, half, k, alpha, beta);
+                          stride, lrn, half, k, alpha, beta, relu_last);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) block_backward_1(
     const real* dy, const uint8* winner, const real* c, const float* b, real* dc, float* partial, int pixels,
     int height, int width, int channels, int out_height, int out_width, int size, int stride, int lrn, int half,
-    float k, float alpha, float beta) {
+    float k, float alpha, float beta, int relu_last) {
     backward<1, 0, 0>(dy, winner, c, b, dc, partial, pixels, height, width, channels, out_height, out_width, size,
-                      stride, lrn, half, k, alpha, beta);
+                      stride, lrn, half, k, alpha, beta, relu_last);
 }

@@ -31,8 +31,9 @@ def card() -> None:
                 cases.run(ops, case)
         for block in test_blocks.BLOCKS[1:]:
             x, w, b, dy = (ops.asarray(a) for a in test_blocks.draw(block))
-            _, kept = ops.conv_block_forward(x, w, b, **test_blocks.options(block), training=True)
-            ops.conv_block_backward(dy, kept, w, **test_blocks.options(block), need_dx=True)
+            forward, backward = test_blocks.operations(ops, block)
+            _, kept = forward(x, w, b, **test_blocks.options(block), training=True)
+            backward(dy, kept, w, **test_blocks.options(block), need_dx=True)
         for implicit in test_implicit.SMALL if precision == "bf16" else ():
             _convolve(ops, implicit)
         ops.synchronize()

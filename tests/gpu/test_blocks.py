@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -30,6 +30,7 @@ class Block:
     groups: int = 1
     lrn: Lrn | None = None
     pool: tuple[int, int] | None = None
+    relu_last: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -57,6 +58,9 @@ BLOCKS = [
     Block("pool of every pixel", (2, 5, 8, 3), (3, 3), 8, pool=(3, 1)),
     Block("neither", (2, 6, 7, 8), (3, 3), 12, pad=1, groups=2),
     Block("neither, odd", (1, 5, 4, 3), (3, 3), 5, stride=2, pad=1),
+    Block("ReLU last, conv1", (2, 27, 23, 3), (11, 11), 96, stride=4, lrn=FIVE, pool=(3, 2), relu_last=True),
+    Block("ReLU last, without LRN", (2, 9, 12, 3), (3, 3), 8, pool=(2, 1), relu_last=True),
+    Block("ReLU last, odd maps", (2, 8, 9, 5), (3, 2), 7, lrn=FIVE, pool=(2, 2), relu_last=True),
 ]
 
 
@@ -74,9 +78,8 @@ def draw(block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def forward(block: Block, x: np.ndarray, w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    a = reference.relu_forward(
-        reference.conv2d_forward(x, w, b, stride=block.stride, pad=block.pad, groups=block.groups)
-    )
+    c = reference.conv2d_forward(x, w, b, stride=block.stride, pad=block.pad, groups=block.groups)
+    a = c if block.relu_last else reference.relu_forward(c)
     kept, y = [a], a
     if block.lrn:
         size, k, alpha, beta = block.lrn
@@ -85,11 +88,16 @@ def forward(block: Block, x: np.ndarray, w: np.ndarray, b: np.ndarray) -> tuple[
     if block.pool:
         y, winner = reference.maxpool_forward(y, size=block.pool[0], stride=block.pool[1])
         kept.append(winner)
+    if block.relu_last:
+        y = reference.relu_forward(y)
+        kept.append(y)
     return y, kept
 
 
 def backward(block: Block, dy: np.ndarray, kept: list[np.ndarray], x: np.ndarray, w: np.ndarray) -> tuple:
     a, *rest = kept
+    if block.relu_last:
+        dy = reference.relu_backward(dy, rest.pop())
     if block.pool:
         size, stride = block.pool
         height, width = a.shape[1:3]
@@ -97,8 +105,16 @@ def backward(block: Block, dy: np.ndarray, kept: list[np.ndarray], x: np.ndarray
     if block.lrn:
         size, _, alpha, beta = block.lrn
         dy = reference.lrn_backward(dy, a, rest.pop(), size=size, alpha=alpha, beta=beta)
-    dy = reference.relu_backward(dy, a)
+    if not block.relu_last:
+        dy = reference.relu_backward(dy, a)
     return reference.conv2d_backward(dy, x, w, stride=block.stride, pad=block.pad, groups=block.groups, need_dx=True)
+
+
+def operations(ops: ModuleType, block: Block) -> tuple[Callable, Callable]:
+    """Forward and backward."""
+    if block.relu_last:
+        return ops.conv_block_relu_last_forward, ops.conv_block_relu_last_backward
+    return ops.conv_block_forward, ops.conv_block_backward
 
 
 def options(block: Block) -> dict:
@@ -112,15 +128,16 @@ def check(ops: ModuleType, block: Block, tolerance: float, *, need_dx: bool = Tr
     expected, kept = forward(block, *wide[:3])
     gradients = backward(block, wide[3], kept, wide[0], wide[1])
     arrays = [ops.asarray(a) for a in (x, w, b)]
-    y, kept = ops.conv_block_forward(*arrays, **options(block), training=True)
+    block_forward, block_backward = operations(ops, block)
+    y, kept = block_forward(*arrays, **options(block), training=True)
     cases.assert_close(ops.to_host(y), expected, tolerance, f"{block}, y")
-    got = ops.conv_block_backward(ops.asarray(dy), kept, arrays[1], **options(block), need_dx=need_dx)
+    got = block_backward(ops.asarray(dy), kept, arrays[1], **options(block), need_dx=need_dx)
     for name, g, e in zip(("dx", "dw", "db"), got, gradients, strict=True):
         if name == "dx" and not need_dx:
             assert g is None
         else:
             cases.assert_close(ops.to_host(g), e, tolerance, f"{block}, {name}")
-    y, kept = ops.conv_block_forward(*arrays, **options(block), training=False)
+    y, kept = block_forward(*arrays, **options(block), training=False)
     assert kept is None
     cases.assert_close(ops.to_host(y), expected, tolerance, f"{block}, y of a test pass")
 
@@ -142,14 +159,16 @@ def test_convolution_blocks_in_bfloat16(backend: Callable[[str], ModuleType], bl
     x, w, dy = round_to_bf16(x), round_to_bf16(w), round_to_bf16(dy)
     zero = np.zeros_like(b)
     raw = reference.conv2d_forward(x, w, zero, stride=block.stride, pad=block.pad, groups=block.groups)
-    a = reference.relu_forward(round_to_bf16(raw) + b)
+    a = round_to_bf16(raw) + b
+    a = a if block.relu_last else reference.relu_forward(a)
     expected, kept = _after(block, a)
     arrays = [ops.asarray(v) for v in (x, w, b)]
-    y, device_kept = ops.conv_block_forward(*arrays, **options(block), training=True)
+    block_forward, block_backward = operations(ops, block)
+    y, device_kept = block_forward(*arrays, **options(block), training=True)
     assert y.dtype == np.uint16
     # A sum that lies next to a rounding boundary may fall on either side of it: one step of bfloat16.
     cases.assert_close(ops.to_host(y), expected, 2.0**-7)
-    got = ops.conv_block_backward(ops.asarray(dy), device_kept, arrays[1], **options(block), need_dx=True)
+    got = block_backward(ops.asarray(dy), device_kept, arrays[1], **options(block), need_dx=True)
     assert got[0].dtype == np.uint16
     assert got[1].dtype == got[2].dtype == np.float32
     for g, e in zip(got, backward(block, dy, kept, x, w), strict=True):
@@ -159,7 +178,7 @@ def test_convolution_blocks_in_bfloat16(backend: Callable[[str], ModuleType], bl
 
 def _after(block: Block, a: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     identity = np.eye(block.maps, dtype=np.float32).reshape(1, 1, block.maps, block.maps)
-    plain = Block("identity", a.shape, (1, 1), block.maps, lrn=block.lrn, pool=block.pool)
+    plain = replace(block, name="identity", x=a.shape, kernel=(1, 1), stride=1, pad=0, groups=1)
     return forward(plain, a, identity, np.zeros(block.maps, np.float32))
 
 

@@ -49,6 +49,7 @@ CASES = [
     Case("three groups", (2, 6, 5, 24), 3, 48, pad=1, groups=3),
     Case("stride 2, odd", (2, 12, 9, 4), 5, 40, stride=2, groups=1),
     Case("the last window ends at the edge", (1, 16, 12, 8), 4, 8, stride=4, groups=1),
+    Case("128 maps a group, many pixels", (12, 9, 8, 16), 3, 256, pad=1),
 ]
 SMALL = [case for case in CASES if case.name in ("one pixel", "border wider than the picture", "stride 2, odd")]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from net.gpu import kernels
-from tests.gpu import standin, test_blocks
+from tests.gpu import standin, test_blocks, test_implicit
 from tests.gpu.conftest import need_compiler
 from tests.gpu.shim import build
 from tests.net import cases
@@ -101,6 +101,8 @@ MISTAKES = [
     Mistake("NaN does not win", "maxpool", "|| (isnan(value) && !isnan(best))", "", "maxpool_forward: 3/2, NaN"),
     Mistake("the last maximum wins, fused", "relu_lrn_pool", "return !(x <= best)", "return !(x < best)", "ties"),
     Mistake("NaN does not win, fused", "relu_lrn_pool", "!(x <= best) && best == best", "x > best", "ties"),
+    Mistake("the ReLU that comes last is forgotten on the way back", "relu_lrn_pool", "d[v] = positive(a[v])",
+            "d[v] = true", "ReLU last, without LRN"),
     Mistake("a window that a pixel lies in is forgotten", "relu_lrn_pool", "if (q > last_q) break;",
             "if (q >= last_q) break;", BLOCK),
     Mistake("the pool's last window is forgotten", "maxpool", "out_height - 1); r++", "out_height - 2); r++",
@@ -290,7 +292,9 @@ def test_the_backend_checks_arguments_before_they_reach_the_gpu(fp32: ModuleType
         kernels.launch("relu_forward", (1,), (strided, strided, 8), dtype="float32")
 
 
-def test_every_kernel_is_run_by_these_tests(fp32: ModuleType, pretended: standin.Machine) -> None:
+def test_every_kernel_is_run_by_these_tests(
+    backend: Callable[[str], ModuleType], fp32: ModuleType, pretended: standin.Machine
+) -> None:
     """Run last in this file or alone: each kernel of the sources has a case or block that launches it."""
     for case in cases.ALL:
         if not case.layer:
@@ -302,4 +306,7 @@ def test_every_kernel_is_run_by_these_tests(fp32: ModuleType, pretended: standin
     from net.gpu.arrays import cast
 
     cast(cast(arrays[0], "uint16"), "float32")
+    in_bf16 = backend("bf16")
+    for case in (*test_implicit.CASES[:3], test_implicit.CASES[-1]):
+        test_implicit.check(in_bf16, case)
     assert set(kernels.signatures()) <= set(build.settings.launches)

@@ -39,7 +39,9 @@ POSITIONAL = {
 }
 FUSED_POSITIONAL = {
     "conv_block_forward": 3,
+    "conv_block_relu_last_forward": 3,
     "conv_block_backward": 3,
+    "conv_block_relu_last_backward": 3,
     "linear_block_forward": 3,
     "linear_block_backward": 3,
     "replayable": 1,
