@@ -495,16 +495,19 @@ def _resume(
 
 
 def _save(run_dir: RunDir, ops: ModuleType, log: MetricsLog, keep: int, state: State, header: dict[str, Any]) -> None:
-    arrays = {name: np.asarray(ops.to_host(value)) for name, value in state.parameters.items()}
-    broken = [name for name, value in arrays.items() if not np.all(np.isfinite(value))]
-    if broken:
-        raise PipelineError(
-            f"{broken[0]} is not finite at step {state.step}: training has diverged; the last good checkpoint is kept. "
-            "Lower train.lr in a new run (--run)"
-        )
-    arrays |= {f"momentum/{name}": np.asarray(ops.to_host(value)) for name, value in state.momenta.items()}
+    arrays = state.parameters | {f"momentum/{name}": value for name, value in state.momenta.items()}
+
+    def to_host(name: str, value: Any) -> np.ndarray:
+        array = np.asarray(ops.to_host(value))
+        if not np.all(np.isfinite(array)):
+            raise PipelineError(
+                f"{name} is not finite at step {state.step}: training has diverged; the last good checkpoint is kept. "
+                "Lower train.lr in a new run (--run)"
+            )
+        return array
+
     log.sync()
-    path = save_checkpoint(run_dir.train, state.step, header, arrays)
+    path = save_checkpoint(run_dir.train, state.step, header, arrays, to_host)
     if header["validation"] is not None:
         note_best(run_dir.train, path, state.step, header["validation"]["top1"])
     prune(run_dir.train, keep, path)
