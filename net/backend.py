@@ -63,6 +63,9 @@ FUSED_OPERATIONS: Final[dict[str, tuple[str, ...]]] = {
     # linear, bias, ReLU  ->  y, kept
     "linear_block_forward": ("x", "w", "b", "training"),
     "linear_block_backward": ("dy", "kept", "w", "need_dx"),
+    # the same parameters in a form that forward passes without training use faster; whatever is derived from them may
+    # be kept until the next `sgd_update`, and must not outlive it
+    "fixed": ("parameters",),
     # record a step once, replay it afterwards
     "replayable": ("function",),
     # refuse, before anything is allocated, a batch that the device has no memory for

@@ -146,8 +146,11 @@ def prediction(
     """Class probabilities of a batch as a function of its crops (paper, section 4.1).
 
     The returned function takes the device arrays ``images``, ``corner``, ``flip``, ``shift``, the ``views`` crops of
-    a picture next to each other, and returns the softmax averaged over them, float32 (pictures, classes).
+    a picture next to each other, and returns the softmax averaged over them, float32 (pictures, classes). Between its
+    calls ``parameters`` may be changed by ``sgd_update`` and by nothing else: a backend may keep what it derived.
     """
+    if hasattr(ops, "fixed"):
+        parameters = ops.fixed(parameters)
 
     def predict(inputs: dict[str, Array]) -> Array:
         x = prepare(ops, preparation, inputs)
