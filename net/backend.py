@@ -55,7 +55,7 @@ OPERATIONS: Final[dict[str, tuple[str, ...]]] = {
 
 # A backend may offer these as well; the network then uses them in place of the sequence each stands for.
 # `lrn` is None or (size, k, alpha, beta); `pool` is None or (size, stride); `training` False means that no backward
-# pass will follow, so `kept` may be None. `kept` is the backend's own affair.
+# pass will follow, so `kept` may be None. `kept` is the backend's own affair; the backward pass may use it up.
 FUSED_OPERATIONS: Final[dict[str, tuple[str, ...]]] = {
     # convolution, bias, ReLU [, LRN] [, max pool]  ->  y, kept
     "conv_block_forward": ("x", "w", "b", "stride", "pad", "groups", "lrn", "pool", "training"),

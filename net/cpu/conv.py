@@ -68,7 +68,7 @@ def conv_block_backward(
     pool: Pool,
     need_dx: bool,
 ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """dy of the block's output -> dx or None, dw, db."""
+    """dy of the block's output -> dx or None, dw, db. ``kept`` is used up: d(conv) is written over what it holds."""
     x, y, winner = kept
     d, db = unfinish(contiguous(dy), y, winner, block(lrn, pool))
     return *_backward(d, x, contiguous(w), stride, pad, groups, need_dx), db
