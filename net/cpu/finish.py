@@ -164,8 +164,11 @@ def _unfinish(
             y_row, d_row = y[n, r], d[n, r]
             if finish.size > 0:
                 unpool_row(dy[n], winner[n], r, finish.size, finish.stride, row)
-            else:
-                row[:] = dy[n, r]
+            else:  # a loop, because assigning a slice compiles the text of an error about its shape, for seconds
+                dy_row = dy[n, r]
+                for q in range(width):
+                    for a in range(maps):
+                        row[q, a] = dy_row[q, a]
             if half >= 0:
                 scales(y_row, half, finish.k, finish.alpha, squares, s)
                 denormalise(row, y_row, s, half, factor, finish.beta, products, power, row)
@@ -180,4 +183,5 @@ def _unfinish(
                     d_row[q, a] = row[q, a]
             for a in range(maps):
                 image_sum[a] += row_sum[a]
-        part[n] = image_sum
+        for a in range(maps):
+            part[n, a] = image_sum[a]
