@@ -7,7 +7,7 @@ another order. So PyTorch runs twice, with all cores and with one, and the dista
 measure: ours should be no further from PyTorch's than they are from each other.
 
     python run_pipeline.py --stage preprocess --source imagenette --recipe seed --run RUN
-    python -m bench.cpu_curves --run RUN --steps 200 --batch 8
+    python -m bench.cpu_curves --run RUN --recipe demo --steps 200 --batch 8
 
 ``--only`` runs a part; with ``--json FILE`` the curves of several parts collect in one file. The table has the mean
 loss of every fifty steps and the distances, as root mean square over these steps. Exit status 1 where, over all steps,
@@ -32,7 +32,7 @@ import numpy as np
 from data.loader import load
 from net.layers import fuse
 from net.network import Descent, initial_parameters, training_step
-from pipeline.config import Config, from_dict
+from pipeline.config import RECIPES, Config, from_dict
 from pipeline.run_dir import RunDir, read_sealed
 from stages.setup import (
     Dataset,
@@ -52,9 +52,10 @@ WINDOW = 50
 Host = dict[str, np.ndarray]
 
 
-def configuration(run: RunDir, dataset: Dataset, batch: int, rate: float) -> Config:
-    """The run's own, with another batch and a constant learning rate for weights and biases."""
-    config = from_dict(read_sealed(run.config, "preprocess first"), str(run.config))
+def configuration(run: RunDir, dataset: Dataset, recipe: str | None, batch: int, rate: float) -> Config:
+    """A recipe, or the run's own configuration, with this batch and a constant learning rate, the biases' like it."""
+    own = from_dict(read_sealed(run.config, "preprocess first"), str(run.config))
+    config = replace(RECIPES[recipe], preprocess=own.preprocess) if recipe else own
     train = replace(config.train, batch_size=batch, lr=((0, rate),), bias_lr=())
     return with_order(replace(config, train=train), dataset)
 
@@ -127,7 +128,7 @@ def curve(side: str, options: argparse.Namespace) -> list[float]:
     """The losses of one side, computed in this process."""
     run = RunDir(options.run)
     dataset = open_dataset(run)
-    config = configuration(run, dataset, options.batch, options.rate)
+    config = configuration(run, dataset, options.recipe, options.batch, options.rate)
     expected = shapes(network_layers(config, len(dataset.classes)), config)
     start = initial_parameters(expected, config.network.weight_std, config.network.bias, config.seed)
     if side.startswith("hand"):
@@ -143,8 +144,9 @@ def in_a_process(side: str, options: argparse.Namespace) -> list[float]:
     """The number of threads has to be known before Numba and BLAS are loaded."""
     threads = "1" if side.endswith("one") else str(cores())
     command = [sys.executable, "-m", "bench.cpu_curves", "--side", side, "--run", str(options.run)]
-    for name in ("steps", "batch", "rate"):
-        command += [f"--{name}", str(getattr(options, name))]
+    for name in ("recipe", "steps", "batch", "rate"):
+        if getattr(options, name) is not None:
+            command += [f"--{name}", str(getattr(options, name))]
     few = {"NUMBA_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **few}, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -176,6 +178,7 @@ def report(curves: dict[str, list[float]]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a preprocessed run directory")
+    parser.add_argument("--recipe", choices=list(RECIPES), help="default: the run's own configuration")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=0.002, help="learning rate")
