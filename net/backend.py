@@ -55,7 +55,7 @@ OPERATIONS: Final[dict[str, tuple[str, ...]]] = {
 
 # A backend may offer these as well; the network then uses them in place of the sequence each stands for.
 # `lrn` is None or (size, k, alpha, beta); `pool` is None or (size, stride); `training` False means that no backward
-# pass will follow, so `kept` may be None. `kept` is the backend's own affair.
+# pass will follow, so `kept` may be None. `kept` is the backend's own affair; the backward pass may use it up.
 FUSED_OPERATIONS: Final[dict[str, tuple[str, ...]]] = {
     # convolution, bias, ReLU [, LRN] [, max pool]  ->  y, kept
     "conv_block_forward": ("x", "w", "b", "stride", "pad", "groups", "lrn", "pool", "training"),
@@ -66,6 +66,9 @@ FUSED_OPERATIONS: Final[dict[str, tuple[str, ...]]] = {
     # linear, bias, ReLU  ->  y, kept
     "linear_block_forward": ("x", "w", "b", "training"),
     "linear_block_backward": ("dy", "kept", "w", "need_dx"),
+    # the same parameters in a form that forward passes without training use faster; whatever is derived from them may
+    # be kept until the next `sgd_update`, and must not outlive it
+    "fixed": ("parameters",),
     # record a step once, replay it afterwards
     "replayable": ("function",),
     # refuse, before anything is allocated, a batch that the device has no memory for

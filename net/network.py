@@ -7,6 +7,7 @@ reference, the CPU and the GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -55,17 +56,22 @@ def initial_parameters(
     sqrt(2 / fan-in), which keeps the variance of ReLU activations from layer to layer (He et al., 2015). Each tensor
     has its own random stream, so its values depend on the seed and its place alone.
     """
-    parameters = {}
-    for number, (name, shape) in enumerate(shapes.items()):
+
+    def draw(number: int, name: str, shape: Shape) -> np.ndarray:
         layer = number // 2
         if name.endswith(".b"):
-            parameters[name] = np.full(shape, bias[layer], dtype=np.float32)
-            continue
+            return np.full(shape, bias[layer], dtype=np.float32)
         fan_in = int(np.prod(shape[:-1]))
         std = weight_std[layer] or (2 / fan_in) ** 0.5
         random = np.random.Generator(np.random.Philox(key=[seed, number]))
-        parameters[name] = random.standard_normal(shape, dtype=np.float32) * np.float32(std)
-    return parameters
+        weights = random.standard_normal(shape, dtype=np.float32)
+        weights *= np.float32(std)
+        return weights
+
+    # Sixty million draws take most of a second on one core, and each tensor's are its own affair.
+    with ThreadPoolExecutor() as pool:
+        drawn = {name: pool.submit(draw, number, name, shape) for number, (name, shape) in enumerate(shapes.items())}
+        return {name: future.result() for name, future in drawn.items()}
 
 
 def forward(
@@ -146,8 +152,11 @@ def prediction(
     """Class probabilities of a batch as a function of its crops (paper, section 4.1).
 
     The returned function takes the device arrays ``images``, ``corner``, ``flip``, ``shift``, the ``views`` crops of
-    a picture next to each other, and returns the softmax averaged over them, float32 (pictures, classes).
+    a picture next to each other, and returns the softmax averaged over them, float32 (pictures, classes). Between its
+    calls ``parameters`` may be changed by ``sgd_update`` and by nothing else: a backend may keep what it derived.
     """
+    if hasattr(ops, "fixed"):
+        parameters = ops.fixed(parameters)
 
     def predict(inputs: dict[str, Array]) -> Array:
         x = prepare(ops, preparation, inputs)

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
+import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from pipeline.errors import PipelineError
 from pipeline.run_dir import make_folder, read_sealed, remove, sync_folder, write_atomic, write_error, write_sealed
@@ -35,19 +37,55 @@ class Checkpoint:
     arrays: Arrays
 
 
-def save_checkpoint(folder: Path, step: int, header: dict[str, Any], arrays: Arrays) -> Path:
-    """Write ``step-<step>.ckpt`` into ``folder`` and point ``latest.json`` at it."""
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    header: dict[str, Any],
+    arrays: Mapping[str, Any],
+    to_host: Callable[[str, Any], np.ndarray] = lambda name, array: np.asarray(array),
+) -> Path:
+    """Write ``step-<step>.ckpt`` into ``folder`` and point ``latest.json`` at it.
+
+    ``arrays`` are float32 and may lie on a device: ``to_host`` turns each, given its name, into a NumPy array. They are
+    fetched, hashed and written one after the other, so that no second copy of them all is ever in memory; what
+    ``to_host`` raises leaves no file behind.
+    """
     path = make_folder(folder) / f"step-{step:08d}.ckpt"
     header = {**header, "step": step}
-    # One entry, because safetensors writes several in no fixed order and equal checkpoints shall be equal files.
-    metadata = {"header": _canonical({**header, _SEAL: _digest(header, arrays)})}
+    names = sorted(arrays)
 
     def write(file: BinaryIO) -> None:
-        file.write(save(arrays, metadata))
+        file.write(_head({**header, _SEAL: "0" * 64}, arrays))  # as long as with the checksum known at the end
+        digest = hashlib.sha256(_canonical(header).encode())
+        for name in names:
+            array = np.ascontiguousarray(to_host(name, arrays[name]))
+            file.write(_add(digest, name, array))
+            del array  # before the next one is fetched
+        file.seek(0)
+        file.write(_head({**header, _SEAL: digest.hexdigest()}, arrays))
 
     write_atomic(path, write)
     note_latest(folder, path)
     return path
+
+
+def _head(header: dict[str, Any], arrays: Mapping[str, Any]) -> bytes:
+    """What precedes the arrays' bytes in a safetensors file: the length of its JSON, and that.
+
+    Written here because safetensors' own writer wants all arrays at once, and copies them twice.
+    """
+    # One entry, because safetensors' readers hand out several in no fixed order.
+    entries: dict[str, Any] = {"__metadata__": {"header": _canonical(header)}}
+    at = 0
+    for name in sorted(arrays):
+        if arrays[name].dtype != np.float32:
+            raise ValueError(f"a checkpoint holds float32 arrays only, and {name} is {arrays[name].dtype}")
+        end = at + 4 * math.prod(arrays[name].shape)
+        entries[name] = {"dtype": "F32", "shape": list(arrays[name].shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of 8
+    return struct.pack("<Q", len(text)) + text
 
 
 _OTHER: Final = "choose another with --checkpoint, or let --stage train --resume go on from an older one"
@@ -179,10 +217,16 @@ def _canonical(header: dict[str, Any]) -> str:
 def _digest(header: dict[str, Any], arrays: Arrays) -> str:
     digest = hashlib.sha256(_canonical(header).encode())
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        _add(digest, name, np.ascontiguousarray(arrays[name]))
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, array: np.ndarray) -> memoryview:
+    """Add an array to the checksum; returns its bytes."""
+    content = array.reshape(-1).view(np.uint8).data
+    digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+    digest.update(content)
+    return content
 
 
 def move_aside(folder: Path) -> Path:

@@ -405,8 +405,9 @@ def _shared(ranks: Ranks, expected: dict[str, tuple[int, ...]], begin: Callable[
 
 
 def _on_device(ops: ModuleType, state: State) -> State:
+    """The state's arrays, each given up on the host as soon as it is on the device."""
     parameters, momenta = (
-        {name: ops.asarray(value) for name, value in arrays.items()} for arrays in (state.parameters, state.momenta)
+        {name: ops.asarray(arrays.pop(name)) for name in list(arrays)} for arrays in (state.parameters, state.momenta)
     )
     return State(state.step, parameters, momenta)
 
@@ -458,7 +459,7 @@ def _first_state(
     make_folder(folder)
     cut_back(folder / "metrics.jsonl", 0)
     start = initial_parameters(expected, config.network.weight_std, config.network.bias, config.seed)
-    return State(0, start, {name: np.zeros_like(value) for name, value in start.items()})
+    return State(0, start, {name: np.zeros(shape, np.float32) for name, shape in expected.items()})
 
 
 def _resume(
@@ -510,21 +511,24 @@ def _resume(
             f"note: so far a batch was shared by {saved.header.get('ranks', 1)} ranks, from here on by "
             f"{header['ranks']}; the pictures and draws are the same, the sums round differently"
         )
-    parameters = {name: saved.arrays[name] for name in expected}
-    return State(step, parameters, {name: saved.arrays[f"momentum/{name}"] for name in expected})
+    parameters = {name: saved.arrays.pop(name) for name in expected}
+    return State(step, parameters, {name: saved.arrays.pop(f"momentum/{name}") for name in expected})
 
 
 def _save(run_dir: RunDir, ops: ModuleType, log: MetricsLog, keep: int, state: State, header: dict[str, Any]) -> None:
-    arrays = {name: np.asarray(ops.to_host(value)) for name, value in state.parameters.items()}
-    broken = [name for name, value in arrays.items() if not np.all(np.isfinite(value))]
-    if broken:
-        raise PipelineError(
-            f"{broken[0]} is not finite at step {state.step}: training has diverged; the last good checkpoint is kept. "
-            "Lower train.lr in a new run (--run)"
-        )
-    arrays |= {f"momentum/{name}": np.asarray(ops.to_host(value)) for name, value in state.momenta.items()}
+    arrays = state.parameters | {f"momentum/{name}": value for name, value in state.momenta.items()}
+
+    def to_host(name: str, value: Any) -> np.ndarray:
+        array = np.asarray(ops.to_host(value))
+        if not np.all(np.isfinite(array)):
+            raise PipelineError(
+                f"{name} is not finite at step {state.step}: training has diverged; the last good checkpoint is kept. "
+                "Lower train.lr in a new run (--run)"
+            )
+        return array
+
     log.sync()
-    path = save_checkpoint(run_dir.train, state.step, header, arrays)
+    path = save_checkpoint(run_dir.train, state.step, header, arrays, to_host)
     if header["validation"] is not None:
         note_best(run_dir.train, path, state.step, header["validation"]["top1"])
     prune(run_dir.train, keep, path)

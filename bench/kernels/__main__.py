@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 
-from bench.kernels import convolution, finish, pool, update
+from bench.kernels import convolution, finish, linear, pool, update
 from bench.kernels.exhibit import show
 
 EXHIBITS = {
     "convolution": lambda scale: convolution.exhibit(max(1, 16 // scale)),
     "finish": lambda scale: finish.exhibit(max(1, 16 // scale)),
+    "linear": lambda scale: linear.exhibit(max(2, 16 // scale), 4096 // scale),
+    "linear-one": lambda scale: linear.exhibit(1, 4096 // scale),
     "pool": lambda scale: pool.exhibit(max(1, 16 // scale)),
     "update": lambda scale: update.exhibit(4096 * 4096 // scale),
 }

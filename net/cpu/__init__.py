@@ -8,6 +8,7 @@ every core.
 from net.cpu.augment import augment
 from net.cpu.conv import conv2d_backward, conv2d_forward, conv_block_backward, conv_block_forward
 from net.cpu.dropout import dropout_backward, dropout_forward
+from net.cpu.fixed import fixed
 from net.cpu.linear import linear_backward, linear_block_backward, linear_block_forward, linear_forward
 from net.cpu.loss import cross_entropy, softmax
 from net.cpu.lrn import lrn_backward, lrn_forward
@@ -28,6 +29,7 @@ __all__ = [
     "dropout_backward",
     "dropout_forward",
     "empty",
+    "fixed",
     "host_empty",
     "linear_backward",
     "linear_block_backward",

@@ -14,6 +14,7 @@ from numba import prange
 
 from net.cpu import im2col, plan, winograd
 from net.cpu.finish import NOTHING, Finish, Results, block, finish_all, finish_image, results, unfinish
+from net.cpu.fixed import filters
 from net.cpu.jit import kernel
 from net.cpu.memory import contiguous, empty
 
@@ -67,7 +68,7 @@ def conv_block_backward(
     pool: Pool,
     need_dx: bool,
 ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """dy of the block's output -> dx or None, dw, db."""
+    """dy of the block's output -> dx or None, dw, db. ``kept`` is used up: d(conv) is written over what it holds."""
     x, y, winner = kept
     d, db = unfinish(contiguous(dy), y, winner, block(lrn, pool))
     return *_backward(d, x, contiguous(w), stride, pad, groups, need_dx), db
@@ -82,10 +83,10 @@ def _forward(
     if plan.forward(x.shape, w.shape, stride, groups) == "winograd":
         to = results(outputs, finish, keep)
         s = winograd.shape(x.shape, w.shape, stride, pad, groups, *outputs[1:3])
-        _convolve_and_finish(x, winograd.filters(w, s), b, s, winograd.workspace(s), finish, to)
+        _convolve(x, filters(w, s), b, s, finish, to)
         return to
     to = results(outputs, finish, keep=True)
-    im2col.forward(x, w, to.y, stride, pad, groups)
+    im2col.forward(x, np.asarray(w), to.y, stride, pad, groups)
     finish_all(to.y, b, finish, to, numba.get_num_threads())
     return to
 
@@ -106,11 +107,21 @@ def _backward(
         other, none = winograd.turned(w, groups), np.zeros(x.shape[3], np.float32)
         s = winograd.shape(dy.shape, other.shape, 1, w.shape[0] - 1 - pad, groups, *x.shape[1:3])
         to = results(x.shape, NOTHING, keep=True)
-        _convolve_and_finish(dy, winograd.filters(other, s), none, s, winograd.workspace(s), NOTHING, to)
+        _convolve(dy, winograd.filters(other, s), none, s, NOTHING, to)
         return to.y, dw
     dx = empty(x.shape)
     im2col.backward_input(dy, w, dx, stride, pad, groups)
     return dx, dw
+
+
+def _convolve(x: np.ndarray, u: np.ndarray, b: np.ndarray, s: winograd.Shape, finish: Finish, to: Results) -> None:
+    """Each core its own mosaics; a single picture is shared by all cores, if its maps fill whole panels."""
+    work = winograd.workspace(s)
+    pieces, shared = s.pieces, len(x) == 1 and s.maps == s.maps_padded
+    _convolve_and_finish(x, u, b, s, work, finish, to, shared, pieces)
+    if shared:
+        whole = work.outputs[0].reshape(1, s.tile_rows * s.m, s.tile_columns * s.m, s.groups * s.maps)
+        finish_all(whole, b, finish, to, 1)
 
 
 @kernel
@@ -122,15 +133,25 @@ def _convolve_and_finish(
     work: winograd.Workspace,
     finish: Finish,
     to: Results,
+    shared: bool,
+    pieces: int,
 ) -> None:
+    """With ``shared``, of the only mosaic each task computes some pieces, and finishing is left to the caller."""
     together = s.mosaic_rows * s.mosaic_columns
     # Where no map is padded, the maps of all groups lie side by side and are finished in one go.
     groups, each = (1, s.groups * s.maps) if s.maps == s.maps_padded else (s.groups, s.maps_padded)
     tasks = work.canvas.shape[0]
-    for task in prange(tasks):
+    for number in prange(tasks):
+        task = np.intp(number)
+        begin, end, own, first_own = np.intp(0), np.intp(pieces), task, task * together
+        if shared:
+            begin, end = task * pieces // tasks, (task + 1) * pieces // tasks
+            own, first_own = np.intp(0), np.intp(0)
         outputs = work.outputs[task].reshape(s.tile_rows * s.m, s.tile_columns * s.m, groups, each)
-        for first in range(task * together, x.shape[0], tasks * together):
-            winograd.convolve(x, first, u, s, work, task)
+        for first in range(first_own, x.shape[0], tasks * together):
+            winograd.convolve(x, first, u, s, work, task, work.outputs[own], begin, end)
+            if shared:
+                continue
             for image in range(min(together, x.shape[0] - first)):
                 top = image // s.mosaic_columns * s.pitch_rows
                 left = image % s.mosaic_columns * s.pitch_columns

@@ -128,8 +128,12 @@ def finish_all(source: np.ndarray, bias: np.ndarray, finish: Finish, to: Results
 
 
 def unfinish(dy: np.ndarray, y: np.ndarray, winner: np.ndarray, finish: Finish) -> tuple[np.ndarray, np.ndarray]:
-    """From dy of a block's output to d(conv) (N, OH, OW, maps) and db (maps,)."""
-    d, db, part = empty(y.shape), empty(y.shape[3]), empty((y.shape[0], y.shape[3]))
+    """From dy of a block's output to d(conv) (N, OH, OW, maps) and db (maps,).
+
+    Where y is the block's own and not its result, d(conv) takes its place in memory.
+    """
+    d = empty(y.shape) if finish.in_place else y
+    db, part = empty(y.shape[3]), empty((y.shape[0], y.shape[3]))
     _unfinish(dy, y, winner, finish, np.float32(2 * finish.alpha * finish.beta), d, part)
     np.sum(part, axis=0, out=db)
     return d, db
@@ -155,21 +159,29 @@ def _unfinish(
         power = np.empty(maps, np.float32)
         image_sum = np.zeros(maps, np.float32)
         row_sum = np.empty(maps, np.float32)
+        row = np.empty((width, maps), np.float32)  # not d itself: where that is y, loops over both would not be vectors
         for r in range(height):
             y_row, d_row = y[n, r], d[n, r]
             if finish.size > 0:
-                unpool_row(dy[n], winner[n], r, finish.size, finish.stride, d_row)
-            else:
-                d_row[:] = dy[n, r]
+                unpool_row(dy[n], winner[n], r, finish.size, finish.stride, row)
+            else:  # a loop, because assigning a slice compiles the text of an error about its shape, for seconds
+                dy_row = dy[n, r]
+                for q in range(width):
+                    for a in range(maps):
+                        row[q, a] = dy_row[q, a]
             if half >= 0:
                 scales(y_row, half, finish.k, finish.alpha, squares, s)
-                denormalise(d_row, y_row, s, half, factor, finish.beta, products, power, d_row)
+                denormalise(row, y_row, s, half, factor, finish.beta, products, power, row)
             row_sum[:] = 0
             for q in range(width):
                 for a in range(maps):
-                    v = d_row[q, a] if y_row[q, a] > zero or not finish.relu else zero
-                    d_row[q, a] = v
+                    v = row[q, a] if y_row[q, a] > zero or not finish.relu else zero
+                    row[q, a] = v
                     row_sum[a] += v
+            for q in range(width):
+                for a in range(maps):
+                    d_row[q, a] = row[q, a]
             for a in range(maps):
                 image_sum[a] += row_sum[a]
-        part[n] = image_sum
+        for a in range(maps):
+            part[n, a] = image_sum[a]

@@ -5,7 +5,8 @@ in which they lie in memory, while x and dy are small enough to be laid out as e
 
 - y: a strip of w's columns is packed into panels, a few hundred rows at a time; both fit the second-level cache.
 - dx: computed as dxᵀ = w dyᵀ. The rows of w are the left operand just as they lie; dyᵀ is packed once.
-- y of a few images only is limited by reading w, and gains nothing from panels: w is read in long pieces of its rows.
+- y of a few images only is limited by reading w, and gains nothing from panels: each core reads a few hundred rows
+  of w at a time, from beginning to end, and the sums over them are added up afterwards.
 - dw: the rows of xᵀ are the left operand, dy packed into panels the right one; each element of dw is written once.
   BLAS writes zeros first and then adds to them.
 
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import numba
 import numpy as np
 from numba import prange
 
@@ -67,9 +67,7 @@ def _forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool) -> np.ndar
     n, depth = x.shape
     y = empty((n, w.shape[1]))
     if n <= _FEW:
-        # Pieces as long as they can be with one for each core; the sums are the same whatever their length.
-        piece = -(-w.shape[1] // (numba.get_num_threads() * PANEL)) * PANEL
-        _few_products(x, w, b, relu, min(piece, 2048), y)
+        _few_products(x, w, b, relu, empty((max(1, -(-depth // _DEPTH)), n, w.shape[1])), y)
         return y
     apart = empty((n, depth + _SHIFT))
     np.copyto(apart[:, :depth], x)
@@ -149,30 +147,38 @@ def _products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, y: np.nda
 
 
 @kernel
-def _few_products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, piece: int, y: np.ndarray) -> None:
+def _few_products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, parts: np.ndarray, y: np.ndarray) -> None:
+    """``parts`` (depth / _DEPTH, images, maps): a sum of thousands of terms in one chain would round several times
+    worse than one of parts; and parts are what cores can share without any one's order depending on their number.
+    """
     images, maps = y.shape
+    depth = x.shape[1]
     zero = np.float32(0)
-    for task in prange((maps + piece - 1) // piece):
-        first = task * piece
-        columns = min(piece, maps - first)
-        sums = np.zeros((images, columns), np.float32)
-        part = np.empty((images, columns), np.float32)
-        # A sum of thousands of terms in one chain would round several times worse than one of parts.
-        for start in range(0, x.shape[1], _DEPTH):
-            part[:] = 0
-            for k in range(start, min(start + _DEPTH, x.shape[1])):
-                row = w[k, first : first + columns]
-                for n in range(images):
-                    factor = x[n, k]
-                    for o in range(columns):
-                        part[n, o] += factor * row[o]
+    for task in prange(parts.shape[0]):
+        part = parts[task]
+        part[:] = 0
+        start, end = task * _DEPTH, min((task + 1) * _DEPTH, depth)
+        fours = start + (end - start) // 4 * 4
+        # Four rows at a time: memory answers several requests at once, and the sums are fetched less often.
+        for k in range(start, fours, 4):
+            row0, row1, row2, row3 = w[k], w[k + 1], w[k + 2], w[k + 3]
             for n in range(images):
-                for o in range(columns):
-                    sums[n, o] += part[n, o]
-        for n in range(images):
-            for o in range(columns):
-                v = sums[n, o] + b[first + o]
-                y[n, first + o] = zero if relu and v < zero else v
+                x0, x1, x2, x3 = x[n, k], x[n, k + 1], x[n, k + 2], x[n, k + 3]
+                for o in range(maps):
+                    part[n, o] += x0 * row0[o] + x1 * row1[o] + x2 * row2[o] + x3 * row3[o]
+        for k in range(fours, end):
+            row = w[k]
+            for n in range(images):
+                factor = x[n, k]
+                for o in range(maps):
+                    part[n, o] += factor * row[o]
+    for n in range(images):
+        for part in range(1, parts.shape[0]):
+            for o in range(maps):
+                parts[0, n, o] += parts[part, n, o]
+        for o in range(maps):
+            v = parts[0, n, o] + b[o]
+            y[n, o] = zero if relu and v < zero else v
 
 
 @kernel

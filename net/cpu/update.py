@@ -26,6 +26,8 @@ def sgd_update(
     """Update w and v in place; all three of one shape. ``lr`` is a number or an array of one element."""
     if not (w.flags.carray and v.flags.carray):
         raise ValueError("w and v are updated in place and must be C-contiguous and writeable")
+    global _count
+    _count += 1
     rate = float(np.asarray(lr).item())
     _update(
         w.reshape(-1),
@@ -35,6 +37,14 @@ def sgd_update(
         np.float32(decay * rate),
         np.float32(rate),
     )
+
+
+_count = 0
+
+
+def count() -> int:
+    """How many updates there have been: what was derived from parameters holds as long as this does not change."""
+    return _count
 
 
 @kernel

@@ -96,6 +96,11 @@ class Shape(NamedTuple):
         return self.tile_rows * self.tile_columns
 
     @property
+    def pieces(self) -> int:
+        """What a mosaic's work can be divided into: blocks of tiles times groups times panels of maps."""
+        return -(-self.tiles // self.block) * self.groups * (self.maps_padded // PANEL)
+
+    @property
     def canvas_size(self) -> int:
         reach = self.n - self.m
         rows, columns = self.tile_rows * self.m + reach, self.tile_columns * self.m + reach
@@ -204,9 +209,22 @@ def workspace(s: Shape) -> Workspace:
 
 
 @inner
-def convolve(x: np.ndarray, first: int, u: np.ndarray, s: Shape, work: Workspace, task: int) -> None:
-    """The mosaic of the images from ``first`` on, into ``work.outputs[task]``, without bias."""
-    canvas, tiles, products, outputs = work.canvas[task], work.tiles[task], work.products[task], work.outputs[task]
+def convolve(
+    x: np.ndarray,
+    first: int,
+    u: np.ndarray,
+    s: Shape,
+    work: Workspace,
+    task: int,
+    outputs: np.ndarray,
+    begin: int,
+    end: int,
+) -> None:
+    """The mosaic of the images from ``first`` on, into ``outputs``, without bias.
+
+    Of its ``Shape.pieces`` only those from ``begin`` to ``end``, so that cores can share a mosaic.
+    """
+    canvas, tiles, products = work.canvas[task], work.tiles[task], work.products[task]
     places, panels = s.n * s.n, s.maps_padded // PANEL
     tiles_step, products_step = s.block * s.depth_padded + _SHIFT, s.block * s.strip * PANEL + _SHIFT
     scratch = np.empty(8 * 8 * LANES, np.float32)
@@ -214,11 +232,15 @@ def convolve(x: np.ndarray, first: int, u: np.ndarray, s: Shape, work: Workspace
     for first_tile in range(0, s.tile_rows * s.tile_columns, s.block):
         count = min(s.block, s.tile_rows * s.tile_columns - first_tile)
         for group in range(s.groups):
+            piece = (first_tile // s.block * s.groups + group) * panels
+            from_panel, to_panel = max(begin - piece, 0), min(end - piece, panels)
+            if from_panel >= to_panel:
+                continue
             _transform_inputs(
                 canvas, group * s.depth_padded, first_tile, count, s, tiles, 0, tiles_step, s.depth_padded, scratch
             )
-            for first_panel in range(0, panels, s.strip):
-                now = min(s.strip, panels - first_panel)
+            for first_panel in range(from_panel, to_panel, s.strip):
+                now = min(s.strip, to_panel - first_panel)
                 for place in range(places):
                     for panel in range(now):
                         filter_panel = (place * s.groups + group) * panels + first_panel + panel

@@ -44,6 +44,7 @@ FUSED_POSITIONAL = {
     "conv_block_relu_last_backward": 3,
     "linear_block_forward": 3,
     "linear_block_backward": 3,
+    "fixed": 1,
     "replayable": 1,
     "check_memory": 3,
     "reduction": 3,

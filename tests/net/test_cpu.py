@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import net.cpu
 from net import backend, network
 from net.alexnet import alexnet
-from net.cpu import memory
+from net.cpu import memory, winograd
 from net.layers import fuse
 from tests.command_line import ROOT
 from tests.net import cases
@@ -82,11 +83,13 @@ class Training:
         preparation = network.Preparation(mean=None, scale=1 / 255, bgr=False, border=(2, 1))
         descent = network.Descent(momentum=0.9, decay=dict.fromkeys(initial, 5e-4))
         self.run = network.training_step(ops, layers, self.parameters, self.momenta, preparation, descent, seed=3)
+        self.new_prediction = partial(network.prediction, ops, layers, self.parameters, preparation, views=1)
+        self.predict = self.new_prediction()
         self.random = np.random.default_rng(4)
 
-    def step(self) -> np.ndarray:
-        n, random = self.batch, self.random
-        batch = {
+    def batch_of(self, n: int) -> dict[str, np.ndarray]:
+        random = self.random
+        return {
             "images": random.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8),
             "corner": np.zeros((n, 2), np.int32),
             "flip": random.integers(0, 2, n, dtype=np.uint8),
@@ -95,6 +98,9 @@ class Training:
             "rates": np.full(len(self.parameters), 0.01, np.float32),
             "step": np.array([self.count], np.uint64),
         }
+
+    def step(self) -> np.ndarray:
+        batch = self.batch_of(self.batch)
         self.count += 1
         return self.ops.to_host(self.run(self.ops.upload(batch)))
 
@@ -102,6 +108,7 @@ class Training:
 def test_the_pool_does_not_grow_after_the_first_step() -> None:
     training = Training(net.cpu)
     training.step()
+    gc.collect()  # where a kernel had to be compiled, Numba leaves cycles behind that hold its arguments
     after_first = memory.pool_bytes()
     for _ in range(3):
         training.step()
@@ -114,6 +121,43 @@ def test_training_agrees_with_the_reference() -> None:
         cases.assert_close(ours.step(), theirs.step(), 1e-4)
     for name, w in theirs.parameters.items():
         cases.assert_close(ours.parameters[name], w, 1e-4, name)
+
+
+@pytest.mark.parametrize("images", [1, 5])
+def test_a_prediction_is_never_that_of_older_weights(images: int) -> None:
+    training = Training(net.cpu)
+    batch = training.batch_of(images)
+    before = training.predict(batch).copy()
+    np.testing.assert_array_equal(training.predict(batch), before)
+    training.step()
+    after = training.predict(batch)
+    assert np.abs(after - before).max() > 1e-3
+    np.testing.assert_array_equal(after, training.new_prediction()(batch))
+
+
+def test_filters_are_transformed_once_between_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    training, shapes = Training(net.cpu), []
+    transformed = winograd.filters
+    monkeypatch.setattr(winograd, "filters", lambda w, s: shapes.append(w.shape) or transformed(w, s))
+    batch = training.batch_of(1)
+    for _ in range(3):
+        training.predict(batch)
+    assert len(shapes) == 5, "one for each convolution"
+    training.step()
+    shapes.clear()
+    for _ in range(3):
+        training.predict(batch)
+    assert len(shapes) == 5
+
+
+def test_a_part_of_fixed_weights_has_filters_of_its_own() -> None:
+    random = np.random.default_rng(8)
+    x = random.standard_normal((1, 9, 9, 32), dtype=np.float32)
+    w = net.cpu.fixed({"w": random.standard_normal((3, 3, 32, 64), dtype=np.float32)})["w"]
+    b = np.zeros(64, np.float32)
+    whole = net.cpu.conv2d_forward(x, w, b, stride=1, pad=1, groups=1)
+    half = net.cpu.conv2d_forward(x, w[..., 32:], b[32:], stride=1, pad=1, groups=1)
+    np.testing.assert_array_equal(whole[..., 32:], half)
 
 
 _WEIGHTS_AFTER_STEPS = """
@@ -130,7 +174,8 @@ digest = hashlib.sha256()
 parameters = training.parameters
 picture = training.random.standard_normal((1, 256), np.float32)
 scores = net.cpu.linear_forward(picture, parameters["fc6.w"], parameters["fc6.b"])
-for a in (*parameters.values(), *training.momenta.values(), scores):
+probabilities = training.predict(training.batch_of(1))
+for a in (*parameters.values(), *training.momenta.values(), scores, probabilities):
     digest.update(a.tobytes())
 print(digest.hexdigest())
 """

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import save, save_file
 
 from pipeline import checkpoint as k
 from pipeline.errors import PipelineError
@@ -52,6 +54,36 @@ def test_bytes_depend_on_the_contents_alone(folder: Path, tmp_path: Path) -> Non
     for _ in range(8):  # hash tables may have another order each time
         other = k.save_checkpoint(tmp_path / "other", 1, {"b": 2, "a": 1}, reordered)
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_file_is_what_safetensors_would_have_written(folder: Path) -> None:
+    path = k.save_checkpoint(folder, 1, {"a": "ü"}, arrays())
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    assert path.read_bytes() == save(arrays(), metadata)
+
+
+def test_arrays_are_fetched_one_at_a_time(folder: Path) -> None:
+    alive: list[weakref.ref[np.ndarray]] = []
+
+    def to_host(name: str, array: np.ndarray) -> np.ndarray:
+        assert all(reference() is None for reference in alive), f"an array is still held when {name} is asked for"
+        copy = array.copy()
+        alive.append(weakref.ref(copy))
+        return copy
+
+    path = k.save_checkpoint(folder, 1, {}, arrays(), to_host)
+    assert len(alive) == len(arrays())
+    assert k.load_checkpoint(path).arrays["conv1.w"].tobytes() == arrays()["conv1.w"].tobytes()
+
+
+def test_an_array_that_cannot_be_fetched_leaves_nothing(folder: Path) -> None:
+    def to_host(name: str, array: np.ndarray) -> np.ndarray:
+        raise PipelineError(f"{name} is not finite")
+
+    with pytest.raises(PipelineError, match="is not finite"):
+        k.save_checkpoint(folder, 1, {}, arrays(), to_host)
+    assert not list(folder.iterdir())
 
 
 def test_every_cut_is_refused_by_name(folder: Path) -> None:
@@ -138,7 +170,12 @@ def test_headers_of_other_programs_are_refused(folder: Path, text: str) -> None:
 
 @pytest.mark.parametrize("kind", [np.float64, np.float16, np.uint8, np.bool_])
 def test_other_types_than_float32_are_refused(folder: Path, kind: type) -> None:
-    path = k.save_checkpoint(folder, 1, {}, {"a": np.zeros(2, np.float32), "w": np.zeros(3, kind)})
+    odd = {"a": np.zeros(2, np.float32), "w": np.zeros(3, kind)}
+    with pytest.raises(ValueError, match="float32 arrays only, and w is"):
+        k.save_checkpoint(folder, 1, {}, odd)
+    assert not list(folder.iterdir())
+    path = folder / "step-00000001.ckpt"
+    save_file(odd, path, {"header": k._canonical({"step": 1, "sha256": k._digest({"step": 1}, odd)})})
     with pytest.raises(PipelineError, match=r"step-00000001\.ckpt is no checkpoint of this program: w is not float32"):
         k.load_checkpoint(path)
 
