@@ -163,7 +163,7 @@ def scaling(source: Path, folder: Path, rounds: int) -> dict[str, Any]:
     for split in ("train", "val"):
         (big / split).mkdir(parents=True)
     listed = read_source(source)
-    for split, copies in (("train", 4), ("val", 1)):
+    for split, copies in (("train", 8), ("val", 1)):
         home = big / split / "all"
         home.mkdir()
         for row, data in convert._files(listed.splits[split]):
@@ -171,7 +171,7 @@ def scaling(source: Path, folder: Path, rounds: int) -> dict[str, Any]:
                 (home / f"{copy}-{row}.jpg").write_bytes(data)
             if split == "val" and row > 2:
                 break
-    config = dataclasses.replace(SEED, preprocess=Preprocess(shard_images=48))
+    config = dataclasses.replace(SEED, preprocess=Preprocess(shard_images=96))
     rates: dict[int, list[float]] = {1: [], 2: []}
     for number in range(rounds):
         for jobs in (1, 2):
