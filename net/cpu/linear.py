@@ -3,7 +3,7 @@
 The matrix w is large (fc6: 151 MB) and the batch small, so w and dw should pass through the cores once, in the order
 in which they lie in memory, while x and dy are small enough to be laid out as each product likes best:
 
-- y: a strip of w's columns is packed into panels, a few hundred rows at a time; both fit the second-level cache.
+- y: a strip of w's columns is packed into panels, some rows at a time; these and the sums fit the second-level cache.
 - dx: computed as dxᵀ = w dyᵀ. The rows of w are the left operand just as they lie; dyᵀ is packed once.
 - y of a few images only is limited by reading w, and gains nothing from panels: each core reads a few hundred rows
   of w at a time, from beginning to end, and the sums over them are added up afterwards.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import numba
 import numpy as np
 from numba import prange
 
@@ -28,8 +29,9 @@ from net.cpu.product import add_rows_times_panel, rows_times_panel
 from net.cpu.simd import BLOCK, PANEL, prefetch
 
 _FEW: Final = 4  # images up to which y is computed without panels
-_DEPTH: Final = 256  # rows of w at a time in y, columns in dx
-_STRIP: Final = 4 * PANEL  # columns of w at a time in y
+_DEPTH: Final = 256  # rows of w at a time in y of a few images, columns in dx
+_PACKED: Final = 32  # rows of w at a time in y: rows a power of two apart share a few cache lines, which more overflow
+_WIDE: Final = 32  # panels of w at most at a time in y: as long a piece of each row as its caches hold with the sums
 _ROWS: Final = 8 * BLOCK  # rows of w or dw at a time in dx and dw
 _GROUP: Final = 16  # panels of dy at a time in dw: with 128 images as many bytes as half a second-level cache
 _SHIFT: Final = 16  # floats in a cache line: keeps rows of a power of two apart in the cache
@@ -71,7 +73,10 @@ def _forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool) -> np.ndar
         return y
     apart = empty((n, depth + _SHIFT))
     np.copyto(apart[:, :depth], x)
-    _products(apart.reshape(-1), w, b, relu, y)
+    # As many strips as keep all cores busy; no sum depends on where a strip begins.
+    panels, threads = -(-w.shape[1] // PANEL), numba.get_num_threads()
+    strips = threads * -(-panels // (threads * _WIDE))
+    _products(apart.reshape(-1), w, b, relu, -(-panels // strips) * PANEL, y)
     return y
 
 
@@ -94,32 +99,32 @@ def _backward(
 
 
 @kernel
-def _products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, y: np.ndarray) -> None:
+def _products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, width: int, y: np.ndarray) -> None:
     images, maps = y.shape
     depth = w.shape[0]
     row = depth + _SHIFT
     flat = w.reshape(-1)
     zero = np.float32(0)
-    for strip in prange((maps + _STRIP - 1) // _STRIP):
-        first = strip * _STRIP
-        columns = min(_STRIP, maps - first)
+    for strip in prange((maps + width - 1) // width):
+        first = strip * width
+        columns = min(width, maps - first)
         panels = (columns + PANEL - 1) // PANEL
         products = panels * ((images + BLOCK - 1) // BLOCK)
-        ahead = (_DEPTH + products - 1) // products
-        packed = np.zeros(panels * _DEPTH * PANEL, np.float32)
+        ahead = (_PACKED + products - 1) // products
+        packed = np.zeros(panels * _PACKED * PANEL, np.float32)
         sums = np.zeros(panels * images * PANEL, np.float32)
-        for start in range(0, depth, _DEPTH):
-            now = min(_DEPTH, depth - start)
+        for start in range(0, depth, _PACKED):
+            now = min(_PACKED, depth - start)
             for k in range(now):
                 for panel in range(columns // PANEL):
-                    at, column = (panel * _DEPTH + k) * PANEL, first + panel * PANEL
+                    at, column = (panel * _PACKED + k) * PANEL, first + panel * PANEL
                     for o in range(PANEL):
                         packed[at + o] = w[start + k, column + o]
                 for o in range(columns // PANEL * PANEL, columns):  # the last, narrower panel
-                    packed[((panels - 1) * _DEPTH + k) * PANEL + o % PANEL] = w[start + k, first + o]
+                    packed[((panels - 1) * _PACKED + k) * PANEL + o % PANEL] = w[start + k, first + o]
             # The next rows of w are far apart in memory, where no hardware expects them: they are asked for a few at
             # a time between the products, so that packing finds them in the cache.
-            following = start + _DEPTH
+            following = start + _PACKED
             for panel in range(panels):
                 for i in range(0, images, BLOCK):
                     for k in range(following, min(following + ahead, depth)):
@@ -131,7 +136,7 @@ def _products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, y: np.nda
                         i * row + start,
                         row,
                         packed,
-                        panel * _DEPTH * PANEL,
+                        panel * _PACKED * PANEL,
                         sums,
                         (panel * images + i) * PANEL,
                         PANEL,
