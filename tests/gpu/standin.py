@@ -355,7 +355,7 @@ class ndarray:
     def _arithmetic(self, make: Callable[[np.ndarray], np.ndarray]) -> ndarray:
         if self.dtype != np.float32:
             raise TypeError(f"arithmetic on {self.dtype} bits")
-        result = empty(make(np.empty(self.shape, np.float32)).shape, np.float32)
+        result = empty(make(np.zeros(self.shape, np.float32)).shape, np.float32)
         _current[0].queue(lambda: result._numpy.__setitem__(..., make(self._numpy)))
         return result
 
