@@ -96,7 +96,8 @@ def _backward(
 ) -> tuple[np.ndarray | None, np.ndarray]:
     dw = empty(w.shape)
     if plan.backward_weights(x.shape, w.shape, stride, groups) == "winograd":
-        s = winograd.shape(x.shape, w.shape, stride, pad, groups, *dy.shape[1:3])
+        # A product here is of many mosaics, so that they may be small.
+        s = winograd.shape(x.shape, w.shape, stride, pad, groups, *dy.shape[1:3], least=1)
         winograd.gradient(dy, x, dw, s)
     else:
         im2col.backward_weights(dy, x, dw, stride, pad, groups)

@@ -83,7 +83,7 @@ A43, G43, B43 = cook_toom(4, 3, POINTS[6])
 A35, G35, B35 = cook_toom(3, 5, POINTS[7])
 
 # What kernels apply, by name: "input" and "output" to activations, "filter" to weights and, for the gradient of the
-# weights, "gradient" to dy.
+# weights, "gradient" to dy and "weights" to the sums.
 TRANSFORMS: Final[dict[str, Matrix]] = {
     "filter 4,3": G43,
     "filter 3,5": G35,
@@ -93,4 +93,6 @@ TRANSFORMS: Final[dict[str, Matrix]] = {
     "input 3,5": B35,
     "output 3,5": transposed(A35),
     "gradient 3,5": A35,
+    "weights 4,3": transposed(G43),
+    "weights 3,5": transposed(G35),
 }

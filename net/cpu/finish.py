@@ -159,7 +159,8 @@ def _unfinish(
         power = np.empty(maps, np.float32)
         image_sum = np.zeros(maps, np.float32)
         row_sum = np.empty(maps, np.float32)
-        row = np.empty((width, maps), np.float32)  # not d itself: where that is y, loops over both would not be vectors
+        # Two rows besides those of y and d: a loop that writes what another of its arrays may be is not vector code.
+        row, through = np.empty((width, maps), np.float32), np.empty((width, maps), np.float32)
         for r in range(height):
             y_row, d_row = y[n, r], d[n, r]
             if finish.size > 0:
@@ -171,7 +172,8 @@ def _unfinish(
                         row[q, a] = dy_row[q, a]
             if half >= 0:
                 scales(y_row, half, finish.k, finish.alpha, squares, s)
-                denormalise(row, y_row, s, half, factor, finish.beta, products, power, row)
+                denormalise(row, y_row, s, half, factor, finish.beta, products, power, through)
+                row, through = through, row
             row_sum[:] = 0
             for q in range(width):
                 for a in range(maps):

@@ -107,7 +107,7 @@ def denormalise(
     power: np.ndarray,
     dx: np.ndarray,
 ) -> None:
-    """A row of pixels: dx (W, C) from dy, x and s; ``factor`` is 2 alpha beta. dx may be dy.
+    """A row of pixels: dx (W, C) from dy, x and s; ``factor`` is 2 alpha beta. dx is not dy.
 
     ``products`` (C + 2 half,), zero in its end places, and ``power`` (C,) are scratch.
     """

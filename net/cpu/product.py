@@ -29,18 +29,44 @@ def rows_times_panel(
     """``c = a b``: a (rows, depth) with rows ``a_row`` apart, c (rows, PANEL) with rows ``c_row`` apart."""
     i = 0
     while i + BLOCK <= rows:
-        multiply_block(BLOCK, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(BLOCK, 2, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
         i += BLOCK
     if rows - i == 5:
-        multiply_block(5, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(5, 2, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
     elif rows - i == 4:
-        multiply_block(4, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(4, 2, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
     elif rows - i == 3:
-        multiply_block(3, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(3, 2, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
     elif rows - i == 2:
-        multiply_block(2, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(2, 2, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
     elif rows - i == 1:
-        multiply_block(1, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(1, 2, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+
+
+@inner
+def rows_times_half_panel(
+    a: np.ndarray,
+    a_at: int,
+    a_row: int,
+    b: np.ndarray,
+    b_at: int,
+    c: np.ndarray,
+    c_at: int,
+    c_row: int,
+    rows: int,
+    depth: int,
+) -> None:
+    """The same for the first half of the panel's columns alone: where padding fills the rest, it costs nothing."""
+    i = 0
+    while i + BLOCK <= rows:
+        multiply_block(BLOCK, 1, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        i += BLOCK
+    if rows - i >= 3:
+        multiply_block(3, 1, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        i += 3
+    while i < rows:
+        multiply_block(1, 1, 0, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        i += 1
 
 
 @inner
@@ -59,18 +85,18 @@ def add_rows_times_panel(
     """``c += a b``: a (rows, depth) with rows ``a_row`` apart, c (rows, PANEL) with rows ``c_row`` apart."""
     i = 0
     while i + BLOCK <= rows:
-        multiply_block(BLOCK, 1, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(BLOCK, 2, 1, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
         i += BLOCK
     if rows - i == 5:
-        multiply_block(5, 1, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(5, 2, 1, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
     elif rows - i == 4:
-        multiply_block(4, 1, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(4, 2, 1, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
     elif rows - i == 3:
-        multiply_block(3, 1, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(3, 2, 1, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
     elif rows - i == 2:
-        multiply_block(2, 1, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(2, 2, 1, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
     elif rows - i == 1:
-        multiply_block(1, 1, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(1, 2, 1, a, a_at + i * a_row, a_row, 1, b, b_at, c, c_at + i * c_row, c_row, depth)
 
 
 @inner
@@ -89,15 +115,15 @@ def add_columns_times_panel(
     """``c += aᵀ b``: a (depth, rows) with rows ``a_step`` apart, c (rows, PANEL) with rows ``c_row`` apart."""
     i = 0
     while i + BLOCK <= rows:
-        multiply_block(BLOCK, 1, a, a_at + i, 1, a_step, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(BLOCK, 2, 1, a, a_at + i, 1, a_step, b, b_at, c, c_at + i * c_row, c_row, depth)
         i += BLOCK
     if rows - i == 5:
-        multiply_block(5, 1, a, a_at + i, 1, a_step, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(5, 2, 1, a, a_at + i, 1, a_step, b, b_at, c, c_at + i * c_row, c_row, depth)
     elif rows - i == 4:
-        multiply_block(4, 1, a, a_at + i, 1, a_step, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(4, 2, 1, a, a_at + i, 1, a_step, b, b_at, c, c_at + i * c_row, c_row, depth)
     elif rows - i == 3:
-        multiply_block(3, 1, a, a_at + i, 1, a_step, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(3, 2, 1, a, a_at + i, 1, a_step, b, b_at, c, c_at + i * c_row, c_row, depth)
     elif rows - i == 2:
-        multiply_block(2, 1, a, a_at + i, 1, a_step, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(2, 2, 1, a, a_at + i, 1, a_step, b, b_at, c, c_at + i * c_row, c_row, depth)
     elif rows - i == 1:
-        multiply_block(1, 1, a, a_at + i, 1, a_step, b, b_at, c, c_at + i * c_row, c_row, depth)
+        multiply_block(1, 2, 1, a, a_at + i, 1, a_step, b, b_at, c, c_at + i * c_row, c_row, depth)

@@ -40,6 +40,7 @@ _FUSE: Final = ("contract",)  # a multiplication and the addition after it may b
 def multiply_block(
     typing: Any,
     rows: Any,
+    vectors: Any,
     add: Any,
     a: Any,
     a_at: Any,
@@ -52,7 +53,8 @@ def multiply_block(
     c_row: Any,
     depth: Any,
 ) -> Any:
-    """``c = a b`` or ``c += a b`` for ``rows`` (a literal, at most BLOCK) rows and PANEL columns.
+    """``c = a b`` or ``c += a b`` for ``rows`` (a literal, at most BLOCK) rows and one or two (``vectors``, a literal)
+    vectors of columns of a panel.
 
     Element (i, k) of a is ``a[a_at + i a_row + k a_step]``; row k of b, PANEL numbers side by side, starts at
     ``b[b_at + k PANEL]``; row i of c at ``c[c_at + i c_row]``. ``add`` is a literal, ``depth`` >= 1 the length of the
@@ -64,16 +66,20 @@ def multiply_block(
     (docs/cpu.md).
     """
     count, accumulate = rows.literal_value, add.literal_value
+    halves = (0, LANES)[: vectors.literal_value]
     integer = types.intp
-    signature = types.void(rows, add, a, integer, integer, integer, b, integer, c, integer, integer, integer)
+    signature = types.void(rows, vectors, add, a, integer, integer, integer, b, integer, c, integer, integer, integer)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        _, _, a, a_at, a_row, a_step, b, b_at, c, c_at, c_row, depth = args
-        a_start = builder.gep(_data(context, builder, signature.args[2], a), [a_at])
-        b_start = builder.gep(_data(context, builder, signature.args[6], b), [b_at])
-        c_start = builder.gep(_data(context, builder, signature.args[8], c), [c_at])
+        _, _, _, a, a_at, a_row, a_step, b, b_at, c, c_at, c_row, depth = args
+        a_start = builder.gep(_data(context, builder, signature.args[3], a), [a_at])
+        b_start = builder.gep(_data(context, builder, signature.args[7], b), [b_at])
+        c_start = builder.gep(_data(context, builder, signature.args[9], c), [c_at])
         a_rows = [builder.gep(a_start, [builder.mul(a_row, _INT(i))]) for i in range(count)]
-        halves = (0, LANES)
+        if accumulate:  # c is wanted after the loop: by then it is here
+            for i in range(count):
+                for half in halves:
+                    _prefetch(builder, builder.gep(c_start, [builder.add(builder.mul(c_row, _INT(i)), _INT(half))]))
 
         before = builder.block
         piece = builder.append_basic_block("piece")
@@ -167,15 +173,18 @@ def prefetch(typing: Any, array: Any, at: Any) -> Any:
     signature = types.void(array, types.intp)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        number = ir.IntType(32)
-        address = builder.gep(_data(context, builder, signature.args[0], args[0]), [args[1]])
-        address = builder.bitcast(address, ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [address, number(0), number(3), number(1)])  # to read, into all levels, data
+        _prefetch(builder, builder.gep(_data(context, builder, signature.args[0], args[0]), [args[1]]))
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _prefetch(builder: ir.IRBuilder, address: Any) -> None:
+    number = ir.IntType(32)
+    address = builder.bitcast(address, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [address, number(0), number(3), number(1)])  # to read, into all levels, data
 
 
 def _straight_line(builder: ir.IRBuilder, matrix: Sequence[Sequence[Fraction]], inputs: list[Any]) -> list[Any]:

@@ -46,19 +46,19 @@ import numba
 import numpy as np
 from numba import prange
 
-from net.cpu.cook_toom import G35, G43, Matrix
 from net.cpu.jit import inner, kernel
 from net.cpu.memory import empty
-from net.cpu.product import add_columns_times_panel, rows_times_panel
+from net.cpu.product import add_columns_times_panel, rows_times_half_panel, rows_times_panel
 from net.cpu.simd import BLOCK, LANES, PANEL, transform
 
 _SHIFT: Final = 16  # floats in a cache line: the distance that places are put further apart
 _SLAB: Final = 24 << 20  # bytes of transformed tiles in the gradient of the weights
+_SHARED: Final = 18 << 20  # bytes of these and the sums over tiles, where a third-level cache is to hold both
 _SUMS: Final = 5 << 18  # bytes of a group's sums over tiles that a core may keep beside its tiles
 _BESIDE: Final = 1 << 20  # bytes of those tiles
 _PARTS: Final = 16  # partial sums of such a gradient, whatever the number of threads
 _NEAR: Final = 352 << 10  # bytes of transformed tiles that stay in a second-level cache, beside the rest
-_TILES: Final = 64  # tiles of a mosaic at least, where the batch has them: fewer make short products
+_TILES: Final = 64  # tiles of a mosaic at least, where the batch has them and a product is of one mosaic
 
 
 class Shape(NamedTuple):
@@ -117,9 +117,19 @@ def applies(kernel_height: int, kernel_width: int, stride: int, groups: int) -> 
 
 
 def shape(
-    x: tuple[int, ...], w: tuple[int, ...], stride: int, pad: int, groups: int, out_height: int, out_width: int
+    x: tuple[int, ...],
+    w: tuple[int, ...],
+    stride: int,
+    pad: int,
+    groups: int,
+    out_height: int,
+    out_width: int,
+    least: int = _TILES,
 ) -> Shape:
-    """The geometry for inputs of shape x (N, H, W, C) and filters of shape w (KH, KW, C / groups, maps)."""
+    """The geometry for inputs of shape x (N, H, W, C) and filters of shape w (KH, KW, C / groups, maps).
+
+    A mosaic has at least ``least`` tiles, if the batch has.
+    """
     images, height, width, _ = x
     taps = _taps(w[0], stride)
     m = _TILE[taps]
@@ -133,7 +143,7 @@ def shape(
         """Tiles an image; and among equals the smallest mosaic that still makes long products."""
         total = tiles(grid[0], pitch_rows, out_height) * tiles(grid[1], pitch_columns, out_width)
         count = grid[0] * grid[1]
-        return total * -(-images // count) / images * (1.05 if total < _TILES else 1.0), count
+        return total * -(-images // count) / images * (1.05 if total < least else 1.0), count
 
     rows, columns = min(((a, b) for a in (1, 2, 4) for b in (1, 2, 4) if a * b <= max(images, 1)), key=cost)
     tile_rows, tile_columns = tiles(rows, pitch_rows, out_height), tiles(columns, pitch_columns, out_width)
@@ -244,18 +254,12 @@ def convolve(
                 for place in range(places):
                     for panel in range(now):
                         filter_panel = (place * s.groups + group) * panels + first_panel + panel
-                        rows_times_panel(
-                            tiles,
-                            place * tiles_step,
-                            s.depth_padded,
-                            u,
-                            filter_panel * s.depth * PANEL,
-                            products,
-                            place * products_step + panel * count * PANEL,
-                            PANEL,
-                            count,
-                            s.depth,
-                        )
+                        a_at, b_at = place * tiles_step, filter_panel * s.depth * PANEL
+                        c_at, row = place * products_step + panel * count * PANEL, s.depth_padded
+                        if s.maps - (first_panel + panel) * PANEL > LANES:
+                            rows_times_panel(tiles, a_at, row, u, b_at, products, c_at, PANEL, count, s.depth)
+                        else:
+                            rows_times_half_panel(tiles, a_at, row, u, b_at, products, c_at, PANEL, count, s.depth)
                 map_ = group * s.maps_padded + first_panel * PANEL
                 _transform_outputs(products, products_step, first_tile, count, now, map_, s, outputs, scratch)
 
@@ -348,7 +352,7 @@ def _transform_outputs(
     for tile in range(count):
         row, column = (first + tile) // s.tile_columns, (first + tile) % s.tile_columns
         corner = row * s.m * output_row + column * s.m * pixel + map_
-        for lane in range(0, panels * PANEL, LANES):
+        for lane in range(0, min(panels * PANEL, s.maps - map_ % s.maps_padded), LANES):
             at = (lane // PANEL * count + tile) * PANEL + lane % PANEL
             to = corner + lane
             if s.n == 6:
@@ -383,7 +387,7 @@ def gradient(dy: np.ndarray, x: np.ndarray, dw: np.ndarray, s: Shape) -> None:
     """dw for the convolution of geometry ``s``: dy (N, OH, OW, groups x maps), x (N, H, W, groups x channels)."""
     near = 4 * s.n**2 * s.depth * s.maps_padded <= _SUMS
     du = _gradient_near(dy, x, s) if near else _gradient_in_slabs(dy, x, s)
-    _weights(du, dw, _doubles(_G[s.n - s.m + 1]), s)
+    _weights(du, dw, s)
 
 
 def _gradient_near(dy: np.ndarray, x: np.ndarray, s: Shape) -> np.ndarray:
@@ -408,11 +412,12 @@ def _gradient_in_slabs(dy: np.ndarray, x: np.ndarray, s: Shape) -> np.ndarray:
     places = s.n**2
     mosaics = -(-len(x) // s.images)
     bytes_each = 4 * places * s.tiles * s.groups * (s.depth_padded + s.maps_padded)
-    slab = max(1, min(mosaics, _SLAB // bytes_each))
+    du = empty(places * s.groups * s.depth * s.maps_padded)
+    fitting = _SHARED - du.nbytes
+    slab = max(1, min(mosaics, (fitting if fitting > du.nbytes else _SLAB) // bytes_each))
     count = slab * s.tiles
     tiles = empty(places * (count * s.groups * s.depth_padded + _SHIFT))
     products = empty(places * (count * s.groups * s.maps_padded + _SHIFT))
-    du = empty(places * s.groups * s.depth * s.maps_padded)
     threads = numba.get_num_threads()
     outputs, canvas = empty((threads, s.output_size)), empty((threads, s.canvas_size))
     for zeros in (outputs, canvas, du):
@@ -661,39 +666,36 @@ def _filters(w: np.ndarray, u: np.ndarray, s: Shape) -> None:
 
 
 @kernel
-def _weights(du: np.ndarray, dw: np.ndarray, g: np.ndarray, s: Shape) -> None:
+def _weights(du: np.ndarray, dw: np.ndarray, s: Shape) -> None:
     """dw = Gᵀ du G, and back from interleaved pictures to the filter's own taps."""
-    n, taps = g.shape
-    size = dw.shape[0]
+    size, taps = dw.shape[0], s.n - s.m + 1
+    places_step = s.groups * s.depth * s.maps_padded
     for task in prange(s.groups * s.depth):
         group, a = task // s.depth, task % s.depth
         channel, phase = a % s.channels, a // s.channels
         row, column = phase // s.stride, phase % s.stride
-        half = np.zeros((taps, n, PANEL))
-        total = np.zeros(PANEL)
-        for first in range(0, s.maps, PANEL):
-            width = min(PANEL, s.maps - first)
-            half[:] = 0
-            for k in range(n):
-                for j in range(n):
-                    at = (((k * n + j) * s.groups + group) * s.depth + a) * s.maps_padded + first
-                    for i in range(taps):
-                        for o in range(PANEL):
-                            half[i, j, o] += g[k, i] * du[at + o]
-            for i in range(taps):
-                for j in range(taps):
-                    p, q = i * s.stride + row, j * s.stride + column
-                    if p < size and q < size:
-                        total[:] = 0
-                        for k in range(n):
-                            for o in range(PANEL):
-                                total[o] += g[k, j] * half[i, k, o]
-                        for o in range(width):
-                            dw[p, q, channel, group * s.maps + first + o] = total[o]
+        half = np.zeros(s.n * taps * LANES, np.float64)
+        total = np.zeros(taps * taps * LANES, np.float32)
+        for lane in range(0, s.maps, LANES):
+            at = (group * s.depth + a) * s.maps_padded + lane
+            if s.n == 6:
+                for j in range(6):
+                    transform("weights 4,3", du, at + j * places_step, 6 * places_step, half, j * LANES, 6 * LANES)
+                for i in range(3):
+                    transform("weights 4,3", half, i * 6 * LANES, LANES, total, i * 3 * LANES, LANES)
+            else:
+                for j in range(7):
+                    transform("weights 3,5", du, at + j * places_step, 7 * places_step, half, j * LANES, 7 * LANES)
+                for i in range(5):
+                    transform("weights 3,5", half, i * 7 * LANES, LANES, total, i * 5 * LANES, LANES)
+            for tap in range(taps * taps):
+                p, q = tap // taps * s.stride + row, tap % taps * s.stride + column
+                if p < size and q < size:
+                    for o in range(min(LANES, s.maps - lane)):
+                        dw[p, q, channel, group * s.maps + lane + o] = total[tap * LANES + o]
 
 
 _TILE: Final = {3: 4, 5: 3}  # outputs of a tile for a number of taps
-_G: Final = {3: G43, 5: G35}
 
 
 def _taps(size: int, stride: int) -> int:
@@ -703,7 +705,3 @@ def _taps(size: int, stride: int) -> int:
 
 def _up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
-
-
-def _doubles(matrix: Matrix) -> np.ndarray:
-    return np.array([[float(v) for v in row] for row in matrix])
