@@ -251,15 +251,19 @@ def convolve(
             )
             for first_panel in range(from_panel, to_panel, s.strip):
                 now = min(s.strip, to_panel - first_panel)
+                whole = min(now, (s.maps + LANES - 1) // PANEL - first_panel)
                 for place in range(places):
-                    for panel in range(now):
-                        filter_panel = (place * s.groups + group) * panels + first_panel + panel
-                        a_at, b_at = place * tiles_step, filter_panel * s.depth * PANEL
-                        c_at, row = place * products_step + panel * count * PANEL, s.depth_padded
-                        if s.maps - (first_panel + panel) * PANEL > LANES:
-                            rows_times_panel(tiles, a_at, row, u, b_at, products, c_at, PANEL, count, s.depth)
-                        else:
-                            rows_times_half_panel(tiles, a_at, row, u, b_at, products, c_at, PANEL, count, s.depth)
+                    a_at = place * tiles_step
+                    b_at = ((place * s.groups + group) * panels + first_panel) * s.depth * PANEL
+                    c_at = place * products_step
+                    for _ in range(whole):
+                        rows_times_panel(tiles, a_at, s.depth_padded, u, b_at, products, c_at, PANEL, count, s.depth)
+                        b_at += s.depth * PANEL
+                        c_at += count * PANEL
+                    if whole < now:
+                        rows_times_half_panel(
+                            tiles, a_at, s.depth_padded, u, b_at, products, c_at, PANEL, count, s.depth
+                        )
                 map_ = group * s.maps_padded + first_panel * PANEL
                 _transform_outputs(products, products_step, first_tile, count, now, map_, s, outputs, scratch)
 
