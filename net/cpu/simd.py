@@ -167,6 +167,26 @@ def transform(
     return signature, generate
 
 
+@intrinsic(prefer_literal=True)
+def copy(typing: Any, count: Any, source: Any, source_at: Any, to: Any, to_at: Any) -> Any:
+    """``to[to_at : to_at + count] = source[source_at : source_at + count]`` for a literal ``count``.
+
+    As a loop so few numbers would cost more in questions (does one array begin within the other?) than in moves.
+    """
+    signature = types.void(count, source, types.intp, to, types.intp)
+    kind = ir.VectorType(_FLOAT, count.literal_value)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        _, source, source_at, to, to_at = args
+        start = builder.gep(_data(context, builder, signature.args[1], source), [source_at])
+        vector = builder.load(builder.bitcast(start, kind.as_pointer()))
+        vector.align = 4
+        _store(builder, vector, builder.gep(_data(context, builder, signature.args[3], to), [to_at]))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
 @intrinsic
 def prefetch(typing: Any, array: Any, at: Any) -> Any:
     """Ask for the cache line of ``array[at]`` without waiting for it. Harmless beyond the array's end."""

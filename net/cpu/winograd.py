@@ -49,7 +49,7 @@ from numba import prange
 from net.cpu.jit import inner, kernel
 from net.cpu.memory import empty
 from net.cpu.product import add_columns_times_panel, rows_times_half_panel, rows_times_panel
-from net.cpu.simd import BLOCK, LANES, PANEL, transform
+from net.cpu.simd import BLOCK, LANES, PANEL, copy, transform
 
 _SHIFT: Final = 16  # floats in a cache line: the distance that places are put further apart
 _SLAB: Final = 24 << 20  # bytes of transformed tiles in the gradient of the weights
@@ -290,9 +290,16 @@ def fill_canvas(x: np.ndarray, first: int, s: Shape, canvas: np.ndarray) -> None
             if s.stride > 1:
                 at = (row * columns + left) * pixel + (p + s.pad) % s.stride * run
                 for column in range(min(columns - left, (s.pad + s.width + s.stride - 1) // s.stride)):
-                    start = column * run - s.pad * s.channels
-                    for i in range(max(0, -start), min(run, source.size - start)):
-                        canvas[at + column * pixel + i] = source[start + i] if there else np.float32(0)
+                    start, to = column * run - s.pad * s.channels, at + column * pixel
+                    if there and start >= 0 and start + run <= source.size:
+                        whole = run // 4 * 4
+                        for i in range(0, whole, 4):
+                            copy(4, source, start + i, canvas, to + i)
+                        for i in range(whole, run):
+                            canvas[to + i] = source[start + i]
+                    else:
+                        for i in range(max(0, -start), min(run, source.size - start)):
+                            canvas[to + i] = source[start + i] if there else np.float32(0)
             elif not there or pixel == source.size // s.width:
                 at = (row * columns + left + s.pad) * pixel
                 for i in range(min(s.width, columns - left - s.pad) * pixel):
