@@ -203,6 +203,8 @@ _CONV = {
     "two groups of one channel": (2, 6, 5, 2, 3, 3, 2, 1, 1, 2),
     "11x11, stride 4, ragged": (2, 23, 30, 3, 11, 11, 5, 4, 0, 1),
     "stride 2, pad 1, ragged, two groups": (2, 10, 7, 4, 3, 3, 6, 2, 1, 2),
+    "5x5, stride 2, pad 1": (3, 14, 11, 3, 5, 5, 5, 2, 1, 1),
+    "3x3, 48 maps": (3, 11, 9, 5, 3, 3, 48, 1, 1, 1),
     "stride 2, pad 2": (1, 9, 12, 3, 3, 3, 4, 2, 2, 1),
     "stride 4, pad 2, groups 2": (1, 13, 18, 4, 5, 5, 4, 4, 2, 2),
     "stride above kernel": (2, 11, 9, 3, 2, 2, 3, 3, 0, 1),
