@@ -100,6 +100,11 @@ def asarray(a: ArrayLike) -> np.ndarray:
     return copy
 
 
+def adopt(a: np.ndarray) -> np.ndarray:
+    """``a`` itself where it is as :func:`empty` would have made it, contiguous from a cache line on; else a copy."""
+    return a if a.flags.carray and a.ctypes.data % _LINE == 0 else asarray(a)
+
+
 def to_host(a: np.ndarray) -> np.ndarray:
     """A contiguous NumPy copy, in ordinary memory: what is kept for long does not belong to the pool."""
     return np.array(a, order="C")

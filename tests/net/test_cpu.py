@@ -17,7 +17,7 @@ import pytest
 import net.cpu
 from net import backend, network
 from net.alexnet import alexnet
-from net.cpu import memory, winograd
+from net.cpu import memory, update, winograd
 from net.layers import fuse
 from tests.command_line import ROOT
 from tests.net import cases
@@ -94,6 +94,29 @@ def test_more_than_a_region_gets_one_of_its_own() -> None:
     large = memory.empty((memory._REGION >> 2) + 1)  # address space only: it is not written to
     assert large.ctypes.data % 64 == 0
     assert large.size == (memory._REGION >> 2) + 1
+
+
+def test_what_the_host_laid_out_well_is_not_copied() -> None:
+    zeros = network.zeros({"w": (3, 5, 7), "b": (11,), "one": (1, 1)})
+    for name, a in zeros.items():
+        assert a.dtype == np.float32, name
+        assert not a.any(), name
+        assert net.cpu.adopt(a) is a, name
+    w = zeros["w"]
+    read_only = network.zeros({"w": (4, 4)})["w"]
+    read_only.flags.writeable = False
+    for a in (w[:, :, 1:], w.transpose(2, 1, 0), w.reshape(-1)[1:], read_only):
+        copy = net.cpu.adopt(a)
+        assert not np.shares_memory(copy, a)
+        assert copy.flags.carray
+        assert copy.ctypes.data % 64 == 0
+        np.testing.assert_array_equal(copy, a)
+
+
+def test_warming_up_is_no_update() -> None:
+    before = update.count()
+    net.cpu.warm_up()
+    assert update.count() == before, "what was derived from fixed weights would be computed again"
 
 
 def test_host_arrays_are_copied() -> None:
