@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
@@ -123,11 +124,15 @@ def _stage(
     from net.backend import choose, load
 
     device, why = choose(options.device)
-    ops = load(device, options.precision)
-    name = device.upper() if device != "reference" else device
-    # predict's standard output belongs to its results
-    where = sys.stderr if stage == "predict" else sys.stdout
-    print(f"computing on the {name} in {options.precision} ({why})", file=where)
+
+    def load_backend() -> ModuleType:
+        ops = load(device, options.precision)
+        name = device.upper() if device != "reference" else device
+        # predict's standard output belongs to its results
+        where = sys.stderr if stage == "predict" else sys.stdout
+        print(f"computing on the {name} in {options.precision} ({why})", file=where)
+        return ops
+
     if stage == "train":
         from stages import train
 
@@ -135,7 +140,7 @@ def _stage(
         train.run(
             config,
             run,
-            ops,
+            load_backend,
             resume=options.resume,
             restart=options.restart,
             goal=goal,
@@ -144,7 +149,9 @@ def _stage(
             tensorboard=options.tensorboard,
             ranks=ranks,
         )
-    elif stage == "eval":
+        return
+    ops = load_backend()
+    if stage == "eval":
         from stages import eval as evaluation
 
         evaluation.run(config, run, ops, checkpoint=options.checkpoint, views=options.views, ranks=ranks)

@@ -34,9 +34,6 @@ FORMATS: Final = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # no format that runs a 
 LONGEST_SIDE: Final = 65500  # pixels; the most a JPEG can have
 MOST_PIXELS: Final = 100_000_000  # of the file and of the resized picture: 400 MB while it is worked on
 
-# Settled in the shards: a shard made with another rule is refused.
-RULE: Final = "short side to size, centre crop"
-
 FILTERS: Final = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,

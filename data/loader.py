@@ -19,7 +19,6 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from data import kernels
 from data.sampling import Crops
 
 Plan = Callable[[int], Crops]  # batch number -> its crops
@@ -188,5 +187,7 @@ def _copy_crops(rows: list[np.ndarray], corner: np.ndarray, images: np.ndarray) 
         raise ValueError(f"the pictures are not all uint8 ({size}, {size}, 3) and contiguous")
     if corner.shape != (len(rows), 2) or corner.min() < 0 or corner.max() > size - crop:
         raise ValueError(f"a crop of {crop} pixels reaches beyond its picture of {size}")
+    from data import kernels  # and Numba with it, which a start should not wait for before it has begun to draw weights
+
     address = np.array([row.__array_interface__["data"][0] for row in rows], dtype=np.uint64)
     kernels.copy_crops(address, corner, size, images)

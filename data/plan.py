@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from data.convert import ShardTask
-from data.images import RULE, decoder
+from data.images import decoder
 from data.listing import SPLITS, shuffled
-from data.shards import LABEL_ORDER, SCHEMA, Layout, is_manifest, shard_name
+from data.shards import LABEL_ORDER, RULE, SCHEMA, Layout, is_manifest, shard_name
 from data.sources import Source
 from pipeline.config import Config
 from pipeline.errors import PipelineError

@@ -40,13 +40,13 @@ from typing import Any, Final
 import h5py
 import numpy as np
 
-from data.images import RULE
 from data.listing import SPLITS
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file, read_sealed, remove, write_error, write_json
 
 SCHEMA: Final = 1
 LABEL_ORDER: Final = "sorted WNID"
+RULE: Final = "short side to size, centre crop"  # data/images.py's; a shard made with another is refused
 
 _NOTE: Final = "damaged.json"
 _ALIGNMENT: Final = 4096  # a page: mapped pictures then start on one

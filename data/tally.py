@@ -14,10 +14,9 @@ import numpy as np
 
 from data.color import mean_picture, statistics
 from data.convert import ShardResult
-from data.images import RULE
 from data.listing import SPLITS, Reject
 from data.plan import Plan
-from data.shards import LABEL_ORDER, SCHEMA, index_hash
+from data.shards import LABEL_ORDER, RULE, SCHEMA, index_hash
 from pipeline.errors import PipelineError
 from pipeline.run_dir import hash_file, write_atomic, write_json, write_sealed
 

@@ -69,6 +69,10 @@ FUSED_OPERATIONS: Final[dict[str, tuple[str, ...]]] = {
     # the same parameters in a form that forward passes without training use faster; whatever is derived from them may
     # be kept until the next `sgd_update`, and must not outlive it
     "fixed": ("parameters",),
+    # what the first call of any operation would have to do besides; may run beside work that calls none
+    "warm_up": (),
+    # a host array that nobody else will use, as a device array: itself where the device can compute with it as it is
+    "adopt": ("a",),
     # record a step once, replay it afterwards
     "replayable": ("function",),
     # refuse, before anything is allocated, a batch that the device has no memory for

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from net.layers import Array, Layer, Parameters, Run, Shape
+
+_LINE: Final = 64  # bytes of a cache line
 
 # Gradients as they become known -> their sums over all processes
 Reduce = Callable[[Iterable[tuple[str, Array]]], Iterator[tuple[str, Array]]]
@@ -47,31 +50,66 @@ def parameter_shapes(layers: Sequence[Layer], shape: Shape) -> dict[str, Shape]:
     return shapes
 
 
+def zeros(shapes: dict[str, Shape]) -> dict[str, np.ndarray]:
+    """float32 arrays of zeros on the host, laid out so that a backend can compute with them as they are (``adopt``).
+
+    Each begins with a cache line. The system's fresh memory holds zeros: none of it is touched here.
+    """
+    arrays = {}
+    for name, shape in shapes.items():
+        count = int(np.prod(shape))
+        spare = np.zeros(count + _LINE // 4, dtype=np.float32)
+        first = -spare.ctypes.data % _LINE // 4
+        arrays[name] = spare[first : first + count].reshape(shape)
+    return arrays
+
+
 def initial_parameters(
-    shapes: dict[str, Shape], weight_std: Sequence[float], bias: Sequence[float], seed: int
+    shapes: dict[str, Shape],
+    weight_std: Sequence[float],
+    bias: Sequence[float],
+    seed: int,
 ) -> dict[str, np.ndarray]:
-    """Draw the initial weights and set the initial biases (paper, section 5), as float32 NumPy arrays.
+    """Draw the initial weights and set the initial biases (paper, section 5), as arrays like those of :func:`zeros`.
 
     Weights are normal with mean 0 and the layer's standard deviation; where that is given as 0 it is
     sqrt(2 / fan-in), which keeps the variance of ReLU activations from layer to layer (He et al., 2015). Each tensor
     has its own random stream, so its values depend on the seed and its place alone.
     """
+    with drawing(shapes, weight_std, bias, seed) as drawn:
+        return drawn()
 
-    def draw(number: int, name: str, shape: Shape) -> np.ndarray:
-        layer = number // 2
+
+@contextmanager
+def drawing(
+    shapes: dict[str, Shape], weight_std: Sequence[float], bias: Sequence[float], seed: int
+) -> Iterator[Callable[[], dict[str, np.ndarray]]]:
+    """Draw the initial parameters beside what the with-block does; the function it gets waits for them."""
+    parameters = zeros(shapes)
+
+    def draw(number: int, name: str) -> None:
+        array, layer = parameters[name], number // 2
         if name.endswith(".b"):
-            return np.full(shape, bias[layer], dtype=np.float32)
-        fan_in = int(np.prod(shape[:-1]))
+            array[...] = bias[layer]
+            return
+        fan_in = int(np.prod(array.shape[:-1]))
         std = weight_std[layer] or (2 / fan_in) ** 0.5
         random = np.random.Generator(np.random.Philox(key=[seed, number]))
-        weights = random.standard_normal(shape, dtype=np.float32)
-        weights *= np.float32(std)
-        return weights
+        random.standard_normal(dtype=np.float32, out=array)
+        array *= np.float32(std)
 
-    # Sixty million draws take most of a second on one core, and each tensor's are its own affair.
+    # Sixty million draws take most of a second on one core, and each tensor's are its own affair. More than half are
+    # fc6's and decide when the last is done, so the large tensors come first.
+    numbered = sorted(enumerate(parameters), key=lambda item: parameters[item[1]].size, reverse=True)
     with ThreadPoolExecutor() as pool:
-        drawn = {name: pool.submit(draw, number, name, shape) for number, (name, shape) in enumerate(shapes.items())}
-        return {name: future.result() for name, future in drawn.items()}
+        futures = [pool.submit(draw, number, name) for number, name in numbered]
+
+        def drawn() -> dict[str, np.ndarray]:
+            for future in futures:
+                future.result()
+            return parameters
+
+        yield drawn
 
 
 def forward(

@@ -17,7 +17,7 @@ import numpy as np
 
 from data.loader import Batch, load
 from net.layers import fuse
-from net.network import Descent, Reduce, initial_parameters, prediction, training_step
+from net.network import Descent, Reduce, drawing, initial_parameters, prediction, training_step, zeros
 from pipeline.checkpoint import (
     Checkpoint,
     checkpoints,
@@ -101,7 +101,7 @@ class Goal:
 def run(
     config: Config,
     run_dir: RunDir,
-    ops: ModuleType,
+    load_backend: Callable[[], ModuleType],
     *,
     resume: bool,
     restart: bool,
@@ -113,9 +113,10 @@ def run(
 ) -> None:
     """Train from the beginning or from the newest sound checkpoint, and write ``<run>/train/``.
 
-    ``device`` and ``precision`` are what ``ops`` computes on and in, for the checkpoints' headers. ``tensorboard``
-    writes the metrics as event files too, to ``<run>/train/tensorboard/``. ``ranks`` are the processes that share each
-    batch; their number changes nothing but rounding.
+    ``load_backend`` is called once it is known what to compute. ``device`` and ``precision`` are what the backend
+    computes on and in, for the checkpoints' headers. ``tensorboard`` writes the metrics as event files too, to
+    ``<run>/train/tensorboard/``. ``ranks`` are the processes that share each batch; their number changes nothing but
+    rounding.
     """
     dataset = open_dataset(run_dir)
     require_size(config, dataset, run_dir)
@@ -124,10 +125,19 @@ def run(
     header = _header(config, dataset, device, precision, ranks)
     ranks.require_same(lambda: fingerprint(header).encode(), "the ranks have different data, settings or software")
     plan = TrainingPlan(config, dataset, ranks)
-    require_memory(ops, layers, config, min(plan.largest, len(dataset.train)), training=True)
     expected = shapes(layers, config)
-    begin = partial(_begin, config, run_dir, expected, header, resume=resume, restart=restart)
-    state = _on_device(ops, _shared(ranks, expected, begin))
+    how = (expected, config.network.weight_std, config.network.bias, config.seed)
+    with contextlib.ExitStack() as beside:
+        fresh = partial(initial_parameters, *how)
+        if ranks.leads and not resume:
+            # Loading the backend takes most of a second and one core, and so does drawing: both at once.
+            fresh = beside.enter_context(drawing(*how))
+        ops = load_backend()
+        require_memory(ops, layers, config, min(plan.largest, len(dataset.train)), training=True)
+        if hasattr(ops, "warm_up"):
+            ops.warm_up()
+        begin = partial(_begin, config, run_dir, expected, header, fresh, resume=resume, restart=restart)
+        state = _on_device(ops, _shared(ranks, expected, begin))
     last = goal.last_step(config, state.step, plan.steps_per_epoch)
     if state.step >= last:
         print(f"nothing to train: {state.step} steps are done; add --epochs N or --steps N to train on")
@@ -392,11 +402,7 @@ def _reduction(ops: ModuleType, ranks: Ranks) -> Reduce | None:
 
 def _shared(ranks: Ranks, expected: dict[str, tuple[int, ...]], begin: Callable[[], State]) -> State:
     """The state the first rank begins with, on all ranks: it alone reads and tidies the run directory."""
-    if ranks.leads:
-        state = begin()
-    else:
-        parameters, momenta = ({name: np.empty(s, np.float32) for name, s in expected.items()} for _ in range(2))
-        state = State(0, parameters, momenta)
+    state = begin() if ranks.leads else State(0, zeros(expected), zeros(expected))
     step = np.array([state.step], dtype=np.int64)
     for array in (step, *state.parameters.values(), *state.momenta.values()):
         ranks.broadcast(array)
@@ -406,8 +412,9 @@ def _shared(ranks: Ranks, expected: dict[str, tuple[int, ...]], begin: Callable[
 
 def _on_device(ops: ModuleType, state: State) -> State:
     """The state's arrays, each given up on the host as soon as it is on the device."""
+    adopt = getattr(ops, "adopt", ops.asarray)
     parameters, momenta = (
-        {name: ops.asarray(arrays.pop(name)) for name in list(arrays)} for arrays in (state.parameters, state.momenta)
+        {name: adopt(arrays.pop(name)) for name in list(arrays)} for arrays in (state.parameters, state.momenta)
     )
     return State(state.step, parameters, momenta)
 
@@ -417,12 +424,13 @@ def _begin(
     run_dir: RunDir,
     expected: dict[str, tuple[int, ...]],
     header: dict[str, Any],
+    fresh: Callable[[], dict[str, np.ndarray]],
     *,
     resume: bool,
     restart: bool,
 ) -> State:
     """The state to train on from: the newest sound checkpoint when resuming, fresh parameters otherwise."""
-    state = _first_state(config, run_dir, expected, header, resume=resume, restart=restart)
+    state = _first_state(config, run_dir, expected, header, fresh, resume=resume, restart=restart)
     # Only now: a run that is refused keeps its configuration, and --resume with it.
     write_sealed(run_dir.config, to_dict(config))
     return state
@@ -433,6 +441,7 @@ def _first_state(
     run_dir: RunDir,
     expected: dict[str, tuple[int, ...]],
     header: dict[str, Any],
+    fresh: Callable[[], dict[str, np.ndarray]],
     *,
     resume: bool,
     restart: bool,
@@ -458,8 +467,7 @@ def _first_state(
         print(f"there is nothing to resume in {folder}: training starts from the beginning")
     make_folder(folder)
     cut_back(folder / "metrics.jsonl", 0)
-    start = initial_parameters(expected, config.network.weight_std, config.network.bias, config.seed)
-    return State(0, start, {name: np.zeros(shape, np.float32) for name, shape in expected.items()})
+    return State(0, fresh(), zeros(expected))
 
 
 def _resume(

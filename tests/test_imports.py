@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -101,6 +103,14 @@ def test_no_cycles_between_modules():
 
     for name in graph:
         visit(name, ())
+
+
+def test_a_start_does_not_wait_for_numba_before_it_draws():
+    """The training stage begins to draw weights, which needs NumPy alone, and loads the backend meanwhile."""
+    heavy = "('numba', 'scipy', 'PIL', 'matplotlib', 'jinja2', 'joblib', 'cupy')"
+    script = f"import sys, run_pipeline, stages.train; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 def test_installing_brings_no_top_level_package():

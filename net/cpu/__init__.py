@@ -13,12 +13,13 @@ from net.cpu.linear import linear_backward, linear_block_backward, linear_block_
 from net.cpu.loss import cross_entropy, softmax
 from net.cpu.lrn import lrn_backward, lrn_forward
 from net.cpu.map_norm import map_norm_backward, map_norm_forward
-from net.cpu.memory import asarray, empty, host_empty, synchronize, to_host, upload
+from net.cpu.memory import adopt, asarray, empty, host_empty, synchronize, to_host, upload
 from net.cpu.pool import maxpool_backward, maxpool_forward
 from net.cpu.relu import relu_backward, relu_forward
-from net.cpu.update import sgd_update
+from net.cpu.update import sgd_update, warm_up
 
 __all__ = [
+    "adopt",
     "asarray",
     "augment",
     "conv2d_backward",
@@ -48,4 +49,5 @@ __all__ = [
     "synchronize",
     "to_host",
     "upload",
+    "warm_up",
 ]

@@ -17,7 +17,7 @@ import numpy as np
 from numba import prange
 
 from net.cpu.jit import kernel
-from net.cpu.memory import contiguous
+from net.cpu.memory import contiguous, empty
 
 
 def sgd_update(
@@ -45,6 +45,12 @@ _count = 0
 def count() -> int:
     """How many updates there have been: what was derived from parameters holds as long as this does not change."""
     return _count
+
+
+def warm_up() -> None:
+    """Start Numba, which takes a quarter of a second when the first kernel is called, whichever that is."""
+    nothing, zero = empty(0), np.float32(0)
+    _update(nothing, nothing, nothing, zero, zero, zero)
 
 
 @kernel

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from data.color import ColorSum
-from data.images import RULE
 from data.shards import (
     LABEL_ORDER,
+    RULE,
     SCHEMA,
     Content,
     Layout,

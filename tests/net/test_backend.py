@@ -45,6 +45,8 @@ FUSED_POSITIONAL = {
     "linear_block_forward": 3,
     "linear_block_backward": 3,
     "fixed": 1,
+    "warm_up": 0,
+    "adopt": 1,
     "replayable": 1,
     "check_memory": 3,
     "reduction": 3,

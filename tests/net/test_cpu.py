@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import net.cpu
 from net import backend, network
 from net.alexnet import alexnet
-from net.cpu import memory, winograd
+from net.cpu import memory, update, winograd
 from net.layers import fuse
 from tests.command_line import ROOT
 from tests.net import cases
@@ -38,10 +39,9 @@ def test_arrays_are_aligned_and_contiguous() -> None:
         assert a.ctypes.data % 64 == 0
 
 
-def test_a_block_returns_when_its_last_view_is_gone_and_not_before() -> None:
-    memory.trim()
+def test_memory_returns_when_the_last_view_is_gone_and_not_before() -> None:
     a = memory.empty((1000, 3000))
-    address, before = a.ctypes.data, memory.pool_bytes()
+    address = a.ctypes.data
     view = a.reshape(-1)[5:10]
     a[:] = 1
     del a
@@ -51,10 +51,72 @@ def test_a_block_returns_when_its_last_view_is_gone_and_not_before() -> None:
     other[:] = 2
     assert (view == 1).all()
     grown = memory.pool_bytes()
-    assert grown > before
     del view
     assert memory.empty((1000, 3000)).ctypes.data == address, "not handed out again"
     assert memory.pool_bytes() == grown
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_one_array_can_lie_where_several_others_did(order: tuple[int, ...]) -> None:
+    region = memory._Region(4 << 20)
+    assert [region.take(1 << 20) for _ in range(4)] == [number << 20 for number in range(4)]
+    for number in order:
+        assert region.take(4 << 20) is None, "handed out while a part was in use"
+        region.give_back(number << 20, (number + 1) << 20)
+    assert region.take(4 << 20) == 0
+
+
+def test_the_lowest_piece_is_taken_first() -> None:
+    region = memory._Region(4 << 20)
+    for _ in range(4):
+        region.take(1 << 20)
+    region.give_back(3 << 20, 4 << 20)
+    region.give_back(1 << 20, 2 << 20)
+    assert region.take(64) == 1 << 20
+    assert region.take(1 << 20) == 3 << 20
+    assert region.used == 4 << 20
+
+
+def test_arrays_never_overlap() -> None:
+    random = np.random.default_rng(7)
+    alive: dict[int, np.ndarray] = {}
+    for number in range(3000):
+        a = memory.empty(int(random.integers(1, 1 << int(random.integers(1, 21)))), np.uint8)
+        a[[0, -1]] = number % 251
+        alive[number] = a
+        if len(alive) > 40:
+            for old in random.choice(list(alive), int(random.integers(1, 40)), replace=False):
+                ends = alive.pop(int(old))[[0, -1]]
+                assert (ends == old % 251).all(), "another array was written over it"
+
+
+def test_more_than_a_region_gets_one_of_its_own() -> None:
+    large = memory.empty((memory._REGION >> 2) + 1)  # address space only: it is not written to
+    assert large.ctypes.data % 64 == 0
+    assert large.size == (memory._REGION >> 2) + 1
+
+
+def test_what_the_host_laid_out_well_is_not_copied() -> None:
+    zeros = network.zeros({"w": (3, 5, 7), "b": (11,), "one": (1, 1)})
+    for name, a in zeros.items():
+        assert a.dtype == np.float32, name
+        assert not a.any(), name
+        assert net.cpu.adopt(a) is a, name
+    w = zeros["w"]
+    read_only = network.zeros({"w": (4, 4)})["w"]
+    read_only.flags.writeable = False
+    for a in (w[:, :, 1:], w.transpose(2, 1, 0), w.reshape(-1)[1:], read_only):
+        copy = net.cpu.adopt(a)
+        assert not np.shares_memory(copy, a)
+        assert copy.flags.carray
+        assert copy.ctypes.data % 64 == 0
+        np.testing.assert_array_equal(copy, a)
+
+
+def test_warming_up_is_no_update() -> None:
+    before = update.count()
+    net.cpu.warm_up()
+    assert update.count() == before, "what was derived from fixed weights would be computed again"
 
 
 def test_host_arrays_are_copied() -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import run_pipeline
+from net import backend
 from pipeline.checkpoint import checkpoints, load_checkpoint
 from pipeline.metrics import read_metrics
+from stages import train as train_stage
 from stages.train import Plateau
 from tests.command_line import finish, pipeline, settings, start, wait_until
 
@@ -54,6 +58,29 @@ def metrics(run: Path) -> list[dict]:
     """The metrics lines but for times."""
     records = read_metrics(run / "train" / "metrics.jsonl")
     return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+def test_a_new_run_is_drawn_while_its_backend_loads_and_a_resumed_one_not_at_all(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, order = tmp_path / "run", []
+    shutil.copytree(prepared, run)
+    load, drawing = backend.load, train_stage.drawing
+
+    @contextlib.contextmanager
+    def noted_drawing(*how: object) -> Iterator[Callable[[], dict[str, np.ndarray]]]:
+        order.append("drawing")
+        with drawing(*how) as drawn:
+            yield lambda: order.append("drawn") or drawn()
+
+    monkeypatch.setattr(train_stage, "drawing", noted_drawing)
+    monkeypatch.setattr(backend, "load", lambda *names: order.append("load") or load(*names))
+    command = ["--stage", "train", "--run", str(run), "--device", "reference", "--steps", "1"]
+    assert run_pipeline.main(command) == 0
+    assert order == ["drawing", "load", "drawn"]
+    order.clear()
+    assert run_pipeline.main([*command, "--resume"]) == 0
+    assert order == ["load"]
 
 
 @pytest.fixture(scope="module")
