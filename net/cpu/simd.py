@@ -188,6 +188,38 @@ def copy(typing: Any, count: Any, source: Any, source_at: Any, to: Any, to_at: A
 
 
 @intrinsic
+def stream(typing: Any, source: Any, source_at: Any, to: Any, to_at: Any) -> Any:
+    """LANES numbers from ``source[source_at]`` on to ``to[to_at]`` on, a whole cache line or half of one, past the
+    caches: an ordinary store of a line reads it from memory first. :func:`fence` must follow before others read it.
+
+    ``to[to_at]`` lies on a multiple of a vector's bytes.
+    """
+    signature = types.void(source, types.intp, to, types.intp)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        source, source_at, to, to_at = args
+        value = _load(builder, builder.gep(_data(context, builder, signature.args[0], source), [source_at]))
+        address = builder.gep(_data(context, builder, signature.args[2], to), [to_at])
+        store = builder.store(value, builder.bitcast(address, _VECTOR.as_pointer()))
+        store.align = 4 * LANES
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def fence(typing: Any) -> Any:
+    """What :func:`stream` has written is there for other cores from now on."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
 def prefetch(typing: Any, array: Any, at: Any) -> Any:
     """Ask for the cache line of ``array[at]`` without waiting for it. Harmless beyond the array's end."""
     signature = types.void(array, types.intp)

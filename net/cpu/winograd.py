@@ -49,11 +49,10 @@ from numba import prange
 from net.cpu.jit import inner, kernel
 from net.cpu.memory import empty
 from net.cpu.product import add_columns_times_panel, rows_times_half_panel, rows_times_panel
-from net.cpu.simd import BLOCK, LANES, PANEL, copy, transform
+from net.cpu.simd import BLOCK, LANES, PANEL, copy, fence, stream, transform
 
 _SHIFT: Final = 16  # floats in a cache line: the distance that places are put further apart
 _SLAB: Final = 24 << 20  # bytes of transformed tiles in the gradient of the weights
-_SHARED: Final = 18 << 20  # bytes of these and the sums over tiles, where a third-level cache is to hold both
 _SUMS: Final = 5 << 18  # bytes of a group's sums over tiles that a core may keep beside its tiles
 _BESIDE: Final = 1 << 20  # bytes of those tiles
 _PARTS: Final = 16  # partial sums of such a gradient, whatever the number of threads
@@ -247,7 +246,17 @@ def convolve(
             if from_panel >= to_panel:
                 continue
             _transform_inputs(
-                canvas, group * s.depth_padded, first_tile, count, s, tiles, 0, tiles_step, s.depth_padded, scratch
+                canvas,
+                group * s.depth_padded,
+                s.depth_padded,
+                first_tile,
+                count,
+                s,
+                tiles,
+                0,
+                tiles_step,
+                s.depth_padded,
+                scratch,
             )
             for first_panel in range(from_panel, to_panel, s.strip):
                 now = min(s.strip, to_panel - first_panel)
@@ -316,6 +325,7 @@ def fill_canvas(x: np.ndarray, first: int, s: Shape, canvas: np.ndarray) -> None
 def _transform_inputs(
     canvas: np.ndarray,
     channel: int,
+    depth: int,
     first: int,
     count: int,
     s: Shape,
@@ -325,13 +335,13 @@ def _transform_inputs(
     tile_row: int,
     scratch: np.ndarray,
 ) -> None:
-    """B d Bᵀ for ``count`` tiles of a mosaic from ``first`` on, and the channels of a group from ``channel`` on."""
+    """B d Bᵀ for ``count`` tiles of a mosaic from ``first`` on, and ``depth`` channels from ``channel`` on."""
     pixel = s.groups * s.depth_padded
     canvas_row = (s.tile_columns * s.m + s.n - s.m) * pixel
     for tile in range(count):
         row, column = (first + tile) // s.tile_columns, (first + tile) % s.tile_columns
         corner = row * s.m * canvas_row + column * s.m * pixel + channel
-        for lane in range(0, s.depth_padded, LANES):
+        for lane in range(0, depth, LANES):
             to = tiles_at + tile * tile_row + lane
             if s.n == 6:
                 for j in range(6):
@@ -424,8 +434,7 @@ def _gradient_in_slabs(dy: np.ndarray, x: np.ndarray, s: Shape) -> np.ndarray:
     mosaics = -(-len(x) // s.images)
     bytes_each = 4 * places * s.tiles * s.groups * (s.depth_padded + s.maps_padded)
     du = empty(places * s.groups * s.depth * s.maps_padded)
-    fitting = _SHARED - du.nbytes
-    slab = max(1, min(mosaics, (fitting if fitting > du.nbytes else _SLAB) // bytes_each))
+    slab = max(1, min(mosaics, _SLAB // bytes_each))
     count = slab * s.tiles
     tiles = empty(places * (count * s.groups * s.depth_padded + _SHIFT))
     products = empty(places * (count * s.groups * s.maps_padded + _SHIFT))
@@ -471,10 +480,30 @@ def _sum_parts(
                     count = min(block, each - start)
                     channel = group * s.depth_padded
                     _transform_inputs(
-                        canvas[task], channel, start, count, s, tiles[task], 0, tiles_step, s.depth_padded, scratch
+                        canvas[task],
+                        channel,
+                        s.depth_padded,
+                        start,
+                        count,
+                        s,
+                        tiles[task],
+                        0,
+                        tiles_step,
+                        s.depth_padded,
+                        scratch,
                     )
                     _transform_gradients(
-                        outputs[task], group, start, count, s, products[task], 0, products_step, block, scratch
+                        outputs[task],
+                        group * s.maps_padded,
+                        s.maps_padded,
+                        start,
+                        count,
+                        s,
+                        products[task],
+                        0,
+                        products_step,
+                        block,
+                        scratch,
                     )
                     for place in range(s.n * s.n):
                         for panel in range(panels):
@@ -516,34 +545,38 @@ def _transform_both(
     tiles: np.ndarray,
     products: np.ndarray,
 ) -> None:
-    """B d Bᵀ and A dy Aᵀ of some mosaics, side by side in arrays that have room for ``count`` tiles."""
+    """B d Bᵀ and A dy Aᵀ of some mosaics, side by side in arrays that have room for ``count`` tiles.
+
+    A slab is too large for the caches and is read only when all of it is there: it is written past them.
+    """
     each = s.tile_rows * s.tile_columns
     row = s.groups * s.depth_padded
     tiles_step = count * row + _SHIFT
     products_step = count * s.groups * s.maps_padded + _SHIFT
     tasks = canvas.shape[0]
     for task in prange(tasks):
-        scratch = np.empty(8 * 8 * LANES, np.float32)
+        scratch, made = np.empty(8 * 8 * LANES, np.float32), np.empty(8 * 8 * LANES, np.float32)
         for mosaic in range(task, mosaics, tasks):
             image = first + mosaic * s.mosaic_rows * s.mosaic_columns
             fill_canvas(x, image, s, canvas[task])
-            for group in range(s.groups):
-                _transform_inputs(
-                    canvas[task],
-                    group * s.depth_padded,
-                    0,
-                    each,
-                    s,
-                    tiles,
-                    mosaic * each * row + group * s.depth_padded,
-                    tiles_step,
-                    row,
-                    scratch,
-                )
             _fill_outputs(dy, image, s, outputs[task])
-            for group in range(s.groups):
-                at = (group * s.maps_padded // PANEL * count + mosaic * each) * PANEL
-                _transform_gradients(outputs[task], group, 0, each, s, products, at, products_step, count, scratch)
+            for tile in range(each):
+                at = mosaic * each + tile
+                for lane in range(0, row, LANES):
+                    _transform_inputs(canvas[task], lane, LANES, tile, 1, s, made, 0, LANES, LANES, scratch)
+                    _stream_places(made, s, tiles, at * row + lane, tiles_step)
+                for lane in range(0, s.groups * s.maps_padded, LANES):
+                    _transform_gradients(outputs[task], lane, LANES, tile, 1, s, made, 0, LANES, 1, scratch)
+                    to = (lane // PANEL * count + at) * PANEL + lane % PANEL
+                    _stream_places(made, s, products, to, products_step)
+        fence()
+
+
+@inner
+def _stream_places(made: np.ndarray, s: Shape, to: np.ndarray, to_at: int, to_step: int) -> None:
+    """A vector of channels at every place to where places are ``to_step`` apart."""
+    for place in range(s.n * s.n):
+        stream(made, place * LANES, to, to_at + place * to_step)
 
 
 @inner
@@ -573,7 +606,8 @@ def _fill_outputs(dy: np.ndarray, first: int, s: Shape, outputs: np.ndarray) -> 
 @inner
 def _transform_gradients(
     outputs: np.ndarray,
-    group: int,
+    map_: int,
+    maps: int,
     first: int,
     count: int,
     s: Shape,
@@ -583,13 +617,16 @@ def _transform_gradients(
     room: int,
     scratch: np.ndarray,
 ) -> None:
-    """A dy Aᵀ for ``count`` tiles of a mosaic from ``first`` on, one group's maps, in panels with room for ``room``."""
+    """A dy Aᵀ for ``count`` tiles of a mosaic from ``first`` on, and ``maps`` maps from ``map_`` on.
+
+    Panels have room for ``room`` tiles.
+    """
     pixel = s.groups * s.maps_padded
     row = s.tile_columns * s.m * pixel
     for tile in range(count):
         place = first + tile
-        corner = place // s.tile_columns * s.m * row + place % s.tile_columns * s.m * pixel + group * s.maps_padded
-        for lane in range(0, s.maps_padded, LANES):
+        corner = place // s.tile_columns * s.m * row + place % s.tile_columns * s.m * pixel + map_
+        for lane in range(0, maps, LANES):
             to = products_at + (lane // PANEL * room + tile) * PANEL + lane % PANEL
             if s.n == 6:
                 for j in range(4):
