@@ -26,12 +26,12 @@ from numba import prange
 from net.cpu.jit import kernel
 from net.cpu.memory import contiguous, empty
 from net.cpu.product import add_rows_times_panel, rows_times_panel
-from net.cpu.simd import BLOCK, PANEL, prefetch
+from net.cpu.simd import BLOCK, PANEL, copy, prefetch
 
 _FEW: Final = 4  # images up to which y is computed without panels
 _DEPTH: Final = 256  # rows of w at a time in y of a few images, columns in dx
-_PACKED: Final = 32  # rows of w at a time in y: rows a power of two apart share a few cache lines, which more overflow
-_WIDE: Final = 32  # panels of w at most at a time in y: as long a piece of each row as its caches hold with the sums
+_PACKED: Final = 64  # rows of w at a time in y: rows a power of two apart share a few cache lines, which more overflow
+_WIDE: Final = 8  # panels of w at most at a time in y: packed rows and sums stay in a second-level cache beside x
 _ROWS: Final = 8 * BLOCK  # rows of w or dw at a time in dx and dw
 _GROUP: Final = 16  # panels of dy at a time in dw: with 128 images as many bytes as half a second-level cache
 _SHIFT: Final = 16  # floats in a cache line: keeps rows of a power of two apart in the cache
@@ -118,8 +118,7 @@ def _products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, width: in
             for k in range(now):
                 for panel in range(columns // PANEL):
                     at, column = (panel * _PACKED + k) * PANEL, first + panel * PANEL
-                    for o in range(PANEL):
-                        packed[at + o] = w[start + k, column + o]
+                    copy(PANEL, flat, (start + k) * maps + column, packed, at)
                 for o in range(columns // PANEL * PANEL, columns):  # the last, narrower panel
                     packed[((panels - 1) * _PACKED + k) * PANEL + o % PANEL] = w[start + k, first + o]
             # The next rows of w are far apart in memory, where no hardware expects them: they are asked for a few at
