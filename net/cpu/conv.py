@@ -1,7 +1,8 @@
 """Two-dimensional convolution, alone and together with what follows it.
 
-The formulas are in ``net/reference/convolution.py``. This file joins the parts: ``plan.py`` says which algorithm,
-``winograd.py`` and ``im2col.py`` are the algorithms, ``finish.py`` is bias, ReLU, LRN and pool.
+The formulas are in ``net/reference/convolution.py``. This file joins the parts: ``plan.py`` says which algorithm;
+``winograd.py``, ``winograd_gradient.py`` and ``im2col.py`` are the algorithms; ``finish.py`` is bias, ReLU, LRN and
+pool.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from net.cpu import im2col, plan, winograd
+from net.cpu import im2col, plan, winograd, winograd_gradient
 from net.cpu.finish import NOTHING, Finish, Results, block, finish_all, finish_image, results, unfinish
 from net.cpu.fixed import filters
 from net.cpu.jit import kernel
@@ -98,7 +99,7 @@ def _backward(
     if plan.backward_weights(x.shape, w.shape, stride, groups) == "winograd":
         # A product here is of many mosaics, so that they may be small.
         s = winograd.shape(x.shape, w.shape, stride, pad, groups, *dy.shape[1:3], least=1)
-        winograd.gradient(dy, x, dw, s)
+        winograd_gradient.gradient(dy, x, dw, s)
     else:
         im2col.backward_weights(dy, x, dw, stride, pad, groups)
     if not need_dx:
