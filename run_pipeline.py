@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from pipeline.signals import Interruption
 _CONFIGURED = frozenset(("preprocess", "train", "eval"))
 _READING = frozenset(("predict", "watch"))
 _BESIDE = frozenset(("export", "report"))
+_BEGINNING = frozenset((None, "preprocess", "import"))  # these make a run where there is none
 _SHARED = frozenset(("train", "eval"))  # stages that several processes can share
 
 
@@ -46,6 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; everything finished so far is kept", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as in `--stage predict ... | head`: what is printed has no reader any more
+        if options.stage != "predict":
+            with contextlib.suppress(BrokenPipeError):
+                print("the output has no reader any more; everything finished so far is kept", file=sys.stderr)
+        # Python flushes standard output once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except _plain_errors() as error:
         if options.debug:
             raise
@@ -61,6 +70,11 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
             "without mpiexec or srun (--stage preprocess has --jobs and --scheduler)"
         )
     run = RunDir(Path(options.run))
+    if options.stage not in _BEGINNING and not run.root.is_dir():  # a mistyped --run leaves no folder behind
+        raise PipelineError(
+            f"there is no run {run.root}; name one with --run, or begin it: "
+            f"python run_pipeline.py --stage preprocess --run {run.root}"
+        )
     stages = [options.stage] if options.stage else list(IN_ORDER)
     source = _source(options.source, must_exist="preprocess" in stages)
     # The other stages find their configuration in a checkpoint.
@@ -74,8 +88,6 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
 
 def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[None]:
     """One writer at a time; what only reads, or writes beside the run's own files, need not wait for training."""
-    if stage in _READING | _BESIDE | {"verify"} and not run.root.is_dir():
-        raise PipelineError(f"there is no run {run.root}; name one with --run, or train first")
     if stage in _READING:
         return contextlib.nullcontext()
     if stage == "verify" and not os.access(run.root, os.W_OK):

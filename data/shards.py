@@ -319,13 +319,37 @@ def read_manifest(run: RunDir) -> dict[str, Any]:
         Preprocessing has not been done or not finished, or files are missing or replaced.
     """
     remedy = _remedy(run.root)
-    path = run.preprocess / "manifest.json"
-    manifest = read_sealed(path, f"remove it and {remedy}")
-    if not is_manifest(manifest):
-        raise PipelineError(f"{path} is damaged or from another version of this program; remove it and {remedy}")
+    manifest = _sealed_manifest(run)
     for name, why in defects(run.preprocess, manifest).items():
         raise PipelineError(f"{run.preprocess / name} {why}; {remedy}")
     return manifest
+
+
+def _sealed_manifest(run: RunDir) -> dict[str, Any]:
+    remedy = _remedy(run.root)
+    path = run.preprocess / "manifest.json"
+    if not path.exists():
+        raise PipelineError(f"{path} does not exist: preprocessing has not been finished; {remedy}")
+    manifest = read_sealed(path, f"remove it and {remedy}")
+    if not is_manifest(manifest):
+        raise PipelineError(f"{path} is damaged or from another version of this program; remove it and {remedy}")
+    return manifest
+
+
+def require_sound_description(run: RunDir, name: str) -> None:
+    """Refuse ``classes.json`` or ``mean.npy`` where it is not what the manifest says; shards need not be there.
+
+    Without a manifest, as where only these files were copied, there is nothing to compare with.
+    """
+    if not (run.preprocess / "manifest.json").exists():
+        return
+    path, digest = run.preprocess / name, _sealed_manifest(run)["files"].get(name)
+    try:
+        sound = digest is None or hash_file(path) == digest
+    except OSError as error:
+        raise PipelineError(f"{path} is missing ({error.strerror}); {_remedy(run.root)}") from error
+    if not sound:
+        raise PipelineError(f"{path} is not the file that was written; {_remedy(run.root)}")
 
 
 def defects(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
