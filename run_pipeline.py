@@ -76,6 +76,10 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
             f"python run_pipeline.py --stage preprocess --run {run.root}"
         )
     stages = [options.stage] if options.stage else list(IN_ORDER)
+    if options.stage == "import":
+        for file in (Path(options.files[0]), options.mean):
+            if file is not None and not file.is_file():
+                raise PipelineError(f"there is no file {file}; check the path")
     source = _source(options.source, must_exist="preprocess" in stages)
     # The other stages find their configuration in a checkpoint.
     config = _config(options, run, demo=source is None) if _CONFIGURED.intersection(stages) else None
