@@ -117,11 +117,13 @@ def _stage(
         verify.run(run)
         return
     if stage == "preprocess":
+        import joblib
+
         from stages import preprocess
 
         if options.check_archives:
             preprocess.check_archives(source)
-        jobs = options.jobs or os.cpu_count() or 1
+        jobs = options.jobs or joblib.cpu_count()  # the cores this process may use, not all there are
         preprocess.run(config, run, source=source, jobs=jobs, scheduler=options.scheduler)
         if not checkpoints(run.train):  # what a network was trained with stays
             write_sealed(run.config, to_dict(config))
