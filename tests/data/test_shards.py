@@ -160,7 +160,7 @@ print(len(open_split(run.preprocess, read_manifest(run), "train")))
 
 def test_without_manifest_the_command_is_named(tmp_path: Path):
     with pytest.raises(
-        PipelineError, match=r"manifest\.json does not exist; (remove it and )?run .*--stage preprocess --run "
+        PipelineError, match=r"manifest\.json does not exist: .*not been finished; run .*--stage preprocess --run "
     ):
         read_manifest(RunDir(tmp_path))
 
