@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ from pipeline.signals import Interruption
 _CONFIGURED = frozenset(("preprocess", "train", "eval"))
 _READING = frozenset(("predict", "watch"))
 _BESIDE = frozenset(("export", "report"))
+_BEGINNING = frozenset((None, "preprocess", "import"))  # these make a run where there is none
 _SHARED = frozenset(("train", "eval"))  # stages that several processes can share
 
 
@@ -47,6 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; everything finished so far is kept", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as in `--stage predict ... | head`: what is printed has no reader any more
+        if options.stage != "predict":
+            with contextlib.suppress(BrokenPipeError):
+                print("the output has no reader any more; everything finished so far is kept", file=sys.stderr)
+        # Python flushes standard output once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except _plain_errors() as error:
         if options.debug:
             raise
@@ -62,7 +71,16 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
             "without mpiexec or srun (--stage preprocess has --jobs and --scheduler)"
         )
     run = RunDir(Path(options.run))
+    if options.stage not in _BEGINNING and not run.root.is_dir():  # a mistyped --run leaves no folder behind
+        raise PipelineError(
+            f"there is no run {run.root}; name one with --run, or begin it: "
+            f"python run_pipeline.py --stage preprocess --run {run.root}"
+        )
     stages = [options.stage] if options.stage else list(IN_ORDER)
+    if options.stage == "import":
+        for file in (Path(options.files[0]), options.mean):
+            if file is not None and not file.is_file():
+                raise PipelineError(f"there is no file {file}; check the path")
     source = _source(options.source, must_exist="preprocess" in stages)
     # The other stages find their configuration in a checkpoint.
     config = _config(options, run, demo=source is None) if _CONFIGURED.intersection(stages) else None
@@ -75,8 +93,6 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
 
 def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[None]:
     """One writer at a time; what only reads, or writes beside the run's own files, need not wait for training."""
-    if stage in _READING | _BESIDE | {"verify"} and not run.root.is_dir():
-        raise PipelineError(f"there is no run {run.root}; name one with --run, or train first")
     if stage in _READING:
         return contextlib.nullcontext()
     if stage == "verify" and not os.access(run.root, os.W_OK):
@@ -102,11 +118,13 @@ def _stage(
         verify.run(run)
         return
     if stage == "preprocess":
+        import joblib
+
         from stages import preprocess
 
         if options.check_archives:
             preprocess.check_archives(source)
-        jobs = options.jobs or os.cpu_count() or 1
+        jobs = options.jobs or joblib.cpu_count()  # the cores this process may use, not all there are
         preprocess.run(config, run, source=source, jobs=jobs, scheduler=options.scheduler)
         if not checkpoints(run.train):  # what a network was trained with stays
             write_sealed(run.config, to_dict(config))

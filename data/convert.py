@@ -12,12 +12,14 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -27,6 +29,8 @@ from data.listing import Listing, text
 from data.shards import Content, Layout, checksum, read_shard, shard_name, write_shard
 from pipeline.errors import PipelineError
 from pipeline.run_dir import hash_file
+
+_MAXRSS_UNIT: Final = 1 if sys.platform == "darwin" else 1024  # bytes: macOS counts in bytes, others in KiB
 
 
 @dataclass(frozen=True)
@@ -197,5 +201,5 @@ def _result(
         bytes=(temporary or path).stat().st_size,
         content=replace(content, images=None),
         seconds=time.perf_counter() - start,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT,
     )

@@ -139,7 +139,7 @@ def decode(data: bytes, formats: tuple[str, ...] = FORMATS, decoder: str = "pill
     """
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            _check_size(*image.size, "it has")
+            _check_size(*image.size)
             if decoder == "simplejpeg" and image.format == "JPEG" and image.mode in ("RGB", "L"):
                 pixels = _by_simplejpeg(data)
                 if pixels is not None and pixels.shape == (image.height, image.width, 4):
@@ -231,7 +231,11 @@ def square(pixels: np.ndarray, size: int, resample: str) -> np.ndarray:
     """
     high, wide = pixels.shape[:2]
     width, height = resized(wide, high, size)
-    _check_size(width, height, f"with its short side at {size} it would have", side=MOST_PIXELS)
+    if width * height > MOST_PIXELS:
+        raise UnreadableError(
+            f"it is too long and thin: with its short side at {size} it would have {width} x {height} pixels, "
+            f"and more than {MOST_PIXELS} are refused"
+        )
     left, top = round((width - size) / 2), round((height - size) / 2)
     if (width, height) == (wide, high):
         return pixels[top : top + size, left : left + size, :3]
@@ -268,9 +272,11 @@ def resized(width: int, height: int, size: int) -> tuple[int, int]:
     return int(size * width / height), size
 
 
-def _check_size(width: int, height: int, what: str, side: int = LONGEST_SIDE) -> None:
-    if width < 1 or height < 1 or max(width, height) > side or width * height > MOST_PIXELS:
-        raise UnreadableError(f"{what} {width} x {height} pixels; more than {side} a side or {MOST_PIXELS} are refused")
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1 or max(width, height) > LONGEST_SIDE or width * height > MOST_PIXELS:
+        raise UnreadableError(
+            f"it has {width} x {height} pixels; more than {LONGEST_SIDE} a side or {MOST_PIXELS} are refused"
+        )
 
 
 def _note(noted: Counter[str], warning: warnings.WarningMessage) -> None:

@@ -134,6 +134,8 @@ class _Reader:
 
 def _announce(piece: Piece) -> None:
     """Have the kernel begin to read a piece; it goes on when the file is closed."""
+    if not hasattr(os, "posix_fadvise"):  # macOS has none: the disk waits a little at every block's end
+        return
     path, offset, length = piece
     with _opened(path) as handle:
         os.posix_fadvise(handle, offset, length, os.POSIX_FADV_WILLNEED)

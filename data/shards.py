@@ -292,24 +292,6 @@ def read_layout(path: Path) -> Layout:
         return _layout(file)
 
 
-def check_shard(path: Path, entry: dict[str, Any]) -> None:
-    """Compare a shard with its manifest entry, byte for byte by SHA-256.
-
-    Raises
-    ------
-    PipelineError
-        It is missing, or not the file the manifest describes.
-    """
-    try:
-        sound = path.stat().st_size == entry["bytes"] and hash_file(path) == entry["sha256"]
-    except OSError as error:
-        raise PipelineError(f"cannot read {path}: {error.strerror or error}; {_remedy(path.parent.parent)}") from error
-    if not sound:
-        raise PipelineError(
-            f"{path} is damaged: it is not the file that was written; remove it and {_remedy(path.parent.parent)}"
-        )
-
-
 def read_manifest(run: RunDir) -> dict[str, Any]:
     """Read a run's manifest and check that all its files are there with their sizes.
 
@@ -319,13 +301,37 @@ def read_manifest(run: RunDir) -> dict[str, Any]:
         Preprocessing has not been done or not finished, or files are missing or replaced.
     """
     remedy = _remedy(run.root)
-    path = run.preprocess / "manifest.json"
-    manifest = read_sealed(path, f"remove it and {remedy}")
-    if not is_manifest(manifest):
-        raise PipelineError(f"{path} is damaged or from another version of this program; remove it and {remedy}")
+    manifest = _sealed_manifest(run)
     for name, why in defects(run.preprocess, manifest).items():
         raise PipelineError(f"{run.preprocess / name} {why}; {remedy}")
     return manifest
+
+
+def _sealed_manifest(run: RunDir) -> dict[str, Any]:
+    remedy = _remedy(run.root)
+    path = run.preprocess / "manifest.json"
+    if not path.exists():
+        raise PipelineError(f"{path} does not exist: preprocessing has not been finished; {remedy}")
+    manifest = read_sealed(path, f"remove it and {remedy}")
+    if not is_manifest(manifest):
+        raise PipelineError(f"{path} is damaged or from another version of this program; remove it and {remedy}")
+    return manifest
+
+
+def require_sound_description(run: RunDir, name: str) -> None:
+    """Refuse ``classes.json`` or ``mean.npy`` where it is not what the manifest says; shards need not be there.
+
+    Without a manifest, as where only these files were copied, there is nothing to compare with.
+    """
+    if not (run.preprocess / "manifest.json").exists():
+        return
+    path, digest = run.preprocess / name, _sealed_manifest(run)["files"].get(name)
+    try:
+        sound = digest is None or hash_file(path) == digest
+    except OSError as error:
+        raise PipelineError(f"{path} is missing ({error.strerror}); {_remedy(run.root)}") from error
+    if not sound:
+        raise PipelineError(f"{path} is not the file that was written; {_remedy(run.root)}")
 
 
 def defects(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
@@ -556,4 +562,7 @@ def _allow_open_files(count: int) -> None:
     wanted = soft + count
     if soft != resource.RLIM_INFINITY:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        with contextlib.suppress(
+            ValueError
+        ):  # macOS allows less than its limit says; the files may still be few enough
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -47,7 +47,8 @@ def opened(path: Path) -> Iterator[tuple[Read, int]]:
         handle = os.open(path, os.O_RDONLY)
         try:
             # Headers lie a picture apart: the kernel's reading ahead would read the whole archive.
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+            if hasattr(os, "posix_fadvise"):  # macOS has none
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
             yield lambda offset, length: os.pread(handle, length, offset), os.fstat(handle).st_size
         finally:
             os.close(handle)

@@ -224,7 +224,8 @@ _FLAGS: Final = (
     _Flag(
         "--recipe",
         ("preprocess", "train", "import"),
-        f"{', '.join(RECIPES)} (default: the run's own, else seed, or demo on the demo set)",
+        f"{', '.join(RECIPES)} (default: the run's own, else seed, or demo on the demo set; import: the file's own, or "
+        "caffe for a .caffemodel)",
         {"metavar": "NAME"},
     ),
     _Flag("--config", _CONFIGURED, "change settings by a TOML file", {"type": Path, "metavar": "FILE.toml"}),

@@ -220,7 +220,7 @@ def override(
         config = _with_value(config, key.strip(), _parse(text.strip()), where=f"--set {setting}")
     if seed is not None:
         config = _with_value(config, "seed", seed, where="--seed")
-    _check(config)
+    _check(config, str(toml) if toml is not None and not settings else None)
     return config
 
 
@@ -237,7 +237,7 @@ def from_dict(values: dict[str, Any], where: str) -> Config:
     config = Config(recipe=recipe)
     for key, value in _flatten(values):
         config = _with_value(config, key, value, where=where)
-    _check(config)
+    _check(config, where)
     return config
 
 
@@ -322,12 +322,25 @@ def _coerce(value: Any, wanted: Any, key: str, where: str) -> Any:
             return float(value)
         if option in (int, bool, str) and type(value) is option:
             return value
-    name = getattr(wanted, "__name__", str(wanted)) if not isinstance(wanted, types.UnionType) else str(wanted)
-    raise PipelineError(f"{where}: {key} takes a value of type {name}, not {value!r}")
+    raise PipelineError(f"{where}: {key} takes {_WORDS[wanted]}, not {value!r}")
 
 
-def _check(config: Config) -> None:
-    """Refuse values that no stage could work with."""
+# What a person is told of the types that fields and their parts have.
+_WORDS: Final[dict[Any, str]] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    int | None: "a whole number or none",
+    tuple[int, int]: "two whole numbers such as [2, 1]",
+    tuple[float, ...]: "a list of numbers such as [0.01, 0.03]",
+    Schedule: "a list of first epochs and values such as [[0, 0.01], [30, 0.001]]",
+    tuple[int, float]: "pairs of a first epoch and a value such as [0, 0.01]",
+}
+
+
+def _check(config: Config, file: str | None = None) -> None:
+    """Refuse values that no stage could work with; ``file`` is where they may have come from."""
     inp, net, train = config.input, config.network, config.train
     side = inp.crop + sum(inp.border)
     rules = [
@@ -353,15 +366,18 @@ def _check(config: Config) -> None:
         (len(net.bias) == 8, "network.bias needs eight values"),
         (0 < net.dropout_keep <= 1, "network.dropout_keep must lie in (0, 1]"),
         (net.lrn_size >= 0 and net.lrn_k > 0, "network.lrn_size must not be negative, network.lrn_k must be positive"),
+        (net.lrn_alpha >= 0, "network.lrn_alpha must not be negative"),
         (1 <= train.batch_size <= 65536, "train.batch_size must lie between 1 and 65536"),
         (1 <= config.eval.batch_size <= 65536, "eval.batch_size must lie between 1 and 65536"),
         (config.eval.views in (1, 10), "eval.views must be 1 or 10"),
         (train.order in ("auto", "uniform", "blocks"), "train.order must be auto, uniform or blocks"),
         (train.epochs >= 1, "train.epochs must be at least 1"),
         (bool(train.lr) and train.lr[0][0] == 0, "train.lr must have an entry for epoch 0"),
-        (_ascending(train.lr), "train.lr must list its epochs in ascending order"),
-        (_ascending(train.bias_lr), "train.bias_lr must list its epochs in ascending order, none negative"),
-        (_ascending(train.conv1_lr), "train.conv1_lr must list its epochs in ascending order, none negative"),
+        *(
+            (_ascending(schedule), f"train.{name} must list its epochs in ascending order, no number negative")
+            for name, schedule in (("lr", train.lr), ("bias_lr", train.bias_lr), ("conv1_lr", train.conv1_lr))
+        ),
+        (train.bias_lr_factor >= 0, "train.bias_lr_factor must not be negative"),
         (0 <= train.momentum < 1, "train.momentum must lie in [0, 1)"),
         (train.weight_decay >= 0, "train.weight_decay must not be negative"),
         (
@@ -377,7 +393,7 @@ def _check(config: Config) -> None:
     ]
     for holds, rule in rules:
         if not holds:
-            raise PipelineError(f"{rule}")
+            raise PipelineError(f"{file}: {rule}" if file else rule)
 
 
 def _least_side(net: Network) -> int:
@@ -390,4 +406,4 @@ def _least_side(net: Network) -> int:
 
 def _ascending(schedule: Schedule) -> bool:
     epochs = [-1, *(epoch for epoch, _ in schedule)]
-    return all(a < b for a, b in itertools.pairwise(epochs))
+    return all(a < b for a, b in itertools.pairwise(epochs)) and all(value >= 0 for _, value in schedule)

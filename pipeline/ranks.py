@@ -222,7 +222,8 @@ def _share_machine(world: Any, ranks: Ranks) -> None:
     from threadpoolctl import threadpool_limits
 
     here = world.Split_type(MPI.COMM_TYPE_SHARED)
-    mine = sorted(os.sched_getaffinity(0))
+    # macOS binds no process to cores
+    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     mask = np.zeros(max(os.cpu_count() or 1, mine[-1] + 1), dtype=np.int64)
     mask[mine] = 1
     here.Allreduce(MPI.IN_PLACE, mask)

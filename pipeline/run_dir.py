@@ -205,4 +205,8 @@ def write_error(path: Path, error: OSError) -> PipelineError:
             f"no permission to write {path} ({error.strerror}); "
             "choose a writable directory with --run or mend the permissions"
         )
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return PipelineError(
+            f"cannot write {path}: a file stands where a folder should be; choose another directory with --run"
+        )
     return PipelineError(f"cannot write {path}: {error.strerror or error}")

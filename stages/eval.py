@@ -7,7 +7,7 @@ import csv
 import io
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from data.shards import Split
 from net.layers import fuse
 from net.network import prediction
 from pipeline.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
-from pipeline.config import Config, from_dict
+from pipeline.config import Config, difference, from_dict
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.ranks import ALONE, Ranks
@@ -68,6 +68,9 @@ def run(
     saved = load_checkpoint(find_checkpoint(run_dir.train, checkpoint))
     network_config = checkpoint_config(saved, dataset)
     require_size(network_config, dataset, run_dir)
+    ignored = difference(network_config, _asked(config, network_config))
+    if ignored:
+        print(f"note: the network and its input are the checkpoint's own; not used: {'; '.join(ignored)}")
     views = views or config.eval.views
     parameters = {name: ops.asarray(saved.arrays[name]) for name in parameter_names(saved)}
     mean = saved.arrays.get(MEAN, dataset.mean)
@@ -95,6 +98,11 @@ def run(
         f"{metrics['images_per_second']:.1f} images/s; written to {run_dir.eval}"
     )
     return metrics
+
+
+def _asked(config: Config, own: Config) -> Config:
+    """The checkpoint's configuration with what ``config`` says of the network and its input in place of its own."""
+    return replace(own, recipe=config.recipe, input=config.input, network=config.network)
 
 
 def predictor(

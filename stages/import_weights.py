@@ -47,7 +47,7 @@ def run(
         read = _read_caffemodel if file.suffix == CAFFE_SUFFIX else _read_safetensors
         config, arrays, classes = read(file, recipe, lambda config: change(_with_stored_pictures(config, run_dir)))
         if mean is not None:
-            arrays[MEAN] = caffe.read_mean(mean)
+            arrays[MEAN] = _read_mean(mean)
         _check_mean(arrays.get(MEAN), config)
         digest = hash_file(file)
     except WeightsError as error:
@@ -71,6 +71,15 @@ def run(
         f"  python run_pipeline.py --stage predict IMAGE... --run {run_dir.root}"
     )
     return path
+
+
+def _read_mean(file: Path) -> np.ndarray:
+    try:
+        return caffe.read_mean(file)
+    except WeightsError as error:
+        raise PipelineError(
+            f"cannot use {file}: {error} (--mean takes Caffe's mean image, a .binaryproto file)"
+        ) from error
 
 
 def _read_caffemodel(

@@ -72,6 +72,11 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, schedule
     listed = read_source(root)
     for shortfall in published.shortfalls(listed):
         print(f"preprocess: note: {shortfall}")
+    if len(listed.classes) == 1:
+        print(
+            f"preprocess: note: {root} has one class only, {listed.classes[0].wnid}: there is nothing to tell apart; "
+            "pictures of several classes lie in train/<class>/ and val/<class>/"
+        )
     plan = make_plan(config, listed)
     tasks = shard_tasks(plan, folder, None if scheduler else os.getpid())
     _check_place(plan, folder, tasks)

@@ -54,10 +54,10 @@ def open_dataset(run: RunDir) -> Dataset:
     remedy = f"make it again: python run_pipeline.py --stage preprocess --run {run.root}"
     return Dataset(
         manifest=manifest,
-        classes=_read_classes(run.preprocess / "classes.json", manifest["classes"], remedy),
+        classes=read_classes(run.preprocess / "classes.json", manifest["classes"], remedy),
         train=open_split(run.preprocess, manifest, "train"),
         val=open_split(run.preprocess, manifest, "val"),
-        mean=_read_mean(run.preprocess / "mean.npy", manifest["size"], remedy),
+        mean=read_mean(run.preprocess / "mean.npy", manifest["size"], remedy),
         directions=_read_directions(run.preprocess / "color.json", remedy),
     )
 
@@ -72,18 +72,20 @@ def require_size(config: Config, dataset: Dataset, run: RunDir) -> None:
         )
 
 
-def _read_classes(path: Path, count: int, remedy: str) -> list[dict[str, Any]]:
+def read_classes(path: Path, count: int | None, remedy: str) -> list[dict[str, Any]]:
+    """The classes of ``classes.json``, each with ``wnid`` and ``words``; ``count`` is None where any number will do."""
     entries = read_json(path, remedy).get("classes")
     if (
         not isinstance(entries, list)
-        or len(entries) != count
+        or count not in (None, len(entries))
         or not all(isinstance(e, dict) and isinstance(e.get("wnid"), str) and "words" in e for e in entries)
     ):
-        raise PipelineError(f"{path} does not describe {count} classes; {remedy}")
+        raise PipelineError(f"{path} does not describe {'' if count is None else f'{count} '}classes; {remedy}")
     return entries
 
 
-def _read_mean(path: Path, size: int, remedy: str) -> np.ndarray:
+def read_mean(path: Path, size: int, remedy: str) -> np.ndarray:
+    """The mean picture of ``mean.npy``, float32 (size, size, 3)."""
     try:
         mean = np.load(path, allow_pickle=False, mmap_mode="r")  # a claimed shape allocates nothing
         if mean.dtype != np.float32 or mean.shape != (size, size, 3):

@@ -364,7 +364,7 @@ class Plateau:
 
     def stays(self, step: int, loss: float) -> bool:
         """True once, when the loss has been within 0.02 of ln(classes) for ``patience`` steps."""
-        if abs(loss - self._level) > self.WIDTH:
+        if abs(loss - self._level) > self.WIDTH or self._level == 0:  # a single class has no other loss
             self._since = None
             return False
         if self._since is None:

@@ -13,13 +13,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from data.shards import require_sound_description
 from net.layers import Layer
 from net.network import Preparation
 from pipeline.checkpoint import Arrays, find_checkpoint, load_checkpoint
 from pipeline.config import Config, from_dict
 from pipeline.errors import PipelineError
-from pipeline.run_dir import RunDir, read_json
-from stages.setup import MEAN, network_layers, preparation, shapes
+from pipeline.run_dir import RunDir
+from stages.setup import MEAN, network_layers, preparation, read_classes, read_mean, shapes
 
 _MOMENTUM: Final = "momentum/"
 
@@ -94,7 +95,8 @@ def _classes(run_dir: RunDir, path: Path, header: dict[str, Any], count: int) ->
     wnids = header.get("wnids")
     listed = run_dir.preprocess / "classes.json"
     if listed.exists():
-        classes = read_json(listed, "make it again: run --stage preprocess")["classes"]
+        require_sound_description(run_dir, listed.name)
+        classes = read_classes(listed, None, f"make it again: {_again(run_dir)}")
         if len(classes) == count and wnids in (None, [entry["wnid"] for entry in classes]):
             return classes
         raise PipelineError(
@@ -106,15 +108,16 @@ def _classes(run_dir: RunDir, path: Path, header: dict[str, Any], count: int) ->
 
 
 def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.ndarray:
-    path = run_dir.preprocess / "mean.npy"
     if imported is None:
-        try:
-            imported = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise PipelineError(
-                f"the recipe subtracts the training pictures' mean, and {path} cannot be read ({error}); "
-                "run --stage preprocess, or import the weights with --mean"
-            ) from error
+        path, size = run_dir.preprocess / "mean.npy", config.preprocess.size
+        if path.exists():
+            require_sound_description(run_dir, path.name)
+        return read_mean(
+            path,
+            size,
+            f"the recipe subtracts this mean of the training pictures: {_again(run_dir)}, or import the weights with "
+            "--mean",
+        )
     sides = (config.preprocess.size, config.input.crop)
     if imported.shape not in [(side, side, 3) for side in sides]:
         raise PipelineError(
@@ -122,3 +125,7 @@ def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.nd
             f"crops ({sides[1]})"
         )
     return imported.astype(np.float32, copy=False)
+
+
+def _again(run_dir: RunDir) -> str:
+    return f"run python run_pipeline.py --stage preprocess --run {run_dir.root}"

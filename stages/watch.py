@@ -86,7 +86,7 @@ def screen(
         newest = validations[-1]
         lines.append(
             f"validation top-1 {newest['top1']:.2%}  top-5 {newest['top5']:.2%}  loss {newest['validation_loss']:.4f}  "
-            f"best top-1 {best['top1']:.2%} (step {best['step']:,})"
+            f"best {best['top1']:.2%}, step {best['step']:,}"
         )
     points = [(r["step"] / per_epoch, r["loss"]) for r in steps]
     if not _can_show("⠿"):

@@ -83,3 +83,12 @@ def test_each_piece_is_announced_once_before_it_is_read(tmp_path: Path, monkeypa
         before = seen[: seen.index(("read", 10 * i))]
         assert ("announced", 10 * min(i + 3, 8)) in before  # three more than the one that is read
         assert ("announced", 10 * (i + 4)) not in before
+
+
+def test_a_system_without_advice_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on macOS: the kernel is told nothing, and nothing else changes."""
+    monkeypatch.delattr(os, "posix_fadvise")
+    file = tmp_path / "shard"
+    file.write_bytes(bytes(100))
+    with reading_ahead(str, groups_of, lambda g: [(file, 0, 9), (file, 9, 9)], 0, 9) as plan:
+        assert plan(8) == "8"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,3 +185,11 @@ def test_a_missing_archive_is_told_plainly(tmp_path: Path):
         opened(tmp_path / "missing.tar"),
     ):
         pass
+
+
+def test_a_system_without_advice_lists_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on macOS."""
+    monkeypatch.delattr(os, "posix_fadvise")
+    (tmp_path / "a.tar").write_bytes(packed(FILES, tarfile.GNU_FORMAT))
+    with opened(tmp_path / "a.tar") as (read, stop):
+        assert {member.name.decode() for member in members(read, 0, stop, "a.tar")} == set(FILES)

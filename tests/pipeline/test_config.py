@@ -51,6 +51,15 @@ def test_every_key_can_be_set_to_its_own_value() -> None:
         assert c.override(c.ORIGINAL, settings=[f"{key}={text}"]) == c.ORIGINAL, key
 
 
+def test_every_type_has_words_for_people() -> None:
+    """A value of no type is refused for each key, with a sentence that names no Python type."""
+    names = c.keys()
+    for key in names:
+        with pytest.raises(PipelineError, match=rf"{key} takes (a|two|true|pairs)") as caught:
+            c.override(c.SEED, settings=[f"{key}=2024-01-01"])
+        assert not re.search(r"\b(tuple|int|float|bool|str)\b", str(caught.value))
+
+
 def test_set_changes_exactly_one_field() -> None:
     changed = c.override(c.SEED, settings=["train.batch_size=7", "network.lrn_beta=1", "input.mean=image"], seed=3)
     expected = dataclasses.replace(
@@ -85,24 +94,29 @@ def test_none_and_schedules_can_be_set() -> None:
         ("seed.x=4", r"no configuration key 'seed.x'"),
         ("=4", r"no configuration key ''"),
         ("train.batch_size", r"has no '='.*--set key=value"),
-        ("train.batch_size=four", r"train.batch_size takes a value of type int, not 'four'"),
-        ("train.batch_size=4.0", r"train.batch_size takes a value of type int, not 4.0"),
-        ("train.batch_size=true", r"train.batch_size takes a value of type int, not True"),
-        ("train.momentum=true", r"train.momentum takes a value of type float"),
-        ("input.flip=1", r"input.flip takes a value of type bool, not 1"),
-        ("input.mean=3", r"input.mean takes a value of type str, not 3"),
-        ("input.border=[1]", r"input.border takes a value of type"),
-        ("input.border=[1, 2, 3]", r"input.border takes a value of type"),
-        ("network.weight_std=0.1", r"network.weight_std takes a value of type"),
-        ("network.weight_std=[0.1, 'x']", r"network.weight_std takes a value of type float"),
-        ("train.lr=[[0]]", r"train.lr takes a value of type"),
-        ("seed=2024-01-01", r"seed takes a value of type int"),
-        ("train.batch_size=none", r"train.batch_size takes a value of type int, not 'none'"),
+        ("train.batch_size=four", r"train.batch_size takes a whole number, not 'four'"),
+        ("train.batch_size=4.0", r"train.batch_size takes a whole number, not 4.0"),
+        ("train.batch_size=true", r"train.batch_size takes a whole number, not True"),
+        ("train.momentum=true", r"train.momentum takes a number"),
+        ("input.flip=1", r"input.flip takes true or false, not 1"),
+        ("input.mean=3", r"input.mean takes a word, not 3"),
+        ("input.border=[1]", r"input.border takes two whole numbers such as"),
+        ("input.border=[1, 2, 3]", r"input.border takes two whole numbers such as"),
+        ("network.weight_std=0.1", r"network.weight_std takes a list of numbers such as"),
+        ("network.weight_std=[0.1, 'x']", r"network.weight_std takes a number"),
+        ("train.lr=[[0]]", r"train.lr takes pairs of a first epoch and a value"),
+        (
+            "train.lr=0.1",
+            r"train.lr takes a list of first epochs and values such as \[\[0, 0.01\], \[30, 0.001\]\], not 0.1",
+        ),
+        ("input.jitter_epochs=x", r"input.jitter_epochs takes a whole number or none, not 'x'"),
+        ("seed=2024-01-01", r"seed takes a whole number"),
+        ("train.batch_size=none", r"train.batch_size takes a whole number, not 'none'"),
         ("input.scale=nan", r"input.scale .*finite"),
         ("train.lr=[[0, inf]]", r"train.lr .*finite"),
         ("train.weight_decay=1e39", r"train.weight_decay .*finite"),
-        pytest.param(f"train.batch_size=1{'0' * 5000}", r"type int, not", id="more digits than Python reads"),
-        pytest.param(f"train.lr={'[' * 5000}", r"train.lr takes a value", id="nested too deep"),
+        pytest.param(f"train.batch_size=1{'0' * 5000}", r"a whole number, not", id="more digits than Python reads"),
+        pytest.param(f"train.lr={'[' * 5000}", r"train.lr takes a list", id="nested too deep"),
         (f"train.weight_decay=1{'0' * 400}", r"train.weight_decay .*finite"),
     ],
 )
@@ -126,6 +140,10 @@ def test_wrong_settings_are_refused(setting: str, pattern: str) -> None:
         "input.border=[0, 5000]",
         "input.mean=all",
         "input.jitter=-0.1",
+        "train.lr=[[0, -0.01]]",
+        "train.bias_lr=[[0, -0.01]]",
+        "train.bias_lr_factor=-1",
+        "network.lrn_alpha=-1",
         "network.weight_std=[0.1]",
         "network.weight_std=[0,0,0,0,0,0,0,-1]",
         "network.bias=[0]",
@@ -196,7 +214,8 @@ def test_toml_file_then_settings_then_seed(tmp_path: Path) -> None:
         (b"seed = " + b"9" * 5000, "not valid TOML"),
         (b"seed = " + b"[" * 5000, "not valid TOML"),
         (b"[train]\nbatch_sise = 4\n", r"did you mean train.batch_size\?"),
-        (b"[train]\nbatch_size = 'x'\n", "takes a value of type int"),
+        (b"[train]\nbatch_size = 'x'\n", "takes a whole number"),
+        (b"[train]\nbatch_size = 0\n", "train.batch_size must lie between 1 and 65536"),
     ],
 )
 def test_bad_toml_is_refused_by_name(tmp_path: Path, text: bytes, pattern: str) -> None:

@@ -136,10 +136,17 @@ def test_class_without_a_readable_picture(tmp_path: Path, small_source: Path) ->
 
 def test_stages_out_of_order(tmp_path: Path, run: Path) -> None:
     empty = tmp_path / "empty"
-    for stage in ("train", "eval"):
+    for stage in ("train", "eval", "report", "export", "watch", "verify"):
         pipeline("--stage", stage, "--run", empty).refused(
+            rf"there is no run {empty}", rf"--stage preprocess --run {empty}"
+        )
+        assert not empty.exists()
+    empty.mkdir()
+    for stage in ("train", "eval"):
+        sentence = pipeline("--stage", stage, "--run", empty).refused(
             r"empty/preprocess/manifest\.json does not exist", rf"--stage preprocess --run {empty}"
         )
+        assert "remove it" not in sentence
     evaluate(run).refused(rf"there is no checkpoint in {run}/train; train first: .*--stage train --run {run}")
     evaluate(run, "--checkpoint", "none.ckpt").refused(r"there is no checkpoint none\.ckpt")
 

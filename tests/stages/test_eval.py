@@ -115,3 +115,12 @@ def test_evaluation_changes_nothing_else(trained: Path) -> None:
     evaluate(trained, "--set", "eval.batch_size=3")
     assert state() == before
     assert (trained / "config.json").read_bytes() == config
+
+
+def test_settings_of_the_network_that_eval_cannot_change_are_named(trained: Path) -> None:
+    """The network is the checkpoint's; who asks for another one is told that nothing came of it."""
+    said = pipeline(
+        "--stage", "eval", "--run", trained, "--set", "network.lrn_k=1", "--set", "eval.batch_size=5"
+    ).done()
+    assert "checkpoint's own; not used: network.lrn_k (2.0 there, 1.0 here)\n" in said.out
+    assert "not used" not in pipeline("--stage", "eval", "--run", trained, "--set", "eval.batch_size=5").done().out

@@ -185,7 +185,7 @@ def test_what_cannot_be_imported_is_refused(exported: Path, tmp_path: Path, caps
 
     whole = exported / "alexnet.safetensors"
     header = read_header(whole)
-    assert "does not exist" in refused(tmp_path / "nothing") or "No such file" in refused(tmp_path / "nothing")
+    assert "there is no file" in refused(tmp_path / "nothing")
     other = tmp_path / "other.safetensors"
     other.write_bytes(whole.read_bytes()[:-1])
     assert "damaged" in refused(other)
@@ -213,3 +213,20 @@ def test_list_of_classes_is_checked(exported: Path, tmp_path: Path, capsys: pyte
         path.write_bytes(to_bytes(values, {**header.metadata, "classes": classes}))
         assert pipeline("--stage", "import", path, "--run", tmp_path / "run") == 1
         assert "classes" in (error := capsys.readouterr().err) or "description of itself" in error
+
+
+def test_a_wrong_file_is_named_and_leaves_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for missing in (tmp_path / "none.safetensors", tmp_path):
+        assert pipeline("--stage", "import", missing, "--run", tmp_path / "new") == 1
+        assert f"there is no file {missing}; check the path" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_wrong_mean_image_is_named(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mean = tmp_path / "mean.binaryproto"
+    mean.write_bytes(b"no protocol buffer")
+    file = exported / "alexnet.torch.safetensors"
+    assert pipeline("--stage", "import", file, "--mean", mean, "--run", tmp_path / "new") == 1
+    said = capsys.readouterr().err
+    assert f"cannot use {mean}: it is damaged" in said
+    assert str(file) not in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from PIL import Image
 
 import run_pipeline
 from data.shards import open_split, read_manifest
+from pipeline.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.run_dir import RunDir
 from stages.predict import bar
+from tests.command_line import ROOT
 
 
 def predict(run: Path, *arguments: object) -> int:
@@ -136,6 +139,62 @@ def test_bars_count_eighths(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bar(0.5 + 3 / 32, 4) == "██▍"
     Terminal.encoding = "ascii"
     assert bar(0.6, 5) == "###"
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"classes": 3}', b'{"classes": [{}, {}, {}, {}, {}]}', b"other"])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_damaged_class_names_are_refused_by_name(
+    manifest: bool, content: bytes, trained_run: Path, picture: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a manifest any change is found, without one what makes no sense."""
+    (run / "train").symlink_to(trained_run / "train")
+    path = run / "preprocess" / "classes.json"
+    path.write_bytes(path.read_bytes().replace(b"class1", b"class7") if content == b"other" else content)
+    if not manifest:
+        (run / "preprocess" / "manifest.json").unlink()
+    assert predict(run, picture) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ")
+    assert str(path) in said
+    assert f"--stage preprocess --run {run}" in said or "trained on other classes" in said
+
+
+def test_a_damaged_mean_picture_is_refused_by_name(
+    trained_run: Path, picture: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = load_checkpoint(find_checkpoint(trained_run / "train", "latest"))
+    saved.header["config"]["input"]["mean"] = "image"
+    save_checkpoint(run / "train", 1, saved.header, saved.arrays)
+    assert predict(run, picture) == 0
+    path = run / "preprocess" / "mean.npy"
+    sound = path.read_bytes()
+    middle = len(sound) // 2
+    for manifest in (True, False):
+        for content in (b"", sound[:1000], sound[:middle] + b"7" + sound[middle + 1 :]):
+            if not manifest and len(content) == len(sound):
+                continue  # nothing is left that could tell
+            path.write_bytes(content)
+            capsys.readouterr()
+            assert predict(run, picture) == 1
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert str(path) in said
+            assert f"--stage preprocess --run {run}" in said
+        (run / "preprocess" / "manifest.json").unlink(missing_ok=True)
+
+
+def test_a_reader_that_goes_away_ends_it_without_a_word(trained_run: Path, picture: Path) -> None:
+    command = [sys.executable, "run_pipeline.py", "--stage", "predict", "--json", "--run", trained_run]
+    with subprocess.Popen(
+        [*map(str, command), *[str(picture)] * 100], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert b"top" in process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait() == 141, said
+    assert b"error" not in said
+    assert b"Broken" not in said
 
 
 def test_what_is_missing_is_said(

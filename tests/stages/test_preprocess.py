@@ -26,6 +26,7 @@ from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import read_metrics
 from pipeline.run_dir import RunDir
 from stages import preprocess
+from tests import pictures
 from tests.conftest import ROOT
 from tests.data.archives import jpeg, packed, small_official
 from tests.data.test_sources import content
@@ -447,3 +448,11 @@ def test_the_demo_set_has_the_oddities_of_the_real_one(source: Path):
     assert len(files["n90000011_7.JPEG"]) == 4000
     sizes = {len(data) for data in files.values()}
     assert len(sizes) > 80
+
+
+def test_a_single_class_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Most often a folder too few or too many in the path, and it trains to a perfect score."""
+    for classes, said in ((1, True), (2, False)):
+        root = pictures.draw(tmp_path / str(classes), {"train": (2,) * classes, "val": (1,) * classes})
+        preprocess.run(CONFIG, RunDir(tmp_path / f"run{classes}"), source=root, jobs=1)
+        assert (f"{root} has one class only, class0: there is nothing to tell apart" in capsys.readouterr().out) == said

@@ -268,3 +268,8 @@ def test_plateau_needs_patience_and_a_level_loss() -> None:
     assert not any(plateau.stays(step, level) for step in range(7, 12))
     assert plateau.stays(12, level)
     assert not plateau.stays(13, level)
+
+
+def test_a_single_class_is_no_plateau() -> None:
+    plateau = Plateau(1, 2)
+    assert not any(plateau.stays(step, 0.0) for step in range(1, 9))

@@ -33,9 +33,12 @@ def test_screen_says_how_far_and_how_long(monkeypatch: pytest.MonkeyPatch) -> No
     assert "0:00:20 left" in text  # 40 steps of 32 at 64 a second
     assert "last line 0:01:01 ago" in text
     assert "top-1 30.00%" in text
-    assert "best top-1 40.00% (step 20)" in text
+    assert "best 40.00%, step 20" in text
     assert all(len(line) <= 80 for line in text.splitlines())
     assert len(text.splitlines()) <= 24
+    records[-1] |= {"step": 899_996, "top1": 0.5}
+    assert "best 50.00%, step 899,996" in screen(Path("runs/x"), demo, 20, records, time.time(), 80, 24)  # whole
+    records[-1] |= {"step": 40, "top1": 0.3}
     assert "the recipe's end; last line" in screen(Path("runs/x"), demo, 10, records, time.time(), 80, 24)
     assert "no step has been logged yet" in screen(Path("runs/x"), demo, 20, [], time.time(), 80, 24)
 
