@@ -66,7 +66,7 @@ def run(
     """Evaluate a checkpoint on the validation split, shared by ``ranks``, and write ``<run>/eval/``."""
     dataset = open_dataset(run_dir)
     saved = load_checkpoint(find_checkpoint(run_dir.train, checkpoint))
-    network_config = checkpoint_config(saved, dataset)
+    network_config = replace(checkpoint_config(saved, dataset), loader=config.loader)
     require_size(network_config, dataset, run_dir)
     ignored = difference(network_config, _asked(config, network_config))
     if ignored:
@@ -144,8 +144,8 @@ def evaluate(
         batches,
         crop=config.input.crop,
         largest=min(batch_size, count) * views,
-        slots=2,
-        threads=1,
+        slots=config.loader.threads + 1,  # one is being computed on
+        threads=config.loader.threads,
         allocate=ops.host_empty,
     )
     with contextlib.closing(batches_of) as loader:

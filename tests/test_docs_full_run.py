@@ -37,8 +37,8 @@ def test_table_is_what_was_measured_and_what_the_model_predicts() -> None:
         assert written[row] == pytest.approx(numbers, rel=0.1, abs=0.1), (
             f"{row}: put the table of python -m bench.full_run into docs/full_run.md"
         )
-    plan = full_run.Plan(36, 3 * 36)
-    assert f"--rate 36` says {plan.hours:.0f} hours, {plan.hours / 24:.0f} days" in TEXT
+    plan = full_run.Plan(97, 3 * 97)
+    assert f"--rate 97` says {plan.hours:.0f} hours, {plan.hours / 24:.0f} days" in TEXT
 
 
 def test_commands_and_schedule_are_the_programs() -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from pipeline.checkpoint import checkpoints
+from run_pipeline import main
+from stages import eval as evaluation
 from tests.command_line import pipeline
 
 
@@ -89,6 +91,17 @@ def test_ten_views_average_the_softmax_and_batches_of_pictures_stay_together(tra
     # Ten times the batch in one piece gives the same.
     _, others = evaluate(trained, "--views", 10, "--set", "eval.batch_size=13")
     assert others["loss"] == pytest.approx(predictions["loss"], rel=1e-5)
+
+
+def test_the_loader_has_as_many_threads_as_the_settings_say(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, _ = evaluate(trained)
+    threads, load = [], evaluation.load
+    monkeypatch.setattr(
+        evaluation, "load", lambda *given, **named: threads.append(named["threads"]) or load(*given, **named)
+    )
+    assert main(["--stage", "eval", "--run", str(trained), "--set", "loader.threads=3"]) == 0
+    assert threads == [3]
+    assert json.loads((trained / "eval" / "metrics.json").read_text())["loss"] == before["loss"]
 
 
 def test_checkpoint_latest_best_and_by_name(trained: Path) -> None:
