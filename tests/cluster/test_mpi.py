@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.checkpoint import checkpoints, load_checkpoint
+from pipeline.checkpoint import checkpoints, load_checkpoint, newest_sound
 from pipeline.metrics import read_metrics
 from tests.command_line import Result, finish, pipeline, settings, start, wait_until
 
@@ -147,6 +147,26 @@ def test_a_killed_rank_ends_the_job_and_four_ranks_resume_where_two_were(run: Pa
     resumed = train(run, 4, "--resume", "--steps", STEPS - done).done()
     assert "so far a batch was shared by 2 ranks, from here on by 4" in resumed.out
     agree(run, one)
+
+
+def test_a_rank_that_falls_silent_ends_the_job(run: Path) -> None:
+    every = settings("train.checkpoint_every=1")
+    command = ("--stage", "train", "--run", run, "--steps", 200, *BATCH, *every)
+    process = start(*command, launcher=ranks(2), ALEXNET_SILENCE="4")
+    wait_until(lambda: (run / "train" / "latest.json").exists(), process)
+    silent = process_of(run, 1)
+    os.kill(silent, signal.SIGSTOP)
+    try:
+        result = finish(process, 60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(silent, signal.SIGKILL)
+    assert result.status not in (0, 143), result
+    assert "rank 0 of 2, on " in result.err
+    assert "has heard nothing of the others for 4 s" in result.err
+    saved, complaints = newest_sound(run / "train")
+    assert saved is not None
+    assert not complaints
 
 
 def process_of(run: Path, rank: int) -> int:
