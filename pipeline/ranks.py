@@ -14,6 +14,7 @@ import hashlib
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from pipeline.errors import PipelineError
 Gradients = Iterable[tuple[str, np.ndarray]]
 
 BUCKET: Final = 4 << 20  # bytes; smaller gradients travel together, larger ones on their own and without a copy
+SILENCE: Final = 600.0  # seconds after which a rank takes the others for lost; $ALEXNET_SILENCE where it is set
+SLOWER: Final = 10  # times as long as one rank may another take for its share of an evaluation
 PATIENCE: Final = 2.0  # seconds in which the other ranks are expected to end too, before the job is aborted
 
 
@@ -51,6 +54,8 @@ class Ranks:
         The arrays of all ranks, of one shape, one a row.
     wait : callable
         Wait until every rank has come here.
+    meet : callable
+        The same after work of so many seconds here, for which a slower machine may take ten times as long.
     reduce : callable
         From a backward pass's gradients, as they become known, to their sums over all ranks. Host arrays only.
     """
@@ -64,6 +69,7 @@ class Ranks:
     largest: Callable[[int], int]
     gather: Callable[[np.ndarray], np.ndarray]
     wait: Callable[[], None]
+    meet: Callable[[float], None]
     reduce: Callable[[Gradients], Iterator[tuple[str, np.ndarray]]]
 
     @property
@@ -113,6 +119,7 @@ ALONE: Final = Ranks(
     largest=int,
     gather=lambda a: a[np.newaxis],
     wait=lambda: None,
+    meet=lambda took: None,
     reduce=iter,
 )
 
@@ -244,16 +251,38 @@ def _ranks(world: Any) -> Ranks:
     here = world.Split_type(MPI.COMM_TYPE_SHARED)
     local = here.Get_rank()
     here.Free()
+    watched = _watch(world.Get_rank(), world.Get_size(), silence(os.environ))
+
+    def add(a: np.ndarray) -> None:
+        with watched():
+            world.Allreduce(MPI.IN_PLACE, a)
+
+    def unite(a: np.ndarray) -> None:
+        with watched():
+            world.Allreduce(MPI.IN_PLACE, a.view(np.uint8), MPI.BOR)
+
+    def broadcast(a: np.ndarray) -> None:
+        with watched():
+            world.Bcast(a)
 
     def largest(number: int) -> int:
         value = np.array([number], dtype=np.int64)
-        world.Allreduce(MPI.IN_PLACE, value, MPI.MAX)
+        with watched():
+            world.Allreduce(MPI.IN_PLACE, value, MPI.MAX)
         return int(value[0])
 
     def gather(a: np.ndarray) -> np.ndarray:
         rows = np.empty((world.Get_size(), *a.shape), dtype=a.dtype)
-        world.Allgather(np.ascontiguousarray(a), rows)
+        with watched():
+            world.Allgather(np.ascontiguousarray(a), rows)
         return rows
+
+    def wait() -> None:
+        meet(0.0)
+
+    def meet(took: float) -> None:
+        with watched(SLOWER * took):
+            world.Barrier()
 
     def reduce(gradients: Gradients) -> Iterator[tuple[str, np.ndarray]]:
         under_way: list[tuple[Any, np.ndarray, list[tuple[str, np.ndarray]]]] = []
@@ -265,21 +294,78 @@ def _ranks(world: Any) -> Ranks:
             while under_way and under_way[0][0].Test():
                 yield from unpacked(*under_way.pop(0)[1:])
         for request, flat, bucket in under_way:
-            request.Wait()
+            with watched():
+                request.Wait()
             yield from unpacked(flat, bucket)
 
     return Ranks(
         rank=world.Get_rank(),
         size=world.Get_size(),
         local=local,
-        add=lambda a: world.Allreduce(MPI.IN_PLACE, a),
-        unite=lambda a: world.Allreduce(MPI.IN_PLACE, a.view(np.uint8), MPI.BOR),
-        broadcast=lambda a: world.Bcast(a),
+        add=add,
+        unite=unite,
+        broadcast=broadcast,
         largest=largest,
         gather=gather,
-        wait=world.Barrier,
+        wait=wait,
+        meet=meet,
         reduce=reduce,
     )
+
+
+def silence(environment: Mapping[str, str]) -> float:
+    """Seconds that a rank waits for the others.
+
+    Raises
+    ------
+    PipelineError
+        ``ALEXNET_SILENCE`` is not a positive number.
+    """
+    text = environment.get("ALEXNET_SILENCE", str(SILENCE))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise PipelineError(f"ALEXNET_SILENCE is {text!r}, which is not a positive number of seconds")
+    return seconds
+
+
+def _watch(rank: int, size: int, seconds: float) -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """What to wait in: a wait of more than ``seconds``, and what more is allowed it, ends this process.
+
+    The launcher then ends the job. MPI does not notice a network that breaks or a machine that stops: it waits for
+    ever, in C, where no signal's handler runs. So a thread looks after it, and ends the process without asking MPI,
+    which might wait again.
+    """
+    waits: list[tuple[float, float]] = []  # the one under way, if any: its allowance, and when that is used up
+
+    def look() -> None:
+        while True:
+            time.sleep(min(1.0, seconds / 4))
+            for allowed, end in waits[:]:
+                if time.monotonic() > end:
+                    # Not sys.stderr, which prints on the first rank only.
+                    print(
+                        f"rank {rank} of {size}, on {socket.gethostname()}, has heard nothing of the others for "
+                        f"{allowed:g} s (ALEXNET_SILENCE) and ends the job: a machine or the network between them is "
+                        "down, or a rank is stopped; go on with --resume",
+                        file=sys.__stderr__,
+                        flush=True,
+                    )
+                    os._exit(1)
+
+    threading.Thread(target=look, name="watch", daemon=True).start()
+
+    @contextlib.contextmanager
+    def watched(more: float = 0.0) -> Iterator[None]:
+        waits.append((seconds + more, time.monotonic() + seconds + more))
+        try:
+            yield
+        finally:
+            waits.clear()
+
+    return watched
 
 
 def buckets(gradients: Gradients, size: int) -> Iterator[list[tuple[str, np.ndarray]]]:

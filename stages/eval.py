@@ -164,6 +164,7 @@ def evaluate(
             if progress is not None:
                 progress.advance(everywhere)
     mine = [row for b in batches for row in range(b * batch_size, min((b + 1) * batch_size, count))]
+    ranks.meet(time.perf_counter() - start)
     columns = ranks.largest(tops[0].shape[1] if tops else 0)  # a rank may have had no batch
 
     def whole(parts: list[np.ndarray], dtype: type, *shape: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import ranks
+from pipeline.errors import PipelineError
 
 
 def of(rank: int, size: int) -> ranks.Ranks:
@@ -57,6 +58,14 @@ def test_what_launchers_say() -> None:
     assert ranks.launched({"OMPI_COMM_WORLD_SIZE": "2"}) == 2
     assert ranks.launched({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "8"}) == 8
     assert ranks.launched({"SLURM_NTASKS": "8"}) == 1, "inside sbatch, but not started by srun"
+
+
+def test_how_long_a_rank_waits_for_the_others() -> None:
+    assert ranks.silence({}) == ranks.SILENCE
+    assert ranks.silence({"ALEXNET_SILENCE": "2.5"}) == 2.5
+    for text in ("", "0", "-1", "nan", "soon"):
+        with pytest.raises(PipelineError, match="not a positive number"):
+            ranks.silence({"ALEXNET_SILENCE": text})
 
 
 def test_alone_changes_nothing() -> None:

@@ -18,7 +18,7 @@ from pipeline.errors import StoppedError
 from pipeline.signals import Interruption, StopRequest
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_first_signal_is_noted_second_interrupts(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012  what matters is what happens in between
@@ -40,11 +40,11 @@ def test_the_other_signal_interrupts_as_well() -> None:
 
 
 def test_nothing_is_changed_without_a_signal() -> None:
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with StopRequest() as stop:
         pass
     assert stop.signum is None
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
 class Something:
@@ -73,7 +73,7 @@ def _in_the_garbage_collector(act: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("place", [_in_a_finalizer, _in_a_weak_reference, _in_the_garbage_collector])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_that_python_would_ignore_is_not_lost(
     place: Callable[[Callable[[], None]], None],
     number: signal.Signals,
@@ -96,9 +96,10 @@ def test_a_signal_that_python_would_ignore_is_not_lost(
         pytest.fail("the signal was lost")
 
     monkeypatch.setattr(run_pipeline, "_run", stage)
-    before = sys.unraisablehook, *(signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM))
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+    before = sys.unraisablehook, *(signal.getsignal(n) for n in numbers)
     assert run_pipeline.main(["--stage", "verify"]) == status
-    after = sys.unraisablehook, *(signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM))
+    after = sys.unraisablehook, *(signal.getsignal(n) for n in numbers)
     assert after == before
     told = capfd.readouterr().err
     assert "everything finished so far is kept" in told
