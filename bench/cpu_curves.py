@@ -109,15 +109,17 @@ def by_torch(config: Config, dataset: Dataset, start: Host, steps: int, threads:
     rates = dict(zip(names, learning_rates(config, names, 0).tolist(), strict=True))
     keep = config.network.dropout_keep
     scale = 1 / keep if config.network.dropout_scale_in_training else 1.0
+    mean = torch.from_numpy(dataset.mean.transpose(2, 0, 1).copy())
     losses = []
     for number, arrays in batches(config, dataset, steps):
-        x = parity.torch_input(config, dataset.mean, arrays, torch.float32, jittered=config.input.jitter > 0)
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        x = parity.torch_input(config, mean, batch, torch.float32, jittered=config.input.jitter > 0)
 
         def dropout(y: torch.Tensor, layer: int, number: int = number) -> torch.Tensor:
             return y * torch.from_numpy(dropout_mask(tuple(y.shape), keep, (config.seed, number, layer))) * scale
 
         scores = parity.torch_scores(config.network, parameters, x, dropout)
-        loss = F.cross_entropy(scores, torch.from_numpy(arrays["labels"]).long())
+        loss = F.cross_entropy(scores, batch["labels"].long())
         gradients = dict(zip(names, torch.autograd.grad(loss, list(parameters.values())), strict=True))
         parity.torch_update(parameters, velocities, gradients, rates, decays(config, names), config.train.momentum)
         losses.append(float(loss.detach().double()))
