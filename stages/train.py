@@ -305,6 +305,7 @@ class _Trainer:
     def save(self, header: dict[str, Any]) -> None:
         """Write a checkpoint, once all ranks have been found to have the same weights."""
         self.settle()
+        start = time.perf_counter()
         ops, parameters = self._ops, self.state.parameters
         self.ranks.require_same(
             lambda: b"".join(hashlib.sha256(ops.to_host(value)).digest() for value in parameters.values()),
@@ -313,6 +314,7 @@ class _Trainer:
         )
         self._records.save(self.state, header)
         self.ranks.wait()
+        self._clock += time.perf_counter() - start  # rates are those of steps
 
     def _step_function(self, epoch: int) -> Callable[[dict[str, Any]], Any]:
         now = jittered(self._config, epoch)

@@ -10,6 +10,8 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,3 +275,22 @@ def test_plateau_needs_patience_and_a_level_loss() -> None:
 def test_a_single_class_is_no_plateau() -> None:
     plateau = Plateau(1, 2)
     assert not any(plateau.stays(step, 0.0) for step in range(1, 9))
+
+
+def test_writing_a_checkpoint_does_not_count_as_training(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(prepared, run)
+    now, save = [0.0], train_stage.save_checkpoint
+    monkeypatch.setattr(train_stage, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slow(*given: Any) -> Path:
+        now[0] += 1000
+        return save(*given)
+
+    monkeypatch.setattr(train_stage, "save_checkpoint", slow)
+    assert run_pipeline.main(["--stage", "train", "--run", str(run), "--steps", "8"]) == 0
+    assert now[0] == 2000  # an epoch's end and the run's
+    lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["images_per_second"] > 1 for line in lines if "images_per_second" in line)
