@@ -562,7 +562,6 @@ def _allow_open_files(count: int) -> None:
     wanted = soft + count
     if soft != resource.RLIM_INFINITY:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(
-            ValueError
-        ):  # macOS allows less than its limit says; the files may still be few enough
+        # macOS allows less than its limit says; the files may still be few enough.
+        with contextlib.suppress(ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

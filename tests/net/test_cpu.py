@@ -113,9 +113,11 @@ def test_what_the_host_laid_out_well_is_not_copied() -> None:
         np.testing.assert_array_equal(copy, a)
 
 
-def test_warming_up_is_no_update() -> None:
-    before = update.count()
+def test_warming_up_runs_a_kernel_and_is_no_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, kernel, runs = update.count(), update._update, []
+    monkeypatch.setattr(update, "_update", lambda *given: runs.append(kernel(*given)))
     net.cpu.warm_up()
+    assert len(runs) == 1
     assert update.count() == before, "what was derived from fixed weights would be computed again"
 
 
