@@ -8,9 +8,8 @@ through vector instructions; only turning it round moves pixels one by one.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from net.cpu.jit import inner, kernel
+from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import contiguous, empty
 
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import prange
 
 from net.cpu import im2col, plan, winograd, winograd_gradient
 from net.cpu.finish import NOTHING, Finish, Results, block, finish_all, finish_image, results, unfinish
 from net.cpu.fixed import filters
-from net.cpu.jit import kernel
+from net.cpu.jit import kernel, prange
 from net.cpu.memory import contiguous, empty
 
 Lrn = tuple[int, float, float, float] | None

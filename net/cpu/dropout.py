@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import prange
 
-from net.cpu.jit import kernel
+from net.cpu.jit import kernel, prange
 from net.cpu.memory import contiguous, empty
 from net.cpu.philox import philox4x32
 

@@ -25,9 +25,8 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
-from numba import prange
 
-from net.cpu.jit import inner, kernel
+from net.cpu.jit import inner, kernel, prange
 from net.cpu.lrn import denormalise, normalise, scales
 from net.cpu.memory import empty
 from net.cpu.pool import pool_row, pooled, unpool_row

@@ -17,9 +17,8 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from numba import prange
 
-from net.cpu.jit import kernel
+from net.cpu.jit import kernel, prange
 from net.cpu.memory import empty
 
 _SLAB: Final = 8 << 20  # bytes of columns at a time

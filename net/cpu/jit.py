@@ -1,4 +1,4 @@
-"""How kernels are compiled: one place for Numba's options.
+"""How kernels are compiled: one place for Numba's options, and the place that imports it.
 
 ``kernel``
     a loop over ``prange`` that runs on all cores. Called from Python, **from one thread only**: the threading layer is
@@ -31,14 +31,36 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import llvmlite
-import numba
-from llvmlite import binding
-from numba.core import event
+
+@contextmanager
+def _hidden(*modules: str) -> Iterator[None]:
+    """Imports of these modules fail inside the with-block, unless they have already been made."""
+    hidden = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+# Numba tries whether SciPy and PyYAML are there: with the one kernels could multiply matrices with `@`, the other reads
+# settings from a file. Importing them takes 0.15 s at every start, for what no kernel here uses. Other modules of this
+# package are loaded after this one.
+with _hidden("scipy", "scipy.linalg.cython_blas", "yaml"):
+    import llvmlite
+    import numba
+    import numba.np.arraymath
+    from llvmlite import binding
+    from numba import prange
+    from numba.core import event
+
+__all__ = ["cache_folder", "cache_name", "inner", "kernel", "prange"]
 
 numba.config.THREADING_LAYER = "workqueue"
 

@@ -21,9 +21,8 @@ from typing import Any, Final
 
 import numba
 import numpy as np
-from numba import prange
 
-from net.cpu.jit import kernel
+from net.cpu.jit import kernel, prange
 from net.cpu.memory import contiguous, empty
 from net.cpu.product import add_rows_times_panel, rows_times_panel
 from net.cpu.simd import BLOCK, PANEL, copy, prefetch

@@ -13,9 +13,8 @@ terms that is free and removes the only rounding error that would grow with the 
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from net.cpu.jit import inner, kernel
+from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import contiguous, empty
 
 

@@ -13,9 +13,8 @@ of (2h + 1)²; both run over the channels, which lie side by side.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from net.cpu.jit import inner, kernel
+from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import contiguous, empty
 
 

@@ -16,9 +16,8 @@ Gain: see docs/cpu.md.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from net.cpu.jit import inner, kernel
+from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import contiguous, empty
 
 

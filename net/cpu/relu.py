@@ -7,9 +7,8 @@ pass at memory speed.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from net.cpu.jit import kernel
+from net.cpu.jit import kernel, prange
 from net.cpu.memory import contiguous, empty
 
 

@@ -14,9 +14,8 @@ Gain: see docs/cpu.md.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from net.cpu.jit import kernel
+from net.cpu.jit import kernel, prange
 from net.cpu.memory import contiguous, empty
 
 

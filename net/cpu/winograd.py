@@ -38,9 +38,8 @@ from typing import Final, NamedTuple
 
 import numba
 import numpy as np
-from numba import prange
 
-from net.cpu.jit import inner, kernel
+from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import empty
 from net.cpu.product import rows_times_half_panel, rows_times_panel
 from net.cpu.simd import BLOCK, LANES, PANEL, copy, transform

@@ -23,9 +23,8 @@ from typing import Final
 
 import numba
 import numpy as np
-from numba import prange
 
-from net.cpu.jit import inner, kernel
+from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import empty
 from net.cpu.product import add_columns_times_panel
 from net.cpu.simd import LANES, PANEL, fence, stream, transform
