@@ -6,7 +6,8 @@ functions with the same parameters; :func:`load` refuses a module that lacks one
 
 Arrays are float32 in NHWC order (image, row, column, channel); convolution weights are (KH, KW, Cin/groups, Cout),
 fully connected weights (Cin, Cout). Gradients overwrite, they never add. Arguments are not modified, except by
-``sgd_update``.
+``sgd_update``. What stands for the gradient of weights may be something that ``sgd_update`` computes while it uses it,
+as long as ``to_host`` makes an array of it.
 
 Three values change from step to step of a training run: the learning rate, the step number in a dropout key, and
 dropout's ``first``, the place in the global batch of the first row, which is not 0 where several processes share a

@@ -376,7 +376,8 @@ def buckets(gradients: Gradients, size: int) -> Iterator[list[tuple[str, np.ndar
     after its messages.
     """
     waiting: list[tuple[str, np.ndarray]] = []
-    for name, gradient in gradients:
+    for name, given in gradients:
+        gradient = np.asarray(given)  # a backend may compute one only now that it is wanted
         if gradient.nbytes >= size:
             yield [(name, gradient)]
             continue

@@ -1,14 +1,13 @@
 """Fully connected layer, alone and with the ReLU after it: y = x w + b; dx = dy wᵀ, dw = xᵀ dy, db = sum of dy.
 
-The matrix w is large (fc6: 151 MB) and the batch small, so w and dw should pass through the cores once, in the order
-in which they lie in memory, while x and dy are small enough to be laid out as each product likes best:
+The matrix w is large (fc6: 151 MB) and the batch small, so w should pass through the cores once, in the order in which
+it lies in memory, while x and dy are small enough to be laid out as each product likes best:
 
 - y: a strip of w's columns is packed into panels, some rows at a time; these and the sums fit the second-level cache.
 - dx: computed as dxᵀ = w dyᵀ. The rows of w are the left operand just as they lie; dyᵀ is packed once.
 - y of a few images only is limited by reading w, and gains nothing from panels: each core reads a few hundred rows
   of w at a time, from beginning to end, and the sums over them are added up afterwards.
-- dw: the rows of xᵀ are the left operand, dy packed into panels the right one; each element of dw is written once.
-  BLAS writes zeros first and then adds to them.
+- dw: see ``weight_gradient.py``.
 
 Every element is one sum in a fixed order, so the results do not depend on the number of threads. BLAS's do.
 
@@ -24,16 +23,14 @@ import numpy as np
 
 from net.cpu.jit import kernel, prange
 from net.cpu.memory import contiguous, empty
-from net.cpu.product import add_rows_times_panel, rows_times_panel
+from net.cpu.product import add_rows_times_panel
 from net.cpu.simd import BLOCK, PANEL, copy, prefetch
+from net.cpu.weight_gradient import ROWS, SHIFT, WeightGradient
 
 _FEW: Final = 4  # images up to which y is computed without panels
 _DEPTH: Final = 256  # rows of w at a time in y of a few images, columns in dx
 _PACKED: Final = 64  # rows of w at a time in y: rows a power of two apart share a few cache lines, which more overflow
 _WIDE: Final = 8  # panels of w at most at a time in y: packed rows and sums stay in a second-level cache beside x
-_ROWS: Final = 8 * BLOCK  # rows of w or dw at a time in dx and dw
-_GROUP: Final = 16  # panels of dy at a time in dw: with 128 images as many bytes as half a second-level cache
-_SHIFT: Final = 16  # floats in a cache line: keeps rows of a power of two apart in the cache
 
 
 def linear_forward(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -43,7 +40,7 @@ def linear_forward(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def linear_backward(
     dy: np.ndarray, x: np.ndarray, w: np.ndarray, *, need_dx: bool = True
-) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray | None, WeightGradient, np.ndarray]:
     """dy (N, Cout) -> dx (N, Cin) or None, dw (Cin, Cout), db (Cout,)."""
     dy, x, w = contiguous(dy), contiguous(x), contiguous(w)
     return _backward(dy, dy, x, w, False, need_dx)
@@ -58,7 +55,7 @@ def linear_block_forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, *, trainin
 
 def linear_block_backward(
     dy: np.ndarray, kept: Any, w: np.ndarray, *, need_dx: bool
-) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray | None, WeightGradient, np.ndarray]:
     """dy of the block's output -> dx or None, dw, db."""
     x, y = kept
     return _backward(contiguous(dy), y, x, contiguous(w), True, need_dx)
@@ -70,7 +67,7 @@ def _forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool) -> np.ndar
     if n <= _FEW:
         _few_products(x, w, b, relu, empty((max(1, -(-depth // _DEPTH)), n, w.shape[1])), y)
         return y
-    apart = empty((n, depth + _SHIFT))
+    apart = empty((n, depth + SHIFT))
     np.copyto(apart[:, :depth], x)
     # As many strips as keep all cores busy; no sum depends on where a strip begins.
     panels, threads = -(-w.shape[1] // PANEL), numba.get_num_threads()
@@ -81,15 +78,15 @@ def _forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool) -> np.ndar
 
 def _backward(
     dy: np.ndarray, y: np.ndarray, x: np.ndarray, w: np.ndarray, relu: bool, need_dx: bool
-) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray | None, WeightGradient, np.ndarray]:
     n, maps = dy.shape
     panels = -(-maps // PANEL)
-    dw, db = empty(w.shape), empty(maps)
+    db = empty(maps)
     by_map, by_image = empty(panels * n * PANEL), empty(-(-n // PANEL) * maps * PANEL)
     _pack(dy, y, relu, by_map, by_image, db)
-    turned = empty((x.shape[1], n + _SHIFT))
+    turned = empty((x.shape[1], n + SHIFT))
     np.copyto(turned[:, :n], x.T)
-    _weights(turned.reshape(-1), by_map, n, dw.reshape(-1), maps)
+    dw = WeightGradient(w.shape, turned, by_map, n)
     if not need_dx:
         return None, dw, db
     dx = empty(x.shape)
@@ -101,7 +98,7 @@ def _backward(
 def _products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, width: int, y: np.ndarray) -> None:
     images, maps = y.shape
     depth = w.shape[0]
-    row = depth + _SHIFT
+    row = depth + SHIFT
     flat = w.reshape(-1)
     zero = np.float32(0)
     for strip in prange((maps + width - 1) // width):
@@ -126,7 +123,7 @@ def _products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, width: in
             for panel in range(panels):
                 for i in range(0, images, BLOCK):
                     for k in range(following, min(following + ahead, depth)):
-                        for o in range(0, columns, _SHIFT):
+                        for o in range(0, columns, SHIFT):
                             prefetch(flat, k * maps + first + o)
                     following += ahead
                     add_rows_times_panel(
@@ -208,46 +205,14 @@ def _pack(dy: np.ndarray, y: np.ndarray, relu: bool, by_map: np.ndarray, by_imag
 
 
 @kernel
-def _weights(x: np.ndarray, dy: np.ndarray, images: int, dw: np.ndarray, maps: int) -> None:
-    """dw from xᵀ, rows ``images + _SHIFT`` long, and dy in panels of maps."""
-    row = images + _SHIFT
-    depth = dw.size // maps
-    whole = maps // PANEL
-    for block in prange((depth + _ROWS - 1) // _ROWS):
-        first = block * _ROWS
-        rows = min(_ROWS, depth - first)
-        last = np.empty(_ROWS * PANEL, np.float32)
-        for group in range(0, whole, _GROUP):
-            for i in range(0, rows, BLOCK):
-                for panel in range(group, min(group + _GROUP, whole)):
-                    rows_times_panel(
-                        x,
-                        (first + i) * row,
-                        row,
-                        dy,
-                        panel * images * PANEL,
-                        dw,
-                        (first + i) * maps + panel * PANEL,
-                        maps,
-                        min(BLOCK, rows - i),
-                        images,
-                    )
-        if whole * PANEL < maps:
-            rows_times_panel(x, first * row, row, dy, whole * images * PANEL, last, 0, PANEL, rows, images)
-            for i in range(rows):
-                for o in range(maps - whole * PANEL):
-                    dw[(first + i) * maps + whole * PANEL + o] = last[i * PANEL + o]
-
-
-@kernel
 def _inputs(w: np.ndarray, dy: np.ndarray, maps: int, dx: np.ndarray) -> None:
     """dx from w and dy in panels of images."""
     images, depth = dx.shape
     panels = (images + PANEL - 1) // PANEL
-    for block in prange((depth + _ROWS - 1) // _ROWS):
-        first = block * _ROWS
-        rows = min(_ROWS, depth - first)
-        sums = np.zeros(panels * _ROWS * PANEL, np.float32)
+    for block in prange((depth + ROWS - 1) // ROWS):
+        first = block * ROWS
+        rows = min(ROWS, depth - first)
+        sums = np.zeros(panels * ROWS * PANEL, np.float32)
         for start in range(0, maps, _DEPTH):
             now = min(_DEPTH, maps - start)
             for i in range(0, rows, BLOCK):
@@ -259,11 +224,11 @@ def _inputs(w: np.ndarray, dy: np.ndarray, maps: int, dx: np.ndarray) -> None:
                         dy,
                         (panel * maps + start) * PANEL,
                         sums,
-                        (panel * _ROWS + i) * PANEL,
+                        (panel * ROWS + i) * PANEL,
                         PANEL,
                         min(BLOCK, rows - i),
                         now,
                     )
         for n in range(images):
             for i in range(rows):
-                dx[n, first + i] = sums[(n // PANEL * _ROWS + i) * PANEL + n % PANEL]
+                dx[n, first + i] = sums[(n // PANEL * ROWS + i) * PANEL + n % PANEL]

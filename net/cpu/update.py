@@ -17,10 +17,17 @@ import numpy as np
 
 from net.cpu.jit import kernel, prange
 from net.cpu.memory import contiguous, empty
+from net.cpu.weight_gradient import WeightGradient
 
 
 def sgd_update(
-    w: np.ndarray, v: np.ndarray, dw: np.ndarray, *, lr: float | np.ndarray, momentum: float, decay: float
+    w: np.ndarray,
+    v: np.ndarray,
+    dw: np.ndarray | WeightGradient,
+    *,
+    lr: float | np.ndarray,
+    momentum: float,
+    decay: float,
 ) -> None:
     """Update w and v in place; all three of one shape. ``lr`` is a number or an array of one element."""
     if not (w.flags.carray and v.flags.carray):
@@ -28,14 +35,11 @@ def sgd_update(
     global _count
     _count += 1
     rate = float(np.asarray(lr).item())
-    _update(
-        w.reshape(-1),
-        v.reshape(-1),
-        contiguous(dw).reshape(-1),
-        np.float32(momentum),
-        np.float32(decay * rate),
-        np.float32(rate),
-    )
+    numbers = np.float32(momentum), np.float32(decay * rate), np.float32(rate)
+    if isinstance(dw, WeightGradient):
+        dw.descend(w.reshape(-1), v.reshape(-1), *numbers)
+    else:
+        _update(w.reshape(-1), v.reshape(-1), contiguous(dw).reshape(-1), *numbers)
 
 
 _count = 0

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import net.cpu
-from net import backend, network
+from net import backend, network, reference
 from net.alexnet import alexnet
 from net.cpu import memory, update, winograd
 from net.layers import fuse
@@ -119,6 +119,26 @@ def test_warming_up_runs_a_kernel_and_is_no_update(monkeypatch: pytest.MonkeyPat
     net.cpu.warm_up()
     assert len(runs) == 1
     assert update.count() == before, "what was derived from fixed weights would be computed again"
+
+
+@pytest.mark.parametrize(
+    ("images", "depth", "maps"), [(1, 3, 5), (7, 101, 16), (5, 49, 23), (128, 97, 1000), (3, 6, 1)]
+)
+def test_an_update_by_a_gradient_not_yet_computed(images: int, depth: int, maps: int) -> None:
+    random = np.random.default_rng(images)
+    x, w, v = (random.standard_normal(shape, dtype=np.float32) for shape in ((images, depth), *[(depth, maps)] * 2))
+    dy = random.standard_normal((images, maps), dtype=np.float32)
+    memory.poison(np.float32(np.nan))
+    _, gradient, _ = net.cpu.linear_backward(dy, x, w, need_dx=False)
+    assert not isinstance(gradient, np.ndarray)
+    numbers = {"lr": 0.1, "momentum": 0.9, "decay": 0.05}
+    theirs = w.copy(), v.copy()
+    reference.sgd_update(*theirs, x.T @ dy, **numbers)
+    for dw in (gradient, np.asarray(gradient)):
+        ours = net.cpu.asarray(w), net.cpu.asarray(v)
+        net.cpu.sgd_update(*ours, dw, **numbers)
+        for mine, expected in zip(ours, theirs, strict=True):
+            cases.assert_close(mine, expected, 1e-5)
 
 
 def test_host_arrays_are_copied() -> None:

@@ -1,0 +1,116 @@
+"""The gradient of a fully connected layer's weights, dw = xᵀ dy, computed while the update reads it.
+
+dw is as large as w (fc6: 151 MB) and wanted once, by the update, which reads w and v as well. Written whole it would go
+out to memory and come back. So the backward pass leaves a :class:`WeightGradient`, both operands as the product likes
+them, and ``sgd_update`` computes some rows of dw at a time and changes those of w and v while they are in the cache.
+Who wants the array itself, as processes that add up their gradients do, gets it from ``np.asarray``.
+
+The rows of xᵀ are the left operand, dy packed into panels the right one. Every element is one sum in a fixed order, so
+nothing depends on the number of threads.
+
+Gain (batch 128): see docs/cpu.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from net.cpu.jit import inner, kernel, prange
+from net.cpu.memory import empty
+from net.cpu.product import rows_times_panel
+from net.cpu.simd import BLOCK, PANEL
+
+ROWS: Final = 8 * BLOCK  # rows of w or dw at a time
+SHIFT: Final = 16  # floats in a cache line: keeps rows of a power of two apart in the cache
+_GROUP: Final = 16  # panels of dy at a time: with 128 images as many bytes as half a second-level cache
+
+
+@dataclass(frozen=True, eq=False)
+class WeightGradient:
+    """dw (Cin, Cout), float32, of ``images`` pictures.
+
+    ``turned`` (Cin, images + SHIFT) is xᵀ, ``panels`` (ceil(Cout / PANEL) * images * PANEL,) is dy as panels of maps,
+    [panel][image].
+    """
+
+    shape: tuple[int, int]
+    turned: np.ndarray
+    panels: np.ndarray
+    images: int
+
+    def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("the gradient has not been computed yet: it cannot be had without a copy")
+        dw = empty(self.shape)
+        _compute(self.turned.reshape(-1), self.panels, self.images, dw.reshape(-1), self.shape[1])
+        return dw.astype(dtype or np.float32, copy=False)
+
+    def descend(self, w: np.ndarray, v: np.ndarray, momentum: np.float32, shrink: np.float32, rate: np.float32) -> None:
+        """v <- momentum * v - shrink * w - rate * dw; w <- w + v, both flat and in place."""
+        _descend(self.turned.reshape(-1), self.panels, self.images, w, v, self.shape[1], momentum, shrink, rate)
+
+
+@kernel
+def _compute(x: np.ndarray, dy: np.ndarray, images: int, dw: np.ndarray, maps: int) -> None:
+    depth = dw.size // maps
+    for block in prange((depth + ROWS - 1) // ROWS):
+        first = block * ROWS
+        _rows(x, dy, images, maps, first, min(ROWS, depth - first), dw, first * maps)
+
+
+@kernel
+def _descend(
+    x: np.ndarray,
+    dy: np.ndarray,
+    images: int,
+    w: np.ndarray,
+    v: np.ndarray,
+    maps: int,
+    momentum: np.float32,
+    shrink: np.float32,
+    rate: np.float32,
+) -> None:
+    depth = w.size // maps
+    for block in prange((depth + ROWS - 1) // ROWS):
+        first = block * ROWS
+        rows = min(ROWS, depth - first)
+        dw = np.empty(ROWS * maps, np.float32)
+        _rows(x, dy, images, maps, first, rows, dw, 0)
+        at = first * maps
+        for i in range(rows * maps):
+            v[at + i] = momentum * v[at + i] - shrink * w[at + i] - rate * dw[i]
+            w[at + i] += v[at + i]
+
+
+@inner
+def _rows(
+    x: np.ndarray, dy: np.ndarray, images: int, maps: int, first: int, rows: int, dw: np.ndarray, dw_at: int
+) -> None:
+    """``rows`` rows of dw from ``first`` on, written to ``dw`` from ``dw_at`` on."""
+    row = images + SHIFT
+    whole = maps // PANEL
+    for group in range(0, whole, _GROUP):
+        for i in range(0, rows, BLOCK):
+            for panel in range(group, min(group + _GROUP, whole)):
+                rows_times_panel(
+                    x,
+                    (first + i) * row,
+                    row,
+                    dy,
+                    panel * images * PANEL,
+                    dw,
+                    dw_at + i * maps + panel * PANEL,
+                    maps,
+                    min(BLOCK, rows - i),
+                    images,
+                )
+    if whole * PANEL < maps:
+        last = np.empty(ROWS * PANEL, np.float32)
+        rows_times_panel(x, first * row, row, dy, whole * images * PANEL, last, 0, PANEL, rows, images)
+        for i in range(rows):
+            for o in range(maps - whole * PANEL):
+                dw[dw_at + i * maps + whole * PANEL + o] = last[i * PANEL + o]
