@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
+import net.cpu
 from pipeline.checkpoint import checkpoints
 from run_pipeline import main
 from stages import eval as evaluation
@@ -102,6 +103,26 @@ def test_the_loader_has_as_many_threads_as_the_settings_say(trained: Path, monke
     assert main(["--stage", "eval", "--run", str(trained), "--set", "loader.threads=3"]) == 0
     assert threads == [3]
     assert json.loads((trained / "eval" / "metrics.json").read_text())["loss"] == before["loss"]
+
+
+@pytest.mark.parametrize("classes", [1, 3, 12, 1000])
+def test_the_most_probable_classes_are_those_of_a_stable_sort(classes: int) -> None:
+    random = np.random.default_rng(classes)
+    for p in (random.integers(0, 4, (50, classes)) / 4, random.random((50, classes)), np.zeros((2, classes))):
+        p = p.astype(np.float32)
+        before = p.copy()
+        assert np.array_equal(evaluation.most_probable(p), np.argsort(-p, axis=1, kind="stable")[:, :5])
+        assert np.array_equal(p, before)
+
+
+def test_a_batch_is_read_after_the_next_has_been_started(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    upload, to_host = net.cpu.upload, net.cpu.to_host
+    monkeypatch.setattr(net.cpu, "upload", lambda arrays: events.append("start") or upload(arrays))
+    monkeypatch.setattr(net.cpu, "to_host", lambda a: events.append("read") or to_host(a))
+    command = ["--stage", "eval", "--run", str(trained), "--device", "cpu", "--set", "eval.batch_size=5"]
+    assert main(command) == 0
+    assert events == ["start", "start", "read", "start", "read", "read"]
 
 
 def test_checkpoint_latest_best_and_by_name(trained: Path) -> None:
