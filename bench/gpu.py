@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -247,6 +247,64 @@ def curve(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    options = parsed(arguments)
+    dry = options.dry_run
+    precisions = options.precision or ["bf16", "tf32", "fp32"]
+    if options.loader:
+        gpu_checks.loader_rate(options.loader, 400, precisions[0], dry)
+        return
+    if options.sanitize:
+        gpu_checks.sanitize(dry)
+        return
+    effort = Effort(
+        rounds=options.rounds or (1 if dry else 9),
+        window=options.window or (1 if dry else 30),
+        seconds=6.0,
+        deadline=time.monotonic() + 60 * options.minutes,
+    )
+    crop, classes = (DRY_CROP, 10) if dry else (CROP, 1000)
+    side = crop + sum(BORDER)
+    host = initial_parameters(parameter_shapes(alexnet(classes), (side, side, 3)), (0.0,) * 8, (0.0,) * 8, SEED)
+    results: dict[str, Any] = {"machine": {}, "figures": []}
+    measured: list[Figure] = []
+
+    def keep(figures: Sequence[Figure]) -> None:
+        """After each part, so that a command that is stopped leaves what it has."""
+        measured.extend(figures)
+        if figures:
+            print(f"{figures[0].what}, {figures[0].precision}, batch {figures[0].batch}")
+            tolerance = 1e-3 if figures[0].precision == "fp32" else 0.03
+            print(*(report_dry(figures, tolerance) if dry else report(figures)), sep="\n", flush=True)
+        results["machine"], results["figures"] = machine(dry), [asdict(f) for f in measured]
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+    with ExitStack() as stack:
+        if dry:
+            from tests.gpu import standin
+
+            stack.enter_context(standin.installed())
+        for precision in precisions:
+            try:
+                ops = load("gpu", precision)
+            except BackendUnavailableError as error:
+                raise SystemExit(f"bench.gpu: {error}; python -m bench.gpu --dry-run works without a GPU") from error
+            print(ops.describe(), flush=True)
+            found = checks(ops, host, classes, precision, crop, options, every=dry and precision == precisions[0])
+            results |= found
+            keep([])
+            if found and not dry:  # asked for instead
+                continue
+            for figures in races(ops, host, classes, precision, crop, options, effort):
+                keep(figures)
+        if dry:
+            gpu_checks.loader_rate("RUN", 400, precisions[0], dry)
+            gpu_checks.sanitize(dry)
+        elif measured:
+            print(summary(measured))
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, in small, without a GPU")
     parser.add_argument("--precision", nargs="+", choices=("bf16", "tf32", "fp32"), default=None)
@@ -263,85 +321,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sanitize", action="store_true", help="run the kernels under compute-sanitizer instead")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args(arguments)
-    dry = options.dry_run
-    precisions = options.precision or ["bf16", "tf32", "fp32"]
-    sizes = options.batch or ([2] if dry else [128, 1024])
-    if options.loader:
-        gpu_checks.loader_rate(options.loader, 400, precisions[0], dry)
-        return
-    if options.sanitize:
-        gpu_checks.sanitize(dry)
-        return
-    effort = Effort(
-        rounds=options.rounds or (1 if dry else 9),
-        window=options.window or (1 if dry else 30),
-        seconds=6.0,
-        deadline=time.monotonic() + 60 * options.minutes,
-    )
-    crop, classes = (DRY_CROP, 10) if dry else (CROP, 1000)
+    options.batch = options.batch or ([2] if options.dry_run else [128, 1024])
+    return options
+
+
+def checks(
+    ops: ModuleType, host: Host, classes: int, precision: str, crop: int, options: argparse.Namespace, *, every: bool
+) -> dict[str, Any]:
+    """What was asked for instead of the races, and in a dry run (for its first precision: ``every``) all of it."""
+    dry, sizes = options.dry_run, options.batch
     side = crop + sum(BORDER)
-    with ExitStack() as stack:
-        if dry:
-            from tests.gpu import standin
+    found: dict[str, Any] = {}
+    if options.curve or dry:
+        given = batches(8, sizes[0], crop, classes, ops.host_empty)
+        found[f"curve {precision}"] = curve(ops, host, classes, options.curve or 2, given, precision, dry)
+    if options.resume or every:
+        given = batches(4, sizes[0], crop, classes, ops.host_empty)
+        gpu_checks.resume(ops, host, classes, given, 2 if dry else 20)
+        found[f"resumed to the same bits {precision}"] = True  # or it would have ended there
+    for images in sizes if options.kernels or every else ():
+        given = batches(1, images, crop, classes, ops.host_empty)
+        times = gpu_checks.kernel_times(ops, host, classes, given[0], precision, (side, side, 3), crop, dry)
+        found[f"kernels {precision} {images}"] = times
+    for images in sizes if options.fed or every else ():
+        rate = gpu_checks.fed(ops, host, classes, images, crop, steps=4 if dry else 300, dry=dry)
+        found[f"fed by the loader {precision} {images}"] = rate
+    return found
 
-            stack.enter_context(standin.installed())
-        results: dict[str, Any] = {"machine": {}, "figures": []}
-        measured: list[Figure] = []
 
-        def keep_results() -> None:
-            """After each part, so that a command that is stopped leaves what it has."""
-            results["machine"], results["figures"] = machine(dry), [asdict(f) for f in measured]
-            if options.json:
-                options.json.write_text(json.dumps(results, indent=1) + "\n")
-
-        def finish(figures: Sequence[Figure]) -> None:
-            measured.extend(figures)
-            if figures:
-                print(f"{figures[0].what}, {figures[0].precision}, batch {figures[0].batch}")
-                tolerance = 1e-3 if figures[0].precision == "fp32" else 0.03
-                print(*(report_dry(figures, tolerance) if dry else report(figures)), sep="\n", flush=True)
-            keep_results()
-
-        shapes = parameter_shapes(alexnet(classes), (side, side, 3))
-        host = initial_parameters(shapes, (0.0,) * 8, (0.0,) * 8, SEED)
-        for precision in precisions:
-            try:
-                ops = load("gpu", precision)
-            except BackendUnavailableError as error:
-                raise SystemExit(f"bench.gpu: {error}; python -m bench.gpu --dry-run works without a GPU") from error
-            print(ops.describe(), flush=True)
-            selected, once = False, dry and precision == precisions[0]
-            if options.curve or dry:
-                given, selected = batches(8, sizes[0], crop, classes, ops.host_empty), True
-                steps = options.curve or 2
-                results[f"curve {precision}"] = curve(ops, host, classes, steps, given, precision, dry)
-            if options.resume or once:
-                given, selected = batches(4, sizes[0], crop, classes, ops.host_empty), True
-                gpu_checks.resume(ops, host, classes, given, 2 if dry else 20)
-            for images in sizes if options.kernels or once else ():
-                given, selected = batches(1, images, crop, classes, ops.host_empty), True
-                times = gpu_checks.kernel_times(ops, host, classes, given[0], precision, (side, side, 3), crop, dry)
-                results[f"kernels {precision} {images}"] = times
-            for images in sizes if options.fed or once else ():
-                selected = True
-                rate = gpu_checks.fed(ops, host, classes, images, crop, steps=4 if dry else 300, dry=dry)
-                results[f"fed by the loader {precision} {images}"] = rate
-            keep_results()
-            if selected and not dry:
-                continue
-            for images in sizes:
-                given = batches(4, images, crop, classes, ops.host_empty)
-                runners = contenders(ops, precision, host, classes, 1.0 if dry else 0.5, 0, dry, options.modes)
-                finish(race("training step", runners, precision, given, images, effort))
-            crops = VIEWS if dry else 128 * VIEWS
-            given = batches(4, crops, crop, classes, ops.host_empty)
-            runners = contenders(ops, precision, host, classes, 1.0, VIEWS, dry, options.modes)
-            finish(race("10-view evaluation", runners, precision, given, crops, effort))
-        if dry:
-            gpu_checks.loader_rate("RUN", 400, precisions[0], dry)
-            gpu_checks.sanitize(dry)
-        elif measured:
-            print(summary(measured))
+def races(
+    ops: ModuleType,
+    host: Host,
+    classes: int,
+    precision: str,
+    crop: int,
+    options: argparse.Namespace,
+    effort: Effort,
+) -> Iterator[list[Figure]]:
+    """The figures of a training step at each batch size, then those of the 10-view evaluation."""
+    dry = options.dry_run
+    for images in options.batch:
+        given = batches(4, images, crop, classes, ops.host_empty)
+        runners = contenders(ops, precision, host, classes, 1.0 if dry else 0.5, 0, dry, options.modes)
+        yield race("training step", runners, precision, given, images, effort)
+    crops = VIEWS if dry else 128 * VIEWS
+    given = batches(4, crops, crop, classes, ops.host_empty)
+    runners = contenders(ops, precision, host, classes, 1.0, VIEWS, dry, options.modes)
+    yield race("10-view evaluation", runners, precision, given, crops, effort)
 
 
 def machine(dry: bool) -> dict[str, str]:

@@ -9,9 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -92,15 +92,48 @@ def kernel_times(
     crop: int,
     dry: bool,
 ) -> list[dict[str, Any]]:
-    """Time every kernel of a training step and print it beside the model's prediction.
+    """Time every kernel of a training step and print it beside the model's prediction."""
+    from net.gpu.device import current
+
+    times = _times(ops, host, classes, batch, dry)
+    card = _card(current())
+    setting = gpu_model.Setting(card, precision, len(batch["labels"]))
+    modelled = gpu_model.training_step(alexnet(classes), shape, crop, setting)
+    if [name for name, _ in times] != [kernel.name for kernel in modelled]:
+        raise SystemExit("bench.gpu: the model's kernels are not those of the step; see tests/gpu/test_model.py")
+    rows = [
+        {
+            "layer": kernel.layer,
+            "kernel": kernel.name,
+            "predicted us": round(kernel.seconds(card, precision) * 1e6, 1),
+            "measured us": round(microseconds, 1),
+            "MB": round(kernel.bytes / 1e6, 1),
+            "GFLOP": round(kernel.products / 1e9, 1),
+        }
+        for kernel, (_, microseconds) in zip(modelled, times, strict=True)
+    ]
+    print(f"every kernel, {precision}, batch {setting.batch}: predicted for {card.name} and measured, microseconds")
+    if not dry:
+        for row in rows:
+            place = f"{row['layer']:9s} {row['kernel']:22s}"
+            print(f"  {place} {row['predicted us']:9.1f} {row['measured us']:9.1f} {row['MB']:9.1f} MB")
+    layers = dict.fromkeys(kernel.layer for kernel in modelled)
+    by_layer = {layer: [row for row in rows if row["layer"] == layer] for layer in layers}
+    for title, own in [*by_layer.items(), ("together", rows)]:
+        told, took = (sum(row[key] for row in own) for key in ("predicted us", "measured us"))
+        print(f"  {title:9s} {len(own):3d} kernels {told:9.1f} {took:9.1f}", flush=True)
+    return rows
+
+
+def _times(ops: ModuleType, host: Host, classes: int, batch: Host, dry: bool) -> list[tuple[str, float]]:
+    """The kernels of a step in their order, and the median microseconds of each.
 
     The step runs unrecorded, with an event after each kernel. Recorded steps queued before it keep the device busy
     while Python queues, so that no kernel waits for Python; the events add about a microsecond each.
     """
-    from net.gpu import cublas, kernels
     from net.gpu.device import current
 
-    device, images = current(), len(batch["labels"])
+    device = current()
     plain = ModuleType("net.gpu without recording")
     vars(plain).update({name: getattr(ops, name) for name in ops.__all__ if name != "replayable"})
     recorded, *_ = training(ops, host, classes, 0.5)
@@ -121,25 +154,8 @@ def kernel_times(
         event.record(device.stream)
         marks.append((name, event))
 
-    make_kernel, multiply = kernels._kernel, cublas.multiply
-
-    def timed_kernel(file: str, name: str, real: str) -> Callable[..., None]:
-        kernel = make_kernel(file, name, real)
-
-        def call(*arguments: Any, **options: Any) -> None:
-            kernel(*arguments, **options)
-            mark(name)
-
-        call.max_dynamic_shared_size_bytes = kernel.max_dynamic_shared_size_bytes  # type: ignore[attr-defined]
-        return call
-
-    def timed_product(*arguments: Any, **options: Any) -> None:
-        multiply(*arguments, **options)
-        mark("product")
-
     rounds: list[list[float]] = []
-    kernels._kernel, cublas.multiply = timed_kernel, timed_product  # type: ignore[assignment]
-    try:
+    with _marking(mark):
         for _ in range(1 if dry else 7):
             marks.clear()
             for _ in range(ahead):
@@ -149,43 +165,46 @@ def kernel_times(
             ops.synchronize()
             elapsed = device.cupy.cuda.get_elapsed_time
             rounds.append([elapsed(a, b) * 1e3 for (_, a), (_, b) in pairwise(marks)])
+    medians = [statistics.median(each) for each in zip(*rounds, strict=True)]
+    return list(zip([name for name, _ in marks[1:]], medians, strict=True))
+
+
+@contextmanager
+def _marking(mark: Callable[[str], None]) -> Iterator[None]:
+    """Call ``mark`` with the name of each kernel after it has been queued."""
+    from net.gpu import cublas, kernels
+
+    make_kernel, multiply = kernels._kernel, cublas.multiply
+
+    def marked_kernel(file: str, name: str, real: str) -> Callable[..., None]:
+        kernel = make_kernel(file, name, real)
+
+        def call(*arguments: Any, **options: Any) -> None:
+            kernel(*arguments, **options)
+            mark(name)
+
+        call.max_dynamic_shared_size_bytes = kernel.max_dynamic_shared_size_bytes  # type: ignore[attr-defined]
+        return call
+
+    def marked_product(*arguments: Any, **options: Any) -> None:
+        multiply(*arguments, **options)
+        mark("product")
+
+    kernels._kernel, cublas.multiply = marked_kernel, marked_product  # type: ignore[assignment]
+    try:
+        yield
     finally:
         kernels._kernel, cublas.multiply = make_kernel, multiply
-    names = [name for name, _ in marks[1:]]
-    microseconds = [statistics.median(each) for each in zip(*rounds, strict=True)]
-    card = _card(device.name)
-    modelled = gpu_model.training_step(alexnet(classes), shape, crop, gpu_model.Setting(card, precision, images))
-    if names != [kernel.name for kernel in modelled]:
-        raise SystemExit("bench.gpu: the model's kernels are not those of the step; see tests/gpu/test_model.py")
-    rows = [
-        {
-            "layer": kernel.layer,
-            "kernel": kernel.name,
-            "predicted us": round(kernel.seconds(card, precision) * 1e6, 1),
-            "measured us": round(us, 1),
-            "MB": round(kernel.bytes / 1e6, 1),
-            "GFLOP": round(kernel.products / 1e9, 1),
-        }
-        for kernel, us in zip(modelled, microseconds, strict=True)
-    ]
-    print(f"every kernel, {precision}, batch {images}: predicted for {card.name} and measured, microseconds")
-    if not dry:
-        for row in rows:
-            place = f"{row['layer']:9s} {row['kernel']:22s}"
-            print(f"  {place} {row['predicted us']:9.1f} {row['measured us']:9.1f} {row['MB']:9.1f} MB")
-    for layer in dict.fromkeys(kernel.layer for kernel in modelled):
-        own = [row for row in rows if row["layer"] == layer]
-        told, took = (sum(row[key] for row in own) for key in ("predicted us", "measured us"))
-        print(f"  {layer:9s} {len(own):3d} kernels {told:9.1f} {took:9.1f}")
-    total = sum(microseconds)
-    print(f"  together  {len(rows):3d} kernels {sum(r['predicted us'] for r in rows):9.1f} {total:9.1f}", flush=True)
-    return rows
 
 
-def _card(name: str) -> gpu_model.Card:
-    """The card of the model that is meant by the driver's name; the H100 where none is."""
+def _card(device: Any) -> gpu_model.Card:
+    """The model's card that the driver's name means, the H100 where none is, as this device has it built.
+
+    Which kernels a step launches depends on the number of multiprocessors and their memory.
+    """
     short = [(card.name.split()[-1] if "RTX" in card.name else card.name.split()[0], card) for card in gpu_model.CARDS]
-    return next((card for word, card in short if word in name), gpu_model.H100)
+    card = next((card for word, card in short if word in device.name), gpu_model.H100)
+    return replace(card, sms=device.processors, shared_processor=device.shared_processor, memory=device.memory)
 
 
 # --- resuming ------------------------------------------------------------------------------------------------------

@@ -6,13 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bench import gpu, gpu_checks, gpu_convolution, gpu_model
+from bench import gpu, gpu_checks, gpu_convolution
 from net.alexnet import alexnet
 from tests.gpu import test_network
 from tests.gpu.conftest import REAL, need_compiler
@@ -116,9 +116,10 @@ def test_without_compute_sanitizer_it_is_said(monkeypatch: pytest.MonkeyPatch) -
     ("name", "card"),
     [("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA GeForce RTX 4090", "RTX 4090")],
 )
-def test_the_models_card_is_found_by_the_drivers_name(name: str, card: str) -> None:
-    assert gpu_checks._card(name).name == card
-    assert gpu_checks._card("some other card") is gpu_model.H100
+def test_the_models_card_is_found_by_the_drivers_name_and_built_like_the_device(name: str, card: str) -> None:
+    for said, meant in ((name, card), ("some other card", "H100 SXM")):
+        found = gpu_checks._card(SimpleNamespace(name=said, processors=20, shared_processor=65536, memory=2**33))
+        assert (found.name, found.processors, found.shared_processor, found.memory) == (meant, 20, 65536, 2**33)
 
 
 def test_the_convolutions_are_compared(
