@@ -133,6 +133,45 @@ def leave_a_hole(raw: io.FileIO, data: memoryview, digest: Any) -> None:
     digest.update(data)
 
 
+Timed = Callable[[str, Callable[[], Any]], Any]  # does the work and notes under a name how long it took
+
+
+def rehearse(folder: Path, train: int, val: int, timed: Timed) -> tuple[int, int]:
+    """Preprocessing's way from archives to opened shards; returns how many shards, and their bytes with pictures."""
+    timed("writing the archives", lambda: write_archives(folder, train, val))
+    source = timed("listing the archives", lambda: read_source(folder))
+    assert {split: len(pictures) for split, pictures in source.splits.items()} == {"train": train, "val": val}
+    plan = timed("fingerprint", lambda: make_plan(SEED, source))
+    tasks = timed("shuffling and cutting into shards", lambda: shard_tasks(plan, folder / "nothing", None))
+    assert sum(len(task.pictures) for task in tasks) == train + val
+    run = RunDir(folder / "run")
+    run.preprocess.mkdir(parents=True)
+    tally = Tally(plan)
+    shards._write = leave_a_hole
+    hole = np.zeros((SEED.preprocess.shard_images, plan.size, plan.size, 3), np.uint8)  # never touched: no memory
+
+    def made() -> None:
+        with MetricsLog(run.preprocess / "metrics.jsonl") as log:
+            for task in tasks:
+                result = synthetic(replace(task, folder=run.preprocess), hole)
+                tally.add(result)
+                log.write(preprocess._record(tally, result, time.perf_counter() - 1))
+                log.sync()
+
+    timed("the shards without their pictures", made)
+    timed("colours, classes, rejects and manifest", lambda: tally.write(run.preprocess))
+    splits = timed("reading the manifest", lambda: shards.read_manifest(run))["splits"]
+    assert sum(len(splits[split]["shards"]) for split in ("train", "val")) == len(tasks)
+    assert sum(splits[split]["images"] + splits[split]["rejects"] for split in ("train", "val")) == train + val
+    dataset = timed("opening all shards, as training does", lambda: open_dataset(run))
+    assert len(dataset.train) == splits["train"]["images"]
+    again = timed("tasks of a run that is taken up", lambda: shard_tasks(plan, run.preprocess, None))
+    assert all(task.known for task in again)
+    timed("an epoch's order, uniform", lambda: epoch_order(train, 0, 0))
+    timed("an epoch's order, block-wise", lambda: block_order(train, 0, 0))
+    return len(tasks), sum(shard_bytes(len(task.pictures), plan.size) for task in tasks)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to make all of it (4 GB); default: the temporary folder")
@@ -141,7 +180,6 @@ def main() -> int:
     parser.add_argument("--rate", type=float, help="pictures a second and core, for the projected hours")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=options.folder))
     seconds: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -152,52 +190,17 @@ def main() -> int:
         print(f"{name:40} {seconds[name]:8.2f} s, {memory:.2f} GB at most so far", flush=True)
         return result
 
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        timed("writing the archives", lambda: write_archives(folder, options.train, options.val))
-        source = timed("listing the archives", lambda: read_source(folder))
-        assert len(source.splits["train"]) == options.train
-        assert len(source.splits["val"]) == options.val
-        plan = timed("fingerprint", lambda: make_plan(SEED, source))
-        tasks = timed("shuffling and cutting into shards", lambda: shard_tasks(plan, folder / "nothing", None))
-        assert sum(len(task.pictures) for task in tasks) == options.train + options.val
-        run = RunDir(folder / "run")
-        run.preprocess.mkdir(parents=True)
-        tally = Tally(plan)
-        shards._write = leave_a_hole
-        hole = np.zeros((SEED.preprocess.shard_images, plan.size, plan.size, 3), np.uint8)  # never touched: no memory
-
-        def made() -> None:
-            with MetricsLog(run.preprocess / "metrics.jsonl") as log:
-                for task in tasks:
-                    result = synthetic(replace(task, folder=run.preprocess), hole)
-                    tally.add(result)
-                    log.write(preprocess._record(tally, result, time.perf_counter() - 1))
-                    log.sync()
-
-        timed("the shards without their pictures", made)
-        timed("colours, classes, rejects and manifest", lambda: tally.write(run.preprocess))
-        manifest = timed("reading the manifest", lambda: shards.read_manifest(run))
-        assert len(manifest["splits"]["train"]["shards"]) + len(manifest["splits"]["val"]["shards"]) == len(tasks)
-        rejects = sum(manifest["splits"][split]["rejects"] for split in ("train", "val"))
-        assert (
-            sum(manifest["splits"][split]["images"] for split in ("train", "val"))
-            == options.train + options.val - rejects
-        )
-        dataset = timed("opening all shards, as training does", lambda: open_dataset(run))
-        assert len(dataset.train) == manifest["splits"]["train"]["images"]
-        again = timed("tasks of a run that is taken up", lambda: shard_tasks(plan, run.preprocess, None))
-        assert all(task.known for task in again)
-        timed("an epoch's order, uniform", lambda: epoch_order(options.train, 0, 0))
-        timed("an epoch's order, block-wise", lambda: block_order(options.train, 0, 0))
+        count, disk = rehearse(folder, options.train, options.val, timed)
     finally:
         shutil.rmtree(folder)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    disk = sum(shard_bytes(len(task.pictures), plan.size) for task in tasks)
-    print(f"{len(tasks)} shards, {disk / 1e9:.1f} GB of disk; peak memory {memory / 1e6:.2f} GB")
-    facts = {"members": options.train + options.val, "seconds": seconds, "peak_memory_bytes": memory * 1024}
-    facts |= {"shards": len(tasks), "disk_bytes": disk}
+    print(f"{count} shards, {disk / 1e9:.1f} GB of disk; peak memory {memory / 1e6:.2f} GB")
+    pictures = options.train + options.val
+    facts = {"members": pictures, "seconds": seconds, "peak_memory_bytes": memory * 1024}
+    facts |= {"shards": count, "disk_bytes": disk}
     if options.rate:
-        pictures = options.train + options.val
         facts["hours"] = {cores: round(pictures / options.rate / cores / 3600, 2) for cores in (2, 16, 64)}
         print(f"decoding at {options.rate} pictures a second and core: hours by cores {facts['hours']}")
     if options.json:
