@@ -25,8 +25,14 @@ Weights = tuple[np.ndarray, np.ndarray, np.ndarray]
 _BITS: Final = 22  # of a weight's fraction: Pillow's PRECISION_BITS, 32 - 8 - 2
 _HALF: Final = 1 << (_BITS - 1)
 
-# Plain arithmetic, no fast maths: the weights must be those of Pillow's C code to the last bit.
-_compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Plain arithmetic, no fast maths: the weights must be those of Pillow's C code to the last bit.
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder for the cache can be written: each process compiles, which takes some seconds
+        return numba.njit(**options)(function)
 
 
 @_compiled

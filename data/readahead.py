@@ -27,12 +27,33 @@ _ANNOUNCED: Final = (
 )
 
 
-def total_memory() -> int:
-    """Bytes of memory this process may use: the machine's, or its control group's limit where that is smaller."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else ""
-    return min(memory, int(text)) if text.isdigit() else memory
+def total_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory this process may use: the machine's, or the least limit of its control groups.
+
+    A job of Slurm or a container has its limit in a group somewhere above the process. ``root`` is where the system's
+    files are.
+    """
+    least = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in _limits(root):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            least = min(least, int(file.read_text()))
+    return least
+
+
+def _limits(root: Path) -> Iterator[Path]:
+    """Files that may limit this process's memory, of both versions of Linux's control groups."""
+    groups = root / "sys/fs/cgroup"
+    yield groups / "memory.max"  # a container sees its own group here, whatever its name is outside
+    yield groups / "memory/memory.limit_in_bytes"
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            group = Path(name.lstrip("/"))
+            for folder in (group, *group.parents):
+                if not controllers:
+                    yield groups / folder / "memory.max"
+                elif "memory" in controllers.split(","):
+                    yield groups / "memory" / folder / "memory.limit_in_bytes"
 
 
 @contextlib.contextmanager

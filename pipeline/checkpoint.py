@@ -101,6 +101,7 @@ def load_checkpoint(path: Path, remedy: str = _OTHER) -> Checkpoint:
     """
     damaged = f"the checkpoint {path} is damaged"
     try:
+        _read_through(path)
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict: it has no __iter__
@@ -126,6 +127,17 @@ def load_checkpoint(path: Path, remedy: str = _OTHER) -> Checkpoint:
     if not sound:
         raise PipelineError(f"{damaged}: its contents do not match its checksum; {remedy}")
     return Checkpoint(path, header, arrays)
+
+
+def _read_through(path: Path) -> None:
+    """Read a file once, from one end to the other.
+
+    ``safe_open`` maps it, and where a disk cannot read mapped bytes the process dies; here that is an OSError.
+    """
+    with open(path, "rb", buffering=0) as file:
+        buffer = bytearray(4 << 20)
+        while file.readinto(buffer):
+            pass
 
 
 def checkpoints(folder: Path) -> list[Path]:

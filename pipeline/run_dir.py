@@ -85,6 +85,11 @@ def locked(run: RunDir) -> Iterator[None]:
             raise PipelineError(
                 f"{run.root} is in use by {holder}; wait for it to end, or give this run its own directory with --run"
             ) from error
+        except OSError as error:
+            raise PipelineError(
+                f"{path} cannot be locked ({error.strerror}): its file system has no locks. Mount it with them "
+                "(Lustre: the option flock; NFS: with a lock daemon), or choose a directory elsewhere with --run"
+            ) from error
         os.ftruncate(file.fileno(), 0)
         try:
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())

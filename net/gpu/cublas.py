@@ -23,6 +23,8 @@ WORKSPACE: Final = 64 * 2**20  # bytes; cuBLAS recommends 32 MiB for Hopper
 _TYPES: Final = {"float32": 0, "uint16": 14}  # CUDA_R_32F, CUDA_R_16BF
 _COMPUTE: Final = {"fp32": 68, "tf32": 77, "bf16": 68}  # CUBLAS_COMPUTE_32F, _32F_FAST_TF32
 _DEFAULT_ALGORITHM: Final = -1
+# CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: else a long sum may be split, and its parts added in bfloat16.
+_FLOAT_SUMS: Final = 16
 _STATUS: Final = {
     1: "not initialised",
     3: "allocation failed",
@@ -146,6 +148,7 @@ def declare(library: Any) -> None:
     sizes = (pointer, integer, integer, integer, integer, integer, scalar)
     operand = (pointer, integer, integer)
     library.cublasCreate_v2.argtypes = (ctypes.POINTER(pointer),)
+    library.cublasSetMathMode.argtypes = (pointer, integer)
     library.cublasSetStream_v2.argtypes = (pointer, pointer)
     library.cublasSetWorkspace_v2.argtypes = (pointer, pointer, ctypes.c_size_t)
     library.cublasGetVersion_v2.argtypes = (pointer, ctypes.POINTER(integer))
@@ -161,6 +164,7 @@ def _handle() -> ctypes.c_void_p:
     library, device = load_library(), current()
     handle = ctypes.c_void_p()
     _check(library.cublasCreate_v2(ctypes.byref(handle)), "its start")
+    _check(library.cublasSetMathMode(handle, _FLOAT_SUMS), "its arithmetic")
     _check(library.cublasSetStream_v2(handle, device.stream.ptr), "its stream")
     _check(library.cublasSetWorkspace_v2(handle, _workspace().data.ptr, WORKSPACE), "its workspace")
     return handle

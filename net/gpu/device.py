@@ -68,8 +68,9 @@ def availability() -> str | None:
     try:
         # CuPy needs the toolkit's headers for every kernel and looks for them when it compiles the first.
         cupy.RawModule(code=_PROBE).get_function("probe")
-    except RuntimeError as error:
-        return f"CuPy cannot compile kernels ({_first_line(error)}): {INSTALL}"
+    except (RuntimeError, cupy.cuda.compiler.CompileException) as error:
+        older = "; CUDA 13 has no code for cards below compute capability 7.5" if capability < 75 else ""
+        return f"CuPy cannot compile kernels ({_first_line(error)}{older}): {INSTALL}"
     return None
 
 

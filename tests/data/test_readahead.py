@@ -58,6 +58,27 @@ def test_memory_is_that_of_this_machine():
     assert 1 << 28 < total_memory() < 1 << 50
 
 
+@pytest.mark.parametrize(
+    ("line", "file"),
+    [
+        ("0::/slurm/job_7/step_0", "sys/fs/cgroup/slurm/job_7/memory.max"),
+        ("0::/", "sys/fs/cgroup/memory.max"),
+        ("9:cpu,memory:/job", "sys/fs/cgroup/memory/job/memory.limit_in_bytes"),
+        ("9:memory:/elsewhere/job", "sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ],
+)
+def test_memory_is_the_least_limit_of_the_control_groups(tmp_path: Path, line: str, file: str):
+    assert total_memory(tmp_path) == total_memory(tmp_path / "nothing")  # no control groups at all
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"1:name=systemd:/job\n{line}\n")
+    limit = tmp_path / file
+    limit.parent.mkdir(parents=True)
+    limit.write_text("123456789\n")
+    assert total_memory(tmp_path) == 123456789
+    limit.write_text("max\n")
+    assert total_memory(tmp_path) == total_memory(tmp_path / "nothing")
+
+
 def test_each_piece_is_announced_once_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "shard"
     file.write_bytes(bytes(10_000))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -318,6 +320,20 @@ def test_labels_of_no_class_are_refused(run: RunDir, label):
         entry["index"] = index_hash(file["labels"][()], file["crc"][()])
     with pytest.raises(PipelineError, match="labels of classes that do not exist"):
         open_split(run.preprocess, manifest, "train")
+
+
+def test_a_picture_that_the_disk_cannot_read_is_told(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    """A bad sector under a memory map kills the process; so a picture's first use reads it."""
+    split = open_split(run.preprocess, read_manifest(run), "train")
+
+    def fail(handle: int, size: int, offset: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(PipelineError, match=r"train-00002\.h5 cannot be read at picture 4 \(Input/output error\): "):
+        split.row(4)
+    monkeypatch.undo()
+    assert split.row(4).shape == (SIZE, SIZE, 3)
 
 
 def test_a_changed_pixel_is_told_when_the_picture_is_first_used(run: RunDir):

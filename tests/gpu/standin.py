@@ -444,6 +444,7 @@ class Cublas:
     def __init__(self) -> None:
         # Plain functions, which take the argtypes that net.gpu.cublas declares.
         self.cublasCreate_v2 = lambda handle: self._create(handle)
+        self.cublasSetMathMode = lambda handle, mode: 0 if mode == 16 else 7
         self.cublasSetStream_v2 = lambda handle, stream: 0
         self.cublasSetWorkspace_v2 = lambda handle, address, size: 0 if address % 256 == 0 else 7
         self.cublasGetVersion_v2 = lambda handle, version: 0
@@ -595,6 +596,17 @@ def forget() -> None:
         store.clear()
 
 
+class CompileException(Exception):
+    """What NVRTC's complaints become: no RuntimeError, and its text is not among its arguments."""
+
+    def __init__(self, message: str, source: str, name: str, options: tuple[str, ...]) -> None:
+        super().__init__()
+        self._message = message
+
+    def __str__(self) -> str:
+        return self._message
+
+
 def _modules() -> dict[str, ModuleType]:
     cupy, cupyx, cuda = ModuleType("cupy"), ModuleType("cupyx"), ModuleType("cupy.cuda")
     vars(cupy).update(ndarray=ndarray, empty=empty, RawModule=RawModule, cuda=cuda)
@@ -603,6 +615,7 @@ def _modules() -> dict[str, ModuleType]:
     vars(cuda).update(
         is_available=lambda: True,
         nvrtc=SimpleNamespace(getVersion=lambda: (12, 9)),
+        compiler=SimpleNamespace(CompileException=CompileException),
         runtime=SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             driverGetVersion=lambda: 13000,

@@ -90,6 +90,18 @@ def test_missing_headers(pretended: standin.Machine, monkeypatch: pytest.MonkeyP
     assert device.availability() == f"CuPy cannot compile kernels (Failed to find CUDA headers): {device.INSTALL}"
 
 
+def test_a_card_that_the_compiler_has_left_behind(pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise standin.CompileException("nvrtc: error: invalid value for --gpu-architecture (-arch)\n", "", "", ())
+
+    monkeypatch.setattr(sys.modules["cupy"], "RawModule", fail)
+    complaint = "CuPy cannot compile kernels (nvrtc: error: invalid value for --gpu-architecture (-arch)"
+    assert device.availability() == f"{complaint}): {device.INSTALL}"
+    pretended.capability = "70"
+    older = "; CUDA 13 has no code for cards below compute capability 7.5"
+    assert device.availability() == f"{complaint}{older}): {device.INSTALL}"
+
+
 def test_an_old_card(pretended: standin.Machine) -> None:
     pretended.capability = "61"
     assert "6.1" in str(device.availability())

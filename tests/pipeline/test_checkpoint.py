@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 import weakref
 from pathlib import Path
@@ -84,6 +86,25 @@ def test_an_array_that_cannot_be_fetched_leaves_nothing(folder: Path) -> None:
     with pytest.raises(PipelineError, match="is not finite"):
         k.save_checkpoint(folder, 1, {}, arrays(), to_host)
     assert not list(folder.iterdir())
+
+
+def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad sector under a memory map kills the process; so a file is read before it is mapped."""
+    old, new = (k.save_checkpoint(folder, step, {}, arrays()) for step in (1, 2))
+    events: list[str] = []
+
+    def read_through(path: Path) -> None:
+        events.append(f"read {path.name}")
+        if path == new:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(k, "_read_through", read_through)
+    monkeypatch.setattr(k, "safe_open", lambda path, **how: events.append(f"map {path.name}") or safe_open(path, **how))
+    found, complaints = k.newest_sound(folder)
+    assert found is not None
+    assert found.path == old
+    assert events == [f"read {new.name}", f"read {old.name}", f"map {old.name}"]
+    assert complaints == [f"cannot read the checkpoint {new}: Input/output error; an older checkpoint is tried instead"]
 
 
 def test_every_cut_is_refused_by_name(folder: Path) -> None:

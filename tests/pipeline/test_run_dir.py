@@ -46,6 +46,16 @@ def test_lock_held_by_another_process_is_refused_and_left_alone(tmp_path: Path, 
     assert f"process {holder.pid} " in (tmp_path / "lock").read_text()
 
 
+def test_a_file_system_without_locks_is_told_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(r.fcntl, "flock", refuse)
+    with pytest.raises(PipelineError, match=rf"{tmp_path}/lock cannot be locked \(Function not implemented\).*--run"):
+        with r.locked(r.RunDir(tmp_path)):
+            pytest.fail("a lock was taken")
+
+
 def test_lock_of_a_killed_process_is_free(tmp_path: Path, holder: subprocess.Popen) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
