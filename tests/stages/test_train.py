@@ -20,6 +20,7 @@ import run_pipeline
 from net import backend
 from pipeline.checkpoint import checkpoints, load_checkpoint
 from pipeline.metrics import read_metrics
+from stages import start as start_stage
 from stages import train as train_stage
 from stages.train import Plateau
 from tests.command_line import finish, pipeline, settings, start, wait_until
@@ -67,7 +68,7 @@ def test_a_new_run_is_drawn_while_its_backend_loads_and_a_resumed_one_not_at_all
 ) -> None:
     run, order = tmp_path / "run", []
     shutil.copytree(prepared, run)
-    load, drawing = backend.load, train_stage.drawing
+    load, drawing = backend.load, start_stage.drawing
 
     @contextlib.contextmanager
     def noted_drawing(*how: object) -> Iterator[Callable[[], dict[str, np.ndarray]]]:
@@ -75,7 +76,7 @@ def test_a_new_run_is_drawn_while_its_backend_loads_and_a_resumed_one_not_at_all
         with drawing(*how) as drawn:
             yield lambda: order.append("drawn") or drawn()
 
-    monkeypatch.setattr(train_stage, "drawing", noted_drawing)
+    monkeypatch.setattr(start_stage, "drawing", noted_drawing)
     monkeypatch.setattr(backend, "load", lambda *names: order.append("load") or load(*names))
     command = ["--stage", "train", "--run", str(run), "--device", "reference", "--steps", "1"]
     assert run_pipeline.main(command) == 0
