@@ -1,4 +1,9 @@
-"""How a training run begins: with weights drawn anew, or where its newest sound checkpoint ends."""
+"""How a training run begins: with weights drawn anew, or where its newest sound checkpoint ends.
+
+Whatever a start can be refused for comes first, on every rank: data, settings, the backend and its memory, the state to
+begin with. Until then the run directory is only read. So a start that is refused leaves the run as it was: its
+configuration, and with it ``--resume``, and what ``--restart`` would have moved aside.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,14 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
 
 from net.layers import Layer, Shape
-from net.network import drawing, initial_parameters, zeros
+from net.network import Reduce, drawing, initial_parameters, zeros
 from pipeline.checkpoint import (
     Checkpoint,
     checkpoints,
@@ -75,6 +81,16 @@ class Training:
     header: dict[str, Any]  # what every checkpoint says of the run it belongs to
 
 
+def require_no_checkpoints(folder: Path) -> None:
+    """Refuse to begin anew where training has been, unless told what to do with that."""
+    found = checkpoints(folder)
+    if found:
+        raise PipelineError(
+            f"{folder} holds checkpoints up to step {step_of(found[-1])}; add --resume to go on from there, or "
+            "--restart to start over (the old ones are moved aside, not deleted)"
+        )
+
+
 def open_training(config: Config, run_dir: RunDir, device: str, precision: str, ranks: Ranks) -> Training:
     """Open the data of a run and settle what to train on them; refuses what does not fit together."""
     dataset = open_dataset(run_dir)
@@ -88,9 +104,12 @@ def open_training(config: Config, run_dir: RunDir, device: str, precision: str, 
 
 
 def begin(
-    training: Training, load_backend: Callable[[], ModuleType], *, resume: bool, restart: bool
-) -> tuple[ModuleType, State]:
-    """The backend, and the state to train on from, on its device: the newest sound checkpoint's, or a fresh one."""
+    training: Training, load_backend: Callable[[], ModuleType], *, resume: bool
+) -> tuple[ModuleType, Reduce | None, State]:
+    """The backend, how it sums gradients over the ranks, and the state to train on from, on its device.
+
+    The state is the newest sound checkpoint's when resuming, a fresh one otherwise.
+    """
     config, ranks = training.config, training.ranks
     how = (training.shapes, config.network.weight_std, config.network.bias, config.seed)
     with contextlib.ExitStack() as beside:
@@ -103,14 +122,73 @@ def begin(
         require_memory(ops, training.layers, config, largest, training=True)
         if hasattr(ops, "warm_up"):
             ops.warm_up()
-        first = partial(_begin, training, fresh, resume=resume, restart=restart)
-        return ops, _on_device(ops, _shared(training, first))
+        reduce = _reduction(ops, ranks)
+        saved = _newest(training) if ranks.leads and resume else None
+        if saved is not None:
+            state = _saved_state(saved, training.shapes)
+        else:
+            state = State(0, fresh() if ranks.leads else zeros(training.shapes), zeros(training.shapes))
+        state = _on_device(ops, _shared(ranks, state))
+    ranks.wait()  # a rank that cannot begin does not come here
+    if ranks.leads:
+        _make_ready(training, saved)
+    return ops, reduce, state
 
 
-def _shared(training: Training, first: Callable[[], State]) -> State:
-    """The state the first rank begins with, on all ranks: it alone reads and tidies the run directory."""
-    ranks = training.ranks
-    state = first() if ranks.leads else State(0, zeros(training.shapes), zeros(training.shapes))
+def _reduction(ops: ModuleType, ranks: Ranks) -> Reduce | None:
+    """How gradients become their sums over all ranks: by the device's own means where it has them."""
+    if ranks.size == 1:
+        return None
+    return ops.reduction(ranks.rank, ranks.size, ranks.broadcast) if hasattr(ops, "reduction") else ranks.reduce
+
+
+def _newest(training: Training) -> Checkpoint | None:
+    """The checkpoint to go on from, None where there is none yet; refuses one that is not of this training."""
+    folder = training.run_dir.train
+    saved, complaints = newest_sound(folder)
+    for complaint in complaints:
+        print(f"warning: {complaint}")
+    if saved is not None:
+        _require_same_run(training, saved)
+    elif complaints:
+        raise PipelineError(
+            f"no checkpoint in {folder} can be read; start over with --restart (the old ones are moved aside)"
+        )
+    else:
+        print(f"there is nothing to resume in {folder}: training starts from the beginning")
+    return saved
+
+
+def _require_same_run(training: Training, saved: Checkpoint) -> None:
+    if saved.header.get("data") != training.header["data"]:
+        raise PipelineError(
+            f"{saved.path} was trained on other data than {training.run_dir.preprocess} holds now; "
+            "restore that data, or start a new run with --run"
+        )
+    before = from_dict(saved.header["config"], str(saved.path))
+    if before.train.order == "auto":  # written before there was another order
+        before = replace(before, train=replace(before.train, order="uniform"))
+    differing = difference(_without_free(before), _without_free(training.config))
+    if differing:
+        raise PipelineError(
+            f"{saved.path} was trained with other settings: {'; '.join(differing)}. "
+            "Resume with the settings of the run (leave out --recipe, --config, --set and --seed), "
+            "or start a new run with --run"
+        )
+    names = {f"{prefix}{name}": shape for prefix in ("", "momentum/") for name, shape in training.shapes.items()}
+    if {name: array.shape for name, array in saved.arrays.items()} != names:
+        raise PipelineError(f"{saved.path} holds other arrays than this network has; start a new run with --run")
+
+
+def _saved_state(saved: Checkpoint, expected: dict[str, Shape]) -> State:
+    """The checkpoint's state, whose arrays it gives up."""
+    parameters = {name: saved.arrays.pop(name) for name in expected}
+    momenta = {name: saved.arrays.pop(f"momentum/{name}") for name in expected}
+    return State(saved.header["step"], parameters, momenta)
+
+
+def _shared(ranks: Ranks, state: State) -> State:
+    """The first rank's state on all ranks: it alone reads checkpoints and draws."""
     step = np.array([state.step], dtype=np.int64)
     for array in (step, *state.parameters.values(), *state.momenta.values()):
         ranks.broadcast(array)
@@ -127,68 +205,28 @@ def _on_device(ops: ModuleType, state: State) -> State:
     return State(state.step, parameters, momenta)
 
 
-def _begin(training: Training, fresh: Callable[[], dict[str, np.ndarray]], *, resume: bool, restart: bool) -> State:
-    state = _first_state(training, fresh, resume=resume, restart=restart)
-    # Only now: a run that is refused keeps its configuration, and --resume with it.
-    write_sealed(training.run_dir.config, to_dict(training.config))
-    return state
-
-
-def _first_state(
-    training: Training, fresh: Callable[[], dict[str, np.ndarray]], *, resume: bool, restart: bool
-) -> State:
+def _make_ready(training: Training, saved: Checkpoint | None) -> None:
+    """Make the run directory that of this start: its metrics and checkpoints end where training begins."""
     folder = training.run_dir.train
-    if checkpoints(folder) and not resume and not restart:
-        raise PipelineError(
-            f"{folder} holds checkpoints up to step {step_of(checkpoints(folder)[-1])}; add --resume to go on from "
-            "there, or --restart to start over (the old ones are moved aside, not deleted)"
-        )
-    if restart and checkpoints(folder):
-        print(f"started over; the old checkpoints and metrics are in {move_aside(folder)}")
-    if resume:
-        saved, complaints = newest_sound(folder)
-        for complaint in complaints:
-            print(f"warning: {complaint}")
-        if saved is not None:
-            return _resume(training, saved)
-        if complaints:
-            raise PipelineError(
-                f"no checkpoint in {folder} can be read; start over with --restart (the old ones are moved aside)"
-            )
-        print(f"there is nothing to resume in {folder}: training starts from the beginning")
-    make_folder(folder)
-    cut_back(folder / "metrics.jsonl", 0)
-    return State(0, fresh(), zeros(training.shapes))
+    if saved is not None:
+        _take_up(training, saved)
+    else:
+        if checkpoints(folder):  # without --restart they would have been resumed from, or in the way
+            print(f"started over; the old checkpoints and metrics are in {move_aside(folder)}")
+        make_folder(folder)
+        cut_back(folder / "metrics.jsonl", 0)
+    write_sealed(training.run_dir.config, to_dict(training.config))
 
 
-def _resume(training: Training, saved: Checkpoint) -> State:
-    config, header, expected = training.config, training.header, training.shapes
-    folder, step = training.run_dir.train, saved.header["step"]
-    if saved.header.get("data") != header["data"]:
-        raise PipelineError(
-            f"{saved.path} was trained on other data than {training.run_dir.preprocess} holds now; "
-            "restore that data, or start a new run with --run"
-        )
-    before = from_dict(saved.header["config"], str(saved.path))
-    if before.train.order == "auto":  # written before there was another order
-        before = replace(before, train=replace(before.train, order="uniform"))
-    differing = difference(_without_free(before), _without_free(config))
-    if differing:
-        raise PipelineError(
-            f"{saved.path} was trained with other settings: {'; '.join(differing)}. "
-            "Resume with the settings of the run (leave out --recipe, --config, --set and --seed), "
-            "or start a new run with --run"
-        )
-    names = {f"{prefix}{name}": shape for prefix in ("", "momentum/") for name, shape in expected.items()}
-    if {name: array.shape for name, array in saved.arrays.items()} != names:
-        raise PipelineError(f"{saved.path} holds other arrays than this network has; start a new run with --run")
+def _take_up(training: Training, saved: Checkpoint) -> None:
+    folder, step, header = training.run_dir.train, saved.header["step"], training.header
     cut_back(folder / "metrics.jsonl", step)
     # What a crash between a checkpoint and its indexes left undone.
     note_latest(folder, saved.path)
     validation = saved.header.get("validation")
     if validation is not None:
         note_best(folder, saved.path, step, validation["top1"])
-    prune(folder, config.train.keep_checkpoints, saved.path)
+    prune(folder, training.config.train.keep_checkpoints, saved.path)
     print(f"resumed from {saved.path}, step {step}")
     if saved.header.get("device") != header["device"]:
         print(
@@ -205,8 +243,6 @@ def _resume(training: Training, saved: Checkpoint) -> State:
             f"note: so far a batch was shared by {saved.header.get('ranks', 1)} ranks, from here on by "
             f"{header['ranks']}; the pictures and draws are the same, the sums round differently"
         )
-    parameters = {name: saved.arrays.pop(name) for name in expected}
-    return State(step, parameters, {name: saved.arrays.pop(f"momentum/{name}") for name in expected})
 
 
 def _header(config: Config, dataset: Dataset, device: str, precision: str, ranks: Ranks) -> dict[str, Any]:

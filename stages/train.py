@@ -25,10 +25,10 @@ from pipeline.progress import Progress
 from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir
 from pipeline.signals import StopRequest
-from pipeline.tensorboard import events
+from pipeline.tensorboard import events, require_tensorboard
 from stages.eval import evaluate
 from stages.setup import Part, decays, jittered, learning_rates, preparation
-from stages.start import State, Training, begin, open_training
+from stages.start import State, Training, begin, open_training, require_no_checkpoints
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,12 @@ def run(
     ``<run>/train/tensorboard/``. ``ranks`` are the processes that share each batch; their number changes nothing but
     rounding.
     """
+    if not resume and not restart:
+        require_no_checkpoints(run_dir.train)
+    if tensorboard and ranks.leads:
+        require_tensorboard()
     training = open_training(config, run_dir, device, precision, ranks)
-    ops, state = begin(training, load_backend, resume=resume, restart=restart)
+    ops, reduce, state = begin(training, load_backend, resume=resume)
     config, dataset, plan = training.config, training.dataset, training.plan
     last = goal.last_step(config, state.step, plan.steps_per_epoch)
     if state.step >= last:
@@ -92,7 +96,7 @@ def run(
         records = stack.enter_context(_records(config, run_dir, ops, tensorboard)) if ranks.leads else _NO_RECORDS
         stop = stack.enter_context(StopRequest())
         with Progress("train", last, "steps", done=state.step) as progress:
-            trainer = _Trainer(training, ops, fused, state, records, progress)
+            trainer = _Trainer(training, ops, fused, reduce, state, records, progress)
             _loop(training, ops, trainer, last, stop)
     print(f"trained to step {state.step}; checkpoints and metrics are in {run_dir.train}")
 
@@ -153,6 +157,7 @@ class _Trainer:
         training: Training,
         ops: ModuleType,
         layers: tuple[Any, ...],
+        reduce: Reduce | None,
         state: State,
         records: Records,
         progress: Progress,
@@ -160,7 +165,8 @@ class _Trainer:
         self.state = state
         self._config, self._dataset, self._ranks = training.config, training.dataset, training.ranks
         self._plan, self._steps_per_epoch = training.plan, training.plan.steps_per_epoch
-        self._ops, self._layers, self._records, self._progress = ops, layers, records, progress
+        self._ops, self._layers, self._reduce = ops, layers, reduce
+        self._records, self._progress = records, progress
         self._names = list(state.parameters)
         self._descent = Descent(self._config.train.momentum, decays(self._config, self._names))
         self._function: Callable[[dict[str, Any]], Any] | None = None
@@ -255,7 +261,7 @@ class _Trainer:
                 prepared,
                 self._descent,
                 self._config.seed,
-                _reduction(self._ops, self._ranks),
+                self._reduce,
             )
         return self._function
 
@@ -319,13 +325,6 @@ def _place(part: Part, ranks: Ranks) -> dict[str, np.ndarray]:
         return {}
     share = np.array([part.counted / part.total], dtype=np.float32)
     return {"first": np.array([part.first], dtype=np.uint64), "share": share}
-
-
-def _reduction(ops: ModuleType, ranks: Ranks) -> Reduce | None:
-    """How gradients become their sums over all ranks: by the device's own means where it has them."""
-    if ranks.size == 1:
-        return None
-    return ops.reduction(ranks.rank, ranks.size, ranks.broadcast) if hasattr(ops, "reduction") else ranks.reduce
 
 
 def _save(run_dir: RunDir, ops: ModuleType, log: MetricsLog, keep: int, state: State, header: dict[str, Any]) -> None:
