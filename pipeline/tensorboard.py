@@ -13,6 +13,14 @@ from pipeline.run_dir import make_folder, remove
 Record = dict[str, Any]
 
 
+def require_tensorboard() -> None:
+    """Refuse event files where the package that writes them is missing."""
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError as error:
+        raise PipelineError("--tensorboard needs tensorboardX: pip install '.[tensorboard]'") from error
+
+
 @contextlib.contextmanager
 def events(folder: Path, before: list[Record]) -> Iterator[Callable[[Record], None]]:
     """Write an event file anew: the records so far at once, further ones through the function this yields.
@@ -24,10 +32,9 @@ def events(folder: Path, before: list[Record]) -> Iterator[Callable[[Record], No
     PipelineError
         The package tensorboardX is not installed, or the folder cannot be written.
     """
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise PipelineError("--tensorboard needs tensorboardX: pip install '.[tensorboard]'") from error
+    require_tensorboard()
+    from tensorboardX import SummaryWriter
+
     for old in make_folder(folder).glob("events.out.tfevents.*"):
         remove(old)
     writer = SummaryWriter(logdir=str(folder), flush_secs=10)

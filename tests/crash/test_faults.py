@@ -23,7 +23,8 @@ from pipeline.metrics import MetricsLog
 from pipeline.run_dir import RunDir, hash_file, locked, make_folder, read_json, read_sealed, write_sealed
 from stages import preprocess
 from stages.eval import Evaluation, _write
-from stages.train import State, _save
+from stages.start import State
+from stages.train import _save
 from tests.command_line import QUICK
 from tests.conftest import mounted
 

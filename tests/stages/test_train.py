@@ -8,18 +8,23 @@ import json
 import math
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 
 import run_pipeline
-from net import backend
+from net import backend, reference
 from pipeline.checkpoint import checkpoints, load_checkpoint
+from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
+from pipeline.ranks import ALONE, Ranks
+from stages import start as start_stage
 from stages import train as train_stage
 from stages.train import Plateau
 from tests.command_line import finish, pipeline, settings, start, wait_until
@@ -67,7 +72,7 @@ def test_a_new_run_is_drawn_while_its_backend_loads_and_a_resumed_one_not_at_all
 ) -> None:
     run, order = tmp_path / "run", []
     shutil.copytree(prepared, run)
-    load, drawing = backend.load, train_stage.drawing
+    load, drawing = backend.load, start_stage.drawing
 
     @contextlib.contextmanager
     def noted_drawing(*how: object) -> Iterator[Callable[[], dict[str, np.ndarray]]]:
@@ -75,7 +80,7 @@ def test_a_new_run_is_drawn_while_its_backend_loads_and_a_resumed_one_not_at_all
         with drawing(*how) as drawn:
             yield lambda: order.append("drawn") or drawn()
 
-    monkeypatch.setattr(train_stage, "drawing", noted_drawing)
+    monkeypatch.setattr(start_stage, "drawing", noted_drawing)
     monkeypatch.setattr(backend, "load", lambda *names: order.append("load") or load(*names))
     command = ["--stage", "train", "--run", str(run), "--device", "reference", "--steps", "1"]
     assert run_pipeline.main(command) == 0
@@ -199,6 +204,88 @@ def test_train_where_checkpoints_lie_names_both_ways_on(run: Path, undisturbed: 
     assert {path.name: path.read_bytes() for path in (run / "train.old-1").iterdir()} == before
     assert [path.name for path in checkpoints(run / "train")] == ["step-00000001.ckpt"]
     assert metrics(run) == metrics(undisturbed)[:1]
+
+
+def begun(prepared: Path, folder: Path) -> Path:
+    """A run with something in the place of a checkpoint: whoever does not resume does not read it."""
+    run = folder / "run"
+    shutil.copytree(prepared, run)
+    (run / "train").mkdir()
+    for name in ("step-00000009.ckpt", "latest.json", "metrics.jsonl"):
+        (run / "train" / name).write_text(name)
+    return run
+
+
+def test_checkpoints_in_the_way_are_told_before_anything_is_loaded_or_drawn(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, order = begun(prepared, tmp_path), []
+    monkeypatch.setattr(start_stage, "drawing", lambda *how: order.append("drawing"))
+    monkeypatch.setattr(backend, "load", lambda *names: order.append("load"))
+    assert run_pipeline.main(["--stage", "train", "--run", str(run)]) == 1
+    assert "holds checkpoints up to step 9; add --resume" in capsys.readouterr().err
+    assert order == []
+
+
+def restart_is_refused(run: Path, *arguments: str) -> None:
+    """In whatever way; nothing of the run has changed but its lock, which names the last process."""
+
+    def contents() -> dict[str, bytes]:
+        files = [path for path in run.rglob("*") if path.is_file() and path.name != "lock"]
+        return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+    before = contents()
+    command = ["--stage", "train", "--restart", "--run", str(run), "--device", "reference", "--steps", "1"]
+    assert run_pipeline.main([*command, "--set", "train.momentum=0.5", *arguments]) == 1
+    assert contents() == before
+
+
+def fail(*_: object, **__: object) -> NoReturn:
+    raise PipelineError("as the test wants it")
+
+
+@contextlib.contextmanager
+def drawing_that_fails(*how: object) -> Iterator[Callable[[], NoReturn]]:
+    yield fail
+
+
+@contextlib.contextmanager
+def beside_a_rank_that_fails() -> Iterator[Ranks]:
+    yield replace(ALONE, wait=fail)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "failing"),
+    [
+        pytest.param(backend, "load", fail, id="backend"),
+        pytest.param(start_stage, "require_memory", fail, id="memory"),
+        pytest.param(start_stage, "drawing", drawing_that_fails, id="drawing"),
+        pytest.param(reference, "asarray", fail, id="device"),
+        pytest.param(run_pipeline, "joined", beside_a_rank_that_fails, id="rank"),
+    ],
+)
+def test_a_restart_that_fails_leaves_the_run_as_it_was(
+    where: ModuleType,
+    name: str,
+    failing: Callable[..., object],
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = begun(prepared, tmp_path)
+    monkeypatch.setattr(where, name, failing)
+    restart_is_refused(run)
+    assert capsys.readouterr().err == "error: as the test wants it\n"
+
+
+def test_a_restart_without_tensorboard_leaves_the_run_as_it_was(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begun(prepared, tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    restart_is_refused(run, "--tensorboard")
+    assert "--tensorboard needs tensorboardX" in capsys.readouterr().err
 
 
 def test_resume_with_nothing_to_resume_starts_and_says_so(run: Path) -> None:
