@@ -68,8 +68,8 @@ def batches(config: Config, dataset: Dataset, steps: int) -> Iterator[tuple[int,
         range(steps),
         crop=config.input.crop,
         largest=config.train.batch_size,
-        slots=config.loader.slots,
-        threads=config.loader.threads,
+        slots=4,
+        threads=1,
     )
     with contextlib.closing(loader):
         for batch in loader:

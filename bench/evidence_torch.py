@@ -36,7 +36,17 @@ from pipeline.metrics import MetricsLog, cut_back
 from pipeline.run_dir import RunDir, fingerprint, read_sealed
 from pipeline.signals import StopRequest
 from stages.eval import evaluate
-from stages.setup import Dataset, TrainingPlan, decays, jittered, learning_rates, network_layers, open_dataset, shapes
+from stages.setup import (
+    Dataset,
+    TrainingPlan,
+    decays,
+    jittered,
+    learning_rates,
+    loader_slots,
+    network_layers,
+    open_dataset,
+    shapes,
+)
 
 PRECISIONS: Final = ("fp32", "tf32", "bf16")
 Dropout = Callable[[torch.Tensor, int], torch.Tensor]
@@ -61,6 +71,7 @@ def train(run: RunDir, config: Config, device: str = "cpu", precision: str = "fp
     mean = torch.from_numpy(dataset.mean).permute(2, 0, 1).to(device)
     decay = decays(config, names)
     cut_back(run.train / "metrics.jsonl", done)
+    threads = config.loader.threads or (1 if device == "cpu" else 4)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         log = stack.enter_context(MetricsLog(run.train / "metrics.jsonl"))
@@ -70,8 +81,8 @@ def train(run: RunDir, config: Config, device: str = "cpu", precision: str = "fp
             range(done, last),
             crop=config.input.crop,
             largest=config.train.batch_size,
-            slots=config.loader.slots,
-            threads=config.loader.threads,
+            slots=loader_slots(config, threads),
+            threads=threads,
             allocate=_host_empty if device == "cpu" else _pinned,
         )
         clock, images, waited = time.perf_counter(), 0, 0.0

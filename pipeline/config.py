@@ -104,8 +104,9 @@ class Eval:
 
 @dataclass(frozen=True)
 class Loader:
-    slots: int = 4  # batches in the ring
-    threads: int = 1  # workers filling them
+    # None is what suits the device: one worker beside a network on the CPU, more where a GPU computes.
+    slots: int | None = None  # batches in the ring
+    threads: int | None = None  # workers filling them
 
 
 @dataclass(frozen=True)
@@ -388,8 +389,8 @@ def _check(config: Config, file: str | None = None) -> None:
             min(train.save_every, train.validate_every) >= 1,
             "train.save_every and train.validate_every must be at least 1",
         ),
-        (2 <= config.loader.slots <= 64, "loader.slots must lie between 2 and 64"),
-        (1 <= config.loader.threads <= 64, "loader.threads must lie between 1 and 64"),
+        (config.loader.slots is None or 2 <= config.loader.slots <= 64, "loader.slots must lie between 2 and 64"),
+        (config.loader.threads is None or 1 <= config.loader.threads <= 64, "loader.threads must lie between 1 and 64"),
     ]
     for holds, rule in rules:
         if not holds:

@@ -25,7 +25,17 @@ from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir, make_folder, write_atomic, write_json
-from stages.setup import MEAN, Dataset, network_layers, open_dataset, preparation, require_memory, require_size, shapes
+from stages.setup import (
+    MEAN,
+    Dataset,
+    loader_threads,
+    network_layers,
+    open_dataset,
+    preparation,
+    require_memory,
+    require_size,
+    shapes,
+)
 
 TOP = 5
 
@@ -138,14 +148,16 @@ def evaluate(
         return view_crops(first, min(first + batch_size, count), views, config.preprocess.size, config.input.crop)
 
     start = time.perf_counter()
+    largest = min(batch_size, count) * views
+    threads = loader_threads(config, ops, largest)
     batches_of = load(
         split,
         plan,
         batches,
         crop=config.input.crop,
-        largest=min(batch_size, count) * views,
-        slots=config.loader.threads + 1,  # one is being computed on
-        threads=config.loader.threads,
+        largest=largest,
+        slots=threads + 1,  # one is being computed on
+        threads=threads,
         allocate=ops.host_empty,
     )
     with contextlib.closing(batches_of) as loader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir, read_json
 
 _FITS: Final = 0.75  # of the memory; the rest is for the network and for others
+_MOST_THREADS: Final = 12  # of the loader, unless asked for: more than one GPU can use
+_RING: Final = 4 << 30  # bytes of batches that the loader's threads may fill at a time, unless asked for
 MEAN: Final = "mean"  # name of a mean picture among a checkpoint's arrays: only imported weights bring their own
 
 
@@ -135,6 +138,31 @@ def require_memory(
             ops.check_memory(layers, input_shape(config), batch, training=training, views=views)
         except MemoryError as error:
             raise PipelineError(str(error)) from error
+
+
+def loader_threads(config: Config, ops: ModuleType, crops: int) -> int:
+    """The loader's threads for batches of ``crops``: as the settings say, else what suits the backend.
+
+    The host's cores compute, unless the backend has a device of its own; that one takes more crops than a core can cut.
+    """
+    if config.loader.threads is not None:
+        return config.loader.threads
+    if not hasattr(ops, "replayable"):
+        return 1
+    room = _RING // (crops * config.input.crop**2 * 3)  # each thread fills a batch of its own
+    return max(1, min(_MOST_THREADS, _cores() * 3 // 4, room))
+
+
+def loader_slots(config: Config, threads: int) -> int:
+    """Batches in training's ring: as the settings say, else one a thread, and three that wait or are in use."""
+    return threads + 3 if config.loader.slots is None else config.loader.slots
+
+
+def _cores() -> int:
+    """Cores that this process, one of perhaps several ranks on a machine, may keep busy."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = os.environ.get("NUMBA_NUM_THREADS", "")  # pipeline.ranks shares the cores out by it
+    return min(cores, int(share)) if share.isdecimal() else cores
 
 
 def preparation(config: Config, mean: np.ndarray, ops: ModuleType, *, jittered: bool) -> Preparation:

@@ -120,6 +120,8 @@ def begin(
         ops = load_backend()
         largest = min(training.plan.largest, len(training.dataset.train))
         require_memory(ops, training.layers, config, largest, training=True)
+        pictures = min(config.eval.batch_size, len(training.dataset.val))  # in the validation at an epoch's end
+        require_memory(ops, training.layers, config, pictures, training=False)
         if hasattr(ops, "warm_up"):
             ops.warm_up()
         reduce = _reduction(ops, ranks)

@@ -27,7 +27,7 @@ from pipeline.run_dir import RunDir
 from pipeline.signals import StopRequest
 from pipeline.tensorboard import events, require_tensorboard
 from stages.eval import evaluate
-from stages.setup import Part, decays, jittered, learning_rates, preparation
+from stages.setup import Part, decays, jittered, learning_rates, loader_slots, loader_threads, preparation
 from stages.start import State, Training, begin, open_training, require_no_checkpoints
 
 
@@ -118,6 +118,7 @@ def _records(config: Config, run_dir: RunDir, ops: ModuleType, tensorboard: bool
 def _loop(training: Training, ops: ModuleType, trainer: _Trainer, last: int, stop: StopRequest) -> None:
     """Step from batch to batch; validate and save at an epoch's end; save every so many steps and when told to stop."""
     config, train, plan = training.config, training.config.train, training.plan
+    threads = loader_threads(config, ops, plan.largest)
     with contextlib.ExitStack() as stack:
         batches = load(
             training.dataset.train,
@@ -125,8 +126,8 @@ def _loop(training: Training, ops: ModuleType, trainer: _Trainer, last: int, sto
             range(trainer.state.step, last),
             crop=config.input.crop,
             largest=plan.largest,
-            slots=config.loader.slots,
-            threads=config.loader.threads,
+            slots=loader_slots(config, threads),
+            threads=threads,
             allocate=ops.host_empty,
         )
         loader = stack.enter_context(contextlib.closing(batches))
@@ -138,7 +139,7 @@ def _loop(training: Training, ops: ModuleType, trainer: _Trainer, last: int, sto
             signum = training.ranks.largest(stop.signum or 0)  # a signal to any rank stops all after the same step
             validation = None
             if epoch_ends and (ends or epochs % train.validate_every == 0):
-                validation = trainer.validate()
+                validation = _validated(training, trainer)
             if ends or signum or done % train.checkpoint_every == 0 or (epoch_ends and epochs % train.save_every == 0):
                 trainer.save({**training.header, "validation": validation})
             if signum and done < last:
@@ -147,6 +148,16 @@ def _loop(training: Training, ops: ModuleType, trainer: _Trainer, last: int, sto
                     f"stopped at step {done}, everything is saved; go on with: "
                     f"python run_pipeline.py --stage train --resume --run {training.run_dir.root}",
                 )
+
+
+def _validated(training: Training, trainer: _Trainer) -> dict[str, float]:
+    """The epoch's scores; where they cannot be had, the epoch is saved before that ends the training."""
+    try:
+        return trainer.validate()
+    except (PipelineError, OSError, MemoryError):
+        if training.ranks.size == 1:  # of several, the others may be well and not come to save
+            trainer.save({**training.header, "validation": None})
+        raise
 
 
 class _Trainer:

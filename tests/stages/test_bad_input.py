@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data import ilsvrc
-from pipeline.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from pipeline.checkpoint import checkpoints, load_checkpoint, newest_sound, save_checkpoint
 from tests.command_line import QUICK, finish, pipeline, settings, start, wait_until
 from tests.conftest import mounted
 from tests.data import archives
@@ -228,6 +228,18 @@ def test_damaged_picture_is_found_before_it_is_used(run: Path, trained: Path) ->
     evaluate(run).refused(r"val-00000\.h5 is damaged in picture 0")
     assert contents(run / "train") == before | {"metrics.jsonl": contents(run / "train")["metrics.jsonl"]}
     assert not (run / "eval").exists()
+
+
+def test_an_epoch_whose_validation_fails_is_saved(run: Path) -> None:
+    """Else a validation picture that cannot be read would cost all steps since the last checkpoint."""
+    with h5py.File(run / "preprocess" / "val-00000.h5", "r+") as file:
+        file["images"][0, 0, 0, 0] ^= 1
+    train(run, "--epochs", 1).refused(r"val-00000\.h5 is damaged in picture 0")
+    saved = newest_sound(run / "train")[0]
+    assert saved is not None
+    assert (saved.header["step"], saved.header["validation"]) == (6, None)
+    assert not (run / "train" / "best.json").exists()
+    assert "step 6 to 7, 6 steps an epoch" in train(run, "--resume", "--steps", 1).done().out
 
 
 def test_checkpoint_cut_short(run: Path, trained: Path) -> None:

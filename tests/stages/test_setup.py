@@ -7,15 +7,18 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.config import SEED, override
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file, read_sealed, write_sealed
-from stages.setup import open_dataset
+from stages import setup
+from stages.setup import loader_slots, loader_threads, open_dataset
 
 
 @pytest.fixture
@@ -107,3 +110,22 @@ def test_any_sealed_manifest_is_taken_or_refused_plainly(run: RunDir, prepared: 
         return  # NaN is not written
     with contextlib.suppress(PipelineError):
         open_dataset(run)
+
+
+def test_the_loader_has_threads_that_suit_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_host, on_device = SimpleNamespace(), SimpleNamespace(replayable=None)
+    monkeypatch.setattr(setup.os, "sched_getaffinity", lambda process: range(12))
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    assert loader_threads(SEED, on_host, 128) == 1  # its cores compute
+    assert loader_threads(SEED, on_device, 128) == 9
+    assert loader_threads(SEED, on_device, 2560) == 9
+    assert loader_threads(SEED, on_device, 10240) == 2  # 1.5 GB a batch
+    assert loader_threads(SEED, on_device, 65536) == 1
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "4")  # three ranks on this machine
+    assert loader_threads(SEED, on_device, 128) == 3
+    monkeypatch.setattr(setup.os, "sched_getaffinity", lambda process: range(128))
+    monkeypatch.delenv("NUMBA_NUM_THREADS")
+    assert loader_threads(SEED, on_device, 128) == 12
+    asked = override(SEED, settings=["loader.threads=20", "loader.slots=30"])
+    assert loader_threads(asked, on_host, 65536) == loader_threads(asked, on_device, 65536) == 20
+    assert [loader_slots(config, 20) for config in (SEED, asked)] == [23, 30]
