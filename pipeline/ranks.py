@@ -56,6 +56,9 @@ class Ranks:
         Wait until every rank has come here.
     meet : callable
         The same after work of so many seconds here, for which a slower machine may take ten times as long.
+    watched : callable
+        A context around a wait of somebody else's for other ranks, such as a GPU's: it ends the job as these functions
+        do when it lasts too long.
     reduce : callable
         From a backward pass's gradients, as they become known, to their sums over all ranks. Host arrays only.
     """
@@ -70,6 +73,7 @@ class Ranks:
     gather: Callable[[np.ndarray], np.ndarray]
     wait: Callable[[], None]
     meet: Callable[[float], None]
+    watched: Callable[[], contextlib.AbstractContextManager[None]]
     reduce: Callable[[Gradients], Iterator[tuple[str, np.ndarray]]]
 
     @property
@@ -120,6 +124,7 @@ ALONE: Final = Ranks(
     gather=lambda a: a[np.newaxis],
     wait=lambda: None,
     meet=lambda took: None,
+    watched=contextlib.nullcontext,
     reduce=iter,
 )
 
@@ -309,6 +314,7 @@ def _ranks(world: Any) -> Ranks:
         gather=gather,
         wait=wait,
         meet=meet,
+        watched=watched,
         reduce=reduce,
     )
 

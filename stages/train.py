@@ -189,14 +189,16 @@ class _Trainer:
     def step(self, batch: Batch) -> None:
         """Start the step of this batch, then note the loss of the one before."""
         epoch, part = batch.number // self._steps_per_epoch, self._plan.part(batch.number)
-        inputs = self._ops.upload(
-            {
-                **batch.arrays,
-                "rates": learning_rates(self._config, self._names, epoch),
-                "step": np.array([batch.number], dtype=np.uint64),
-                **_place(part, self._ranks),
-            }
-        )
+        arrays = {
+            **batch.arrays,
+            "rates": learning_rates(self._config, self._names, epoch),
+            "step": np.array([batch.number], dtype=np.uint64),
+            **_place(part, self._ranks),
+        }
+        # A device that exchanges gradients by itself waits for the other ranks, and the host for the device: here, and
+        # where a loss is read.
+        with self._ranks.watched():
+            inputs = self._ops.upload(arrays)
         loss = self._step_function(epoch)(inputs)
         self.settle()
         self._waited += batch.waited
@@ -217,7 +219,9 @@ class _Trainer:
             return
         step, epoch, loss_each, counted = self._pending
         self._pending = None
-        loss = self._ranks.mean(self._ops.to_host(loss_each)[:counted])
+        with self._ranks.watched():
+            losses = self._ops.to_host(loss_each)[:counted]
+        loss = self._ranks.mean(losses)
         if not math.isfinite(loss):
             raise PipelineError(
                 f"the loss is {loss} at step {step}: training has diverged; the last good checkpoint is kept. "
@@ -230,7 +234,7 @@ class _Trainer:
 
     def validate(self) -> dict[str, float]:
         """Accuracy and loss on the validation pictures, centre view, at the end of an epoch."""
-        self.settle()
+        self._finish_steps()
         ops, config = self._ops, self._config
         prepared = preparation(config, self._dataset.mean, ops, jittered=False)
         predict = prediction(ops, self._layers, self.state.parameters, prepared, views=1)
@@ -247,7 +251,7 @@ class _Trainer:
 
     def save(self, header: dict[str, Any]) -> None:
         """Write a checkpoint, once all ranks have been found to have the same weights."""
-        self.settle()
+        self._finish_steps()
         start = time.perf_counter()
         ops, parameters = self._ops, self.state.parameters
         self._ranks.require_same(
@@ -258,6 +262,11 @@ class _Trainer:
         self._records.save(self.state, header)
         self._ranks.wait()
         self._clock += time.perf_counter() - start  # rates are those of steps
+
+    def _finish_steps(self) -> None:
+        with self._ranks.watched():
+            self._ops.synchronize()
+        self.settle()
 
     def _step_function(self, epoch: int) -> Callable[[dict[str, Any]], Any]:
         now = jittered(self._config, epoch)

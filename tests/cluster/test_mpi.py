@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ import pytest
 
 from pipeline.checkpoint import checkpoints, load_checkpoint, newest_sound
 from pipeline.metrics import read_metrics
-from tests.command_line import Result, finish, pipeline, settings, start, wait_until
+from tests.command_line import ROOT, Result, finish, pipeline, settings, start, wait_until
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 
@@ -167,6 +168,33 @@ def test_a_rank_that_falls_silent_ends_the_job(run: Path) -> None:
     saved, complaints = newest_sound(run / "train")
     assert saved is not None
     assert not complaints
+
+
+STUCK = """
+import sys, time
+sys.path.insert(0, {root!r})
+import net.cpu, run_pipeline
+uploads = []
+def upload(arrays, real=net.cpu.upload):
+    uploads.append(1)
+    if len(uploads) == 2:
+        time.sleep(600)
+    return real(arrays)
+net.cpu.upload = upload
+sys.exit(run_pipeline.main())
+"""
+
+
+def test_a_device_that_waits_for_ever_ends_the_job(run: Path, tmp_path: Path) -> None:
+    """As a GPU does whose NCCL hears nothing any more: the host waits for it when it brings the next batch."""
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK.format(root=str(ROOT)))
+    options = ("--stage", "train", "--run", run, "--steps", 200, "--device", "cpu", *BATCH)
+    command = [*ranks(2), sys.executable, script, *map(str, options)]
+    environment = {**os.environ, "ALEXNET_SILENCE": "4"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode != 0
+    assert "has heard nothing of the others for 4 s" in done.stderr
 
 
 def process_of(run: Path, rank: int) -> int:
