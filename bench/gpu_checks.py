@@ -25,8 +25,6 @@ from data.sampling import Augmentation, Crops, training_crops
 from net.alexnet import alexnet
 from net.layers import fuse
 from net.network import Descent, Preparation, prediction, training_step
-from pipeline.config import SEED as SEED_RECIPE
-from stages.setup import loader_slots, loader_threads
 
 Host = dict[str, np.ndarray]
 SCALE, BORDER, SEED = 1 / 255, (2, 1), 1
@@ -258,9 +256,19 @@ class InMemory:
 def fed(
     ops: ModuleType, host: Host, classes: int, images: int, crop: int, *, steps: int, dry: bool
 ) -> dict[str, float | int]:
-    """Train with the loader's threads cutting random crops out of pictures in memory, more than any cache holds."""
+    """Train with the loader's threads cutting random crops out of pictures in memory, more than any cache holds.
+
+    Needs what the loader and its settings import: Numba and h5py, which the rest of this module does without.
+    """
+    try:
+        from data import kernels  # noqa: F401
+        from pipeline.config import SEED as RECIPE
+        from stages.setup import loader_slots, loader_threads
+    except ImportError as error:
+        print(f"the rate with the loader is left out: {error}")
+        return {}
     count, size = (8, crop + 8) if dry else (16384, STORED)
-    threads = 2 if dry else loader_threads(SEED_RECIPE, ops, images)
+    threads = 2 if dry else loader_threads(RECIPE, ops, images)
     random = np.random.default_rng(0)
     pictures = np.empty((count, size, size, 3), np.uint8)
     some = random.integers(0, 256, (min(count, 256), size, size, 3), dtype=np.uint8)
@@ -277,7 +285,7 @@ def fed(
 
     step, *_ = training(ops, host, classes, 0.5)
     rates = np.full(16, 1e-3, np.float32)
-    slots = loader_slots(SEED_RECIPE, threads)
+    slots = loader_slots(RECIPE, threads)
     options = {"crop": crop, "largest": images, "slots": slots, "threads": threads, "allocate": ops.host_empty}
     waited, begin, warm = 0.0, 0.0, steps // 4
     with closing(load_batches(InMemory(pictures, labels), plan, range(steps), **options)) as loader:

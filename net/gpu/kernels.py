@@ -11,7 +11,7 @@ are read), so :func:`launch` reads each kernel's parameters from its source and 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -77,15 +77,24 @@ def launch(
     """
     if 0 in grid:
         return
-    real = np.dtype(dtype).name
-    file, types = signatures()[name]
-    if len(args) != len(types):
-        raise TypeError(f"{name} takes {len(types)} arguments, not {len(args)}")
-    converted = tuple(_convert(name, kind, arg, real) for kind, arg in zip(types, args, strict=True))
+    file, real, parameters = _prepared(name, np.dtype(dtype))
+    if len(args) != len(parameters):
+        raise TypeError(f"{name} takes {len(parameters)} arguments, not {len(args)}")
+    converted = tuple(fit(arg) for fit, arg in zip(parameters, args, strict=True))
     kernel = _kernel(file, name, real)
     if shared > 48 * 1024 and kernel.max_dynamic_shared_size_bytes < shared:
         kernel.max_dynamic_shared_size_bytes = shared
     kernel(grid, (block,), converted, shared_mem=shared)
+
+
+@cache
+def _prepared(name: str, dtype: np.dtype[Any]) -> tuple[str, str, tuple[Callable[[Any], Any], ...]]:
+    """A kernel's file, the name of its type, and what makes each of its arguments what it takes.
+
+    Kernels that are started one by one wait for Python: what can be looked up once is.
+    """
+    file, types = signatures()[name]
+    return file, dtype.name, tuple(_parameter(name, kind, dtype) for kind in types)
 
 
 @cache
@@ -108,18 +117,22 @@ def options(file: str, real: str, capability: int) -> tuple[str, ...]:
     return found
 
 
-def _convert(name: str, kind: str, arg: Any, real: str) -> Any:
+def _parameter(name: str, kind: str, dtype: np.dtype[Any]) -> Callable[[Any], Any]:
+    """What turns an argument into a kernel's parameter of this kind, such as ``"const real*"``, or refuses it."""
     if not kind.endswith("*"):
-        return _SCALARS[kind](arg)
-    if arg is None:
-        return np.uint64(0)
+        return _SCALARS[kind]
     element = kind.removeprefix("const ").removesuffix("*")
-    wanted = real if element == "real" else _POINTERS[element]
-    found = np.dtype(arg.dtype).name
-    if element == "uint32" and found in ("uint64", "int64", "int32"):
-        found = "uint32"  # read word by word
-    if found != wanted:
-        raise TypeError(f"{name} takes a {wanted} array for '{kind}', not {found}")
-    if not arg.flags.c_contiguous:
-        raise TypeError(f"{name} takes arrays that lie in memory without gaps")
-    return arg
+    wanted = dtype if element == "real" else np.dtype(_POINTERS[element])
+    # uint32 words may be those of a larger number, read one by one.
+    fitting = {wanted, *(map(np.dtype, ("uint64", "int64", "int32")) if element == "uint32" else ())}
+
+    def fit(arg: Any) -> Any:
+        if arg is None:
+            return np.uint64(0)
+        if arg.dtype not in fitting:
+            raise TypeError(f"{name} takes a {wanted} array for '{kind}', not {arg.dtype}")
+        if not arg.flags.c_contiguous:
+            raise TypeError(f"{name} takes arrays that lie in memory without gaps")
+        return arg
+
+    return fit
