@@ -104,41 +104,46 @@ def _stage(
     stage: str, options: argparse.Namespace, config: Config | None, run: RunDir, source: Path | None, ranks: Ranks
 ) -> None:
     # Each stage is imported when it runs: preprocessing needs no network, and none should wait for the others' imports.
-    if stage == "import":
+    if stage == "preprocess":
+        _preprocess(options, config, run, source)
+    elif stage == "import":
         from stages import import_weights
 
         def change(recipe: Config) -> Config:
             return override(recipe, options.config, options.set, options.seed)
 
         import_weights.run(run, Path(options.files[0]), mean=options.mean, recipe=options.recipe, change=change)
-        return
-    if stage == "verify":
+    elif stage == "verify":
         from stages import verify
 
         verify.run(run)
-        return
-    if stage == "preprocess":
-        import joblib
-
-        from stages import preprocess
-
-        if options.check_archives:
-            preprocess.check_archives(source)
-        jobs = options.jobs or joblib.cpu_count()  # the cores this process may use, not all there are
-        preprocess.run(config, run, source=source, jobs=jobs, scheduler=options.scheduler)
-        if not checkpoints(run.train):  # what a network was trained with stays
-            write_sealed(run.config, to_dict(config))
-        return
-    if stage == "watch":
+    elif stage == "watch":
         from stages import watch
 
         watch.run(run)
-        return
-    if stage == "report" and options.compare:
+    elif stage == "report" and options.compare:
         from stages import report
 
         report.compare([run, *(RunDir(Path(other)) for other in options.compare)])
-        return
+    else:
+        _computing_stage(stage, options, config, run, ranks)
+
+
+def _preprocess(options: argparse.Namespace, config: Config | None, run: RunDir, source: Path | None) -> None:
+    import joblib
+
+    from stages import preprocess
+
+    if options.check_archives:
+        preprocess.check_archives(source)
+    jobs = options.jobs or joblib.cpu_count()  # the cores this process may use, not all there are
+    preprocess.run(config, run, source=source, jobs=jobs, scheduler=options.scheduler)
+    if not checkpoints(run.train):  # what a network was trained with stays
+        write_sealed(run.config, to_dict(config))
+
+
+def _computing_stage(stage: str, options: argparse.Namespace, config: Config | None, run: RunDir, ranks: Ranks) -> None:
+    """A stage that puts a network to work, on the device asked for."""
     from net.backend import choose, load
 
     device, why = choose(options.device)
@@ -154,38 +159,41 @@ def _stage(
     if stage == "train":
         from stages import train
 
-        goal = train.Goal(options.steps, options.epochs)
         train.run(
             config,
             run,
             load_backend,
             resume=options.resume,
             restart=options.restart,
-            goal=goal,
+            goal=train.Goal(options.steps, options.epochs),
             device=device,
             precision=options.precision,
             tensorboard=options.tensorboard,
             ranks=ranks,
         )
-        return
-    ops = load_backend()
-    if stage == "eval":
+    elif stage == "eval":
         from stages import eval as evaluation
 
-        evaluation.run(config, run, ops, checkpoint=options.checkpoint, views=options.views, ranks=ranks)
+        evaluation.run(config, run, load_backend(), checkpoint=options.checkpoint, views=options.views, ranks=ranks)
     elif stage == "predict":
         from stages import predict
 
-        as_json = options.json
-        predict.run(run, ops, files=options.files, checkpoint=options.checkpoint, views=options.views, as_json=as_json)
+        predict.run(
+            run,
+            load_backend(),
+            files=options.files,
+            checkpoint=options.checkpoint,
+            views=options.views,
+            as_json=options.json,
+        )
     elif stage == "report":
         from stages import report
 
-        report.run(run, ops, checkpoint=options.checkpoint)
+        report.run(run, load_backend(), checkpoint=options.checkpoint)
     elif stage == "export":
         from stages import export
 
-        export.run(run, ops, checkpoint=options.checkpoint, format=options.format)
+        export.run(run, load_backend(), checkpoint=options.checkpoint, format=options.format)
 
 
 def _source(named: str | None, *, must_exist: bool) -> Path | None:
