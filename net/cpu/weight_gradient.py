@@ -56,10 +56,16 @@ class WeightGradient:
 
 @kernel
 def _compute(x: np.ndarray, dy: np.ndarray, images: int, dw: np.ndarray, maps: int) -> None:
-    depth = dw.size // maps
+    depth, wide = dw.size // maps, (maps + PANEL - 1) // PANEL * PANEL
     for block in prange((depth + ROWS - 1) // ROWS):
         first = block * ROWS
-        _rows(x, dy, images, maps, first, min(ROWS, depth - first), dw, first * maps)
+        rows = min(ROWS, depth - first)
+        some = np.empty(ROWS * wide, np.float32)
+        _rows(x, dy, images, wide, first, rows, some)
+        for i in range(rows):
+            at = (first + i) * maps
+            for o in range(maps):
+                dw[at + o] = some[i * wide + o]
 
 
 @kernel
@@ -74,28 +80,28 @@ def _descend(
     shrink: np.float32,
     rate: np.float32,
 ) -> None:
-    depth = w.size // maps
+    depth, wide = w.size // maps, (maps + PANEL - 1) // PANEL * PANEL
     for block in prange((depth + ROWS - 1) // ROWS):
         first = block * ROWS
         rows = min(ROWS, depth - first)
-        dw = np.empty(ROWS * maps, np.float32)
-        _rows(x, dy, images, maps, first, rows, dw, 0)
-        at = first * maps
-        for i in range(rows * maps):
-            v[at + i] = momentum * v[at + i] - shrink * w[at + i] - rate * dw[i]
-            w[at + i] += v[at + i]
+        dw = np.empty(ROWS * wide, np.float32)
+        _rows(x, dy, images, wide, first, rows, dw)
+        for i in range(rows):
+            at = (first + i) * maps
+            w_row, v_row, dw_row = w[at : at + maps], v[at : at + maps], dw[i * wide : i * wide + maps]
+            for o in range(maps):
+                v_row[o] = momentum * v_row[o] - shrink * w_row[o] - rate * dw_row[o]
+                w_row[o] += v_row[o]
 
 
 @inner
-def _rows(
-    x: np.ndarray, dy: np.ndarray, images: int, maps: int, first: int, rows: int, dw: np.ndarray, dw_at: int
-) -> None:
-    """``rows`` rows of dw from ``first`` on, written to ``dw`` from ``dw_at`` on."""
+def _rows(x: np.ndarray, dy: np.ndarray, images: int, wide: int, first: int, rows: int, dw: np.ndarray) -> None:
+    """``rows`` rows of dw from ``first`` on, each as long as all panels of dy."""
     row = images + SHIFT
-    whole = maps // PANEL
-    for group in range(0, whole, _GROUP):
+    panels = wide // PANEL
+    for group in range(0, panels, _GROUP):
         for i in range(0, rows, BLOCK):
-            for panel in range(group, min(group + _GROUP, whole)):
+            for panel in range(group, min(group + _GROUP, panels)):
                 rows_times_panel(
                     x,
                     (first + i) * row,
@@ -103,14 +109,8 @@ def _rows(
                     dy,
                     panel * images * PANEL,
                     dw,
-                    dw_at + i * maps + panel * PANEL,
-                    maps,
+                    i * wide + panel * PANEL,
+                    wide,
                     min(BLOCK, rows - i),
                     images,
                 )
-    if whole * PANEL < maps:
-        last = np.empty(ROWS * PANEL, np.float32)
-        rows_times_panel(x, first * row, row, dy, whole * images * PANEL, last, 0, PANEL, rows, images)
-        for i in range(rows):
-            for o in range(maps - whole * PANEL):
-                dw[dw_at + i * maps + whole * PANEL + o] = last[i * PANEL + o]
