@@ -54,7 +54,7 @@ class Layer(Protocol):
 
 
 class _WithoutParameters:
-    """Shared by the layers that change neither shape nor parameters unless they say so."""
+    """Shared by the layers without parameters; the shape stays unless a layer says otherwise."""
 
     def output_shape(self, shape: Shape) -> Shape:
         return shape

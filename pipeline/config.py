@@ -58,7 +58,7 @@ class Input:
 class Network:
     """AlexNet's eight layers (paper, section 3); per-layer tuples run conv1..conv5, fc6..fc8."""
 
-    lrn_size: int = 5  # channels LRN spans; 0 leaves LRN out
+    lrn_size: int = 5  # the paper's n; 4 and 5 both span five channels, 0 leaves LRN out
     lrn_k: float = 2.0
     lrn_alpha: float = 1e-4
     lrn_alpha_over_n: bool = False  # divide alpha by lrn_size, as every released code does and the paper does not

@@ -67,8 +67,9 @@ def run(
         write_sealed(run_dir.config, to_dict(config))
     print(
         f"imported {file.name}, {len(arrays['fc8.b'])} classes, recipe {config.recipe}, as {path}; use it with\n"
-        f"  python run_pipeline.py --stage eval --run {run_dir.root}\n"
-        f"  python run_pipeline.py --stage predict IMAGE... --run {run_dir.root}"
+        f"  python run_pipeline.py --stage predict IMAGE... --run {run_dir.root}\n"
+        f"or, after --stage preprocess --source DIR --run {run_dir.root}, with\n"
+        f"  python run_pipeline.py --stage eval --run {run_dir.root}"
     )
     return path
 
