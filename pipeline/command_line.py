@@ -147,10 +147,9 @@ _CONFIGURED: Final = ("preprocess", "train", "eval", "import")
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number of at least 1, not {text!r}")
+    return int(text)
 
 
 _FLAGS: Final = (

@@ -211,9 +211,13 @@ def override(
     """
     if toml is not None:
         for key, value in _read_toml(toml):
+            if key == "recipe":
+                raise PipelineError(f"{toml}: a recipe is many settings at once; name it with --recipe, not in a file")
             config = _with_value(config, key, value, where=str(toml))
     for setting in settings or []:
         key, sign, text = setting.partition("=")
+        if key.strip() == "recipe":
+            raise PipelineError(f"--set {setting}: a recipe is many settings at once; name it with --recipe")
         if not sign:
             raise PipelineError(
                 f"--set {setting} has no '='; write --set key=value, for example --set train.batch_size=64"
@@ -243,8 +247,8 @@ def from_dict(values: dict[str, Any], where: str) -> Config:
 
 
 def keys() -> list[str]:
-    """All configuration keys, such as ``train.batch_size``."""
-    return [key for key, _ in _flatten(dataclasses.asdict(SEED))]
+    """All configuration keys that can be set, such as ``train.batch_size``."""
+    return [key for key, _ in _flatten(dataclasses.asdict(SEED)) if key != "recipe"]
 
 
 def difference(a: Any, b: Any) -> list[str]:

@@ -84,12 +84,14 @@ def run(
     views = views or config.eval.views
     parameters = {name: ops.asarray(saved.arrays[name]) for name in parameter_names(saved)}
     mean = saved.arrays.get(MEAN, dataset.mean)
-    batch = min(config.eval.batch_size, len(dataset.val))
+    # Ten views of 256 pictures would take 19 GB of a host's memory; a device's is asked for below.
+    pictures = config.eval.batch_size if hasattr(ops, "check_memory") else max(1, config.eval.batch_size // views)
+    batch = min(pictures, len(dataset.val))
     layers = network_layers(network_config, len(dataset.classes))
     require_memory(ops, layers, network_config, batch, training=False, views=views)
     predict = predictor(network_config, len(dataset.classes), mean, ops, parameters, views)
     with Progress("evaluate", len(dataset.val), "images") as progress:
-        result = evaluate(ops, predict, dataset.val, network_config, config.eval.batch_size, views, progress, ranks)
+        result = evaluate(ops, predict, dataset.val, network_config, pictures, views, progress, ranks)
     metrics = {
         "images": len(result.labels),
         "loss": float(result.loss.mean()),

@@ -81,9 +81,9 @@ def predict(trained: Trained, ops: ModuleType, names: Iterator[str], views: int)
     while chunk := list(islice(names, max(1, _CROPS // views))):
         squares, errors = _read_all(chunk, trained.config)
         rows = iter(_probabilities(network, ops, squares, views, trained.config.input.crop) if squares else ())
-        for name in chunk:
-            if name in errors:
-                yield Answer(name, [], errors[name])
+        for place, name in enumerate(chunk):
+            if place in errors:
+                yield Answer(name, [], errors[place])
                 continue
             p = next(rows)
             top = np.argsort(-p, kind="stable")[:TOP]
@@ -106,17 +106,18 @@ def _probabilities(
     return p
 
 
-def _read_all(names: list[str], config: Config) -> tuple[list[np.ndarray], dict[str, str]]:
-    """The stored squares of the readable pictures, uint8 (size, size, 3), and the reasons of the others."""
-    squares, errors = [], {}
-    for name in names:
+def _read_all(names: list[str], config: Config) -> tuple[list[np.ndarray], dict[int, str]]:
+    """The stored squares of the readable pictures, uint8 (size, size, 3), and the reasons of the others by place."""
+    squares: list[np.ndarray] = []
+    errors: dict[int, str] = {}
+    for place, name in enumerate(names):
         try:
             data = _contents(name)
             squares.append(
                 read_square(data, config.preprocess.size, config.preprocess.filter, Counter(), formats=_formats())
             )
         except (UnreadableError, OSError) as error:
-            errors[name] = getattr(error, "strerror", None) or str(error)
+            errors[place] = getattr(error, "strerror", None) or str(error)
     return squares, errors
 
 

@@ -157,7 +157,14 @@ def _same_stamp(folder: Path, source: Path) -> bool:
 
 
 def _draw_demo(run: RunDir) -> Path:
+    """The demo set's folder; refuses where it would take the place of pictures of the user's own."""
     folder = run.root / "demo"
+    made_from = [record["source"] for record in read_metrics(run.preprocess / "metrics.jsonl") if "source" in record]
+    if made_from and Path(made_from[-1]).absolute() != folder.absolute():
+        raise PipelineError(
+            f"{run.preprocess} was made from {made_from[-1]}, but no pictures are named: add --source {made_from[-1]}, "
+            "or start a new run with --run"
+        )
     if not folder.exists():
         print(f"preprocess: no pictures were named, so the built-in demo set is drawn into {folder}")
         demo.draw(folder)
@@ -212,6 +219,7 @@ def _results(
     if scheduler:
         jobs, results = 1, on_cluster(tasks, scheduler, stop)
     else:
+        jobs = min(jobs, max(1, len(tasks)))
         begun = (joblib.delayed(make_shard)(task) for task in tasks if stop.signum is None)
         results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=jobs)(begun)
     done = 0

@@ -138,7 +138,11 @@ class _Announce(event.Listener):
         function = event.data["dispatcher"].py_func
         if not self._said and function.__module__.startswith("net.cpu"):
             self._said = True
-            print("compiling CPU kernels for this machine (kept for next time), up to a minute", file=sys.stderr, flush=True)
+            print(
+                "compiling CPU kernels for this machine (kept for next time), up to a minute",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def on_end(self, event: Any) -> None:
         pass

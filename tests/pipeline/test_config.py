@@ -45,6 +45,7 @@ def test_recipes_hold_the_published_numbers() -> None:
 
 def test_every_key_can_be_set_to_its_own_value() -> None:
     values = dict(_flat(dataclasses.asdict(c.ORIGINAL)))
+    del values["recipe"]
     assert sorted(values) == sorted(c.keys())
     for key, value in values.items():
         text = "none" if value is None else json.dumps(value)
@@ -278,3 +279,12 @@ def _flat(values: dict, prefix: str = "") -> list[tuple[str, object]]:
     for key, value in values.items():
         flat += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return flat
+
+
+def test_a_recipe_is_not_a_setting(tmp_path: Path) -> None:
+    """It would change the label and none of the numbers."""
+    toml = tmp_path / "mine.toml"
+    toml.write_text('recipe = "original"\n')
+    for how in ({"settings": ["recipe=original"]}, {"toml": toml}):
+        with pytest.raises(PipelineError, match="name it with --recipe"):
+            c.override(c.SEED, **how)

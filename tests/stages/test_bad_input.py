@@ -374,3 +374,11 @@ def test_permission_lost_while_training(run: Path) -> None:
         subprocess.run(["chattr", "-i", folder], check=True)
     pipeline("--stage", "verify", "--run", run).done()
     assert "resumed from" in train(run, "--resume", "--steps", 1).done().out
+
+
+def test_pictures_of_ones_own_are_never_replaced_by_the_demo_set(run: Path, small_source: Path) -> None:
+    (run / "preprocess" / "train-00001.h5").unlink()
+    before = contents(run)
+    preprocess(run, None).refused(r"was made from .*: add --source ", "or start a new run with --run")
+    assert contents(run) == before
+    preprocess(run, small_source).done()

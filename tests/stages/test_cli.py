@@ -41,8 +41,8 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> It
     [
         (["--stage", "evaluate"], "invalid choice: 'evaluate'"),
         (["--stage", "train", "--stpes", "3"], "unrecognized arguments: --stpes"),
-        (["--stage", "train", "--steps", "0"], "argument --steps: must be at least 1"),
-        (["--stage", "train", "--steps", "many"], "argument --steps: invalid"),
+        (["--stage", "train", "--steps", "0"], "argument --steps: takes a whole number of at least 1, not '0'"),
+        (["--stage", "train", "--steps", "many"], "argument --steps: takes a whole number of at least 1, not 'many'"),
         (["--stage", "train", "--steps", "1", "--epochs", "1"], "--steps"),
         (["--stage", "train", "--resume", "--restart"], "not allowed with argument --resume"),
         (["--stage", "eval", "--views", "5"], "argument --views: invalid choice: 5"),

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 import net.cpu
+from net import network, reference
+from net.alexnet import alexnet
 from pipeline.checkpoint import checkpoints
 from run_pipeline import main
 from stages import eval as evaluation
-from tests.command_line import pipeline
+from tests.command_line import pipeline, settings
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +91,46 @@ def test_ten_views_average_the_softmax_and_batches_of_pictures_stay_together(tra
     check(trained, metrics, predictions, views=10)
     assert metrics["loss"] != one["loss"]
     assert np.max(np.abs(predictions["probability"] - centre["probability"])) < 0.5
-    # Ten times the batch in one piece gives the same.
-    _, others = evaluate(trained, "--views", 10, "--set", "eval.batch_size=13")
+    # All of it in one piece gives the same.
+    _, others = evaluate(trained, "--views", 10, "--set", "eval.batch_size=130")
     assert others["loss"] == pytest.approx(predictions["loss"], rel=1e-5)
+
+
+def test_views_are_averaged() -> None:
+    """The probabilities of a picture are the mean of its views', each as a picture of its own would have them."""
+    layers = alexnet(7)
+    shapes = network.parameter_shapes(layers, (67, 67, 3))
+    parameters = network.initial_parameters(shapes, (0.0,) * 8, (0.1,) * 8, seed=1)
+    prepared = network.Preparation(mean=None, scale=1 / 255, bgr=False, border=(0, 0))
+    crops = np.random.default_rng(2).integers(0, 256, (6, 67, 67, 3), dtype=np.uint8)
+    inputs = {"images": crops, "corner": np.zeros((6, 2), np.int32), "flip": np.zeros(6, np.uint8)}
+    inputs["shift"] = np.zeros((6, 3), np.float32)
+    each, three = (network.prediction(reference, layers, parameters, prepared, views)(inputs) for views in (1, 3))
+    assert three.shape == (2, 7)
+    np.testing.assert_allclose(three, each.reshape(2, 3, 7).mean(axis=1), rtol=1e-6)
+    assert np.abs(three - each[::3]).max() > 1e-4
+
+
+def test_ten_views_on_the_host_take_no_more_crops_at_a_time(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, upload = [], net.cpu.upload
+    monkeypatch.setattr(net.cpu, "upload", lambda arrays: sizes.append(len(arrays["images"])) or upload(arrays))
+    assert (
+        main(
+            [
+                "--stage",
+                "eval",
+                "--run",
+                str(trained),
+                "--device",
+                "cpu",
+                "--views",
+                "10",
+                *settings("eval.batch_size=40"),
+            ]
+        )
+        == 0
+    )
+    assert sizes == [40, 40, 40, 10]
 
 
 def test_the_loader_has_as_many_threads_as_the_settings_say(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

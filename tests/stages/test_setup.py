@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import SEED, override
+from pipeline.config import SEED, load_config, override
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file, read_sealed, write_sealed
 from stages import setup
@@ -129,3 +129,28 @@ def test_the_loader_has_threads_that_suit_the_backend(monkeypatch: pytest.Monkey
     asked = override(SEED, settings=["loader.threads=20", "loader.slots=30"])
     assert loader_threads(asked, on_host, 65536) == loader_threads(asked, on_device, 65536) == 20
     assert [loader_slots(config, 20) for config in (SEED, asked)] == [23, 30]
+
+
+def test_rates_and_jitter_of_the_authors_code() -> None:
+    """Weights' rate falls at 25, 51 and 79; biases' never; conv1 slows at 67 and stops at 72; the jitter ends at 67."""
+    config = load_config("original")
+    names = ["conv1.w", "conv1.b", "conv2.w", "conv2.b"]
+    rates = {epoch: setup.learning_rates(config, names, epoch).tolist() for epoch in (0, 24, 25, 50, 51, 78, 79)}
+    for epoch, rate in ((0, 0.01), (24, 0.01), (25, 0.001), (50, 0.001), (51, 1e-4)):
+        assert rates[epoch] == pytest.approx([rate, 0.02, rate, 0.02], rel=1e-6), epoch
+    assert rates[78][2:] == pytest.approx([1e-4, 0.02], rel=1e-6)
+    assert rates[79][2:] == pytest.approx([1e-5, 0.02], rel=1e-6)
+    at = {epoch: setup.learning_rates(config, names, epoch)[0] for epoch in (66, 67, 71, 72, 90)}
+    assert at[66] == pytest.approx(1e-4)
+    assert 0 < at[67] < at[66]
+    assert at[71] == at[67]
+    assert at[72] == at[90] == 0
+    assert [setup.jittered(config, epoch) for epoch in (0, 66, 67, 90)] == [True, True, False, False]
+    assert setup.decays(config, names)["conv2.w"] == pytest.approx(5e-4)
+    assert setup.decays(config, names)["conv2.b"] == 0
+
+
+def test_rates_of_caffes_biases_are_twice_the_weights() -> None:
+    rates = setup.learning_rates(load_config("caffe"), ["fc6.w", "fc6.b"], 0)
+    assert rates[1] == pytest.approx(2 * rates[0])
+    assert setup.decays(load_config("caffe"), ["fc6.w", "fc6.b"])["fc6.b"] == 0
