@@ -8,6 +8,7 @@ written after the file it names.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -35,6 +36,7 @@ class Checkpoint:
     path: Path
     header: dict[str, Any]
     arrays: Arrays
+    seal: str  # the checksum of header and arrays: no other checkpoint has it
 
 
 def save_checkpoint(
@@ -126,7 +128,7 @@ def load_checkpoint(path: Path, remedy: str = _OTHER) -> Checkpoint:
         raise PipelineError(f"{path} is no checkpoint of this program: {odd[0]} is not float32; {remedy}")
     if not sound:
         raise PipelineError(f"{damaged}: its contents do not match its checksum; {remedy}")
-    return Checkpoint(path, header, arrays)
+    return Checkpoint(path, header, arrays, seal)
 
 
 def _read_through(path: Path) -> None:
@@ -196,6 +198,19 @@ def note_best(folder: Path, path: Path, step: int, top1: float) -> None:
     # A run resumed from an older checkpoint validates the same epoch again: the entry of a later step is void.
     if best is None or best["step"] >= step or top1 > best["top1"]:
         write_sealed(folder / "best.json", {"checkpoint": path.name, "step": step, "top1": top1})
+
+
+def restore_best(folder: Path, newest: Path) -> None:
+    """Write a missing ``best.json`` anew, from what the checkpoints up to ``newest`` say of their validation."""
+    if best_of(folder) is not None:
+        return
+    for path in checkpoints(folder):
+        if step_of(path) <= step_of(newest):
+            with contextlib.suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):  # a damaged one
+                with safe_open(path, framework="numpy") as file:
+                    validation = json.loads((file.metadata() or {})["header"])["validation"]
+                if validation is not None:
+                    note_best(folder, path, step_of(path), float(validation["top1"]))
 
 
 def prune(folder: Path, keep: int, newest: Path) -> None:

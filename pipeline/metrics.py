@@ -47,6 +47,11 @@ class MetricsLog:
             raise write_error(self._path, error) from error
 
 
+def has_numbers(record: dict[str, Any], *names: str) -> bool:
+    """Whether a line of metrics has a number under each of these names."""
+    return all(isinstance(record.get(name), int | float) for name in names)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete records; a last line that a crash cut short is left out."""
     if not path.exists():

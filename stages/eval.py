@@ -101,6 +101,7 @@ def run(
         "images_per_second": len(result.labels) / result.seconds,
         "checkpoint": saved.path.name,
         "step": saved.header["step"],
+        "seal": saved.seal,
     }
     if ranks.leads:
         _write(make_folder(run_dir.eval), dataset, result, metrics)

@@ -28,6 +28,7 @@ from pipeline.checkpoint import (
     note_best,
     note_latest,
     prune,
+    restore_best,
     step_of,
 )
 from pipeline.config import Config, difference, from_dict, to_dict
@@ -225,6 +226,7 @@ def _take_up(training: Training, saved: Checkpoint) -> None:
     cut_back(folder / "metrics.jsonl", step)
     # What a crash between a checkpoint and its indexes left undone.
     note_latest(folder, saved.path)
+    restore_best(folder, saved.path)
     validation = saved.header.get("validation")
     if validation is not None:
         note_best(folder, saved.path, step, validation["top1"])

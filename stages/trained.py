@@ -36,6 +36,7 @@ class Trained:
 
     path: Path
     step: int
+    seal: str
     header: dict[str, Any]
     config: Config
     classes: list[dict[str, Any]]
@@ -80,6 +81,7 @@ def load_trained(run_dir: RunDir, checkpoint: str) -> Trained:
     return Trained(
         path=saved.path,
         step=saved.header["step"],
+        seal=saved.seal,
         header=saved.header,
         config=config,
         classes=_classes(run_dir, saved.path, saved.header, count),

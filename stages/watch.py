@@ -14,7 +14,7 @@ from data.sampling import steps_per_epoch
 from data.shards import read_manifest
 from pipeline.config import Config, from_dict
 from pipeline.errors import PipelineError
-from pipeline.metrics import read_metrics
+from pipeline.metrics import has_numbers, read_metrics
 from pipeline.progress import duration
 from pipeline.run_dir import RunDir, read_sealed
 
@@ -64,13 +64,13 @@ def screen(
 
     ``written`` is when the last record came, in seconds since 1970.
     """
-    steps = [r for r in records if "loss" in r and "images_per_second" in r]
-    validations = [r for r in records if "top1" in r]
+    steps = [r for r in records if has_numbers(r, "step", "loss", "lr", "images_per_second", "data_wait")]
+    validations = [r for r in records if has_numbers(r, "step", "top1", "top5", "validation_loss")]
     total = config.train.epochs * per_epoch
     if not steps:
         return f"{root}  recipe {config.recipe}: no step has been logged yet"
     last = steps[-1]
-    done = max(record["step"] for record in records)
+    done = max(record["step"] for record in (*steps, *validations))
     rates = [r["images_per_second"] for r in steps[-_RATES:]]
     rate = statistics.median(rates)  # the first line of a run has the compiling in it
     left = max(0, total - done) * config.train.batch_size / rate if rate > 0 else 0.0

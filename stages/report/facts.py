@@ -20,7 +20,7 @@ from data.shards import read_manifest
 from net.backend import DEVICES
 from pipeline.config import RECIPES, Config
 from pipeline.errors import PipelineError
-from pipeline.metrics import read_metrics
+from pipeline.metrics import has_numbers, read_metrics
 from pipeline.run_dir import RunDir, hash_file, read_json
 from stages.trained import Trained, label
 
@@ -52,6 +52,7 @@ class Facts:
     run: RunDir
     config: Config
     step: int
+    seal: str
     checkpoint: str
     classes: list[dict[str, Any]]
     manifest: dict[str, Any]
@@ -89,20 +90,17 @@ def read_facts(run: RunDir, trained: Trained) -> Facts:
         run=run,
         config=trained.config,
         step=trained.step,
+        seal=trained.seal,
         checkpoint=trained.path.name,
         classes=trained.classes,
         manifest=read_manifest(run),
-        steps=[r for r in records if _has_numbers(r, "step", "loss", "lr", "images_per_second", "data_wait")],
-        validations=[r for r in records if _has_numbers(r, "step", "top1", "top5", "validation_loss")],
+        steps=[r for r in records if has_numbers(r, "step", "loss", "lr", "images_per_second", "data_wait")],
+        validations=[r for r in records if has_numbers(r, "step", "top1", "top5", "validation_loss")],
         evaluation=evaluation,
         predictions=predictions,
         device=str(trained.header.get("device", "")),
         precision=str(trained.header.get("precision", "fp32")),
     )
-
-
-def _has_numbers(record: dict[str, Any], *names: str) -> bool:
-    return all(isinstance(record.get(name), int | float) for name in names)
 
 
 def _evaluation(run: RunDir, classes: int) -> tuple[dict[str, Any] | None, dict[str, np.ndarray] | None]:
@@ -120,7 +118,7 @@ def _evaluation(run: RunDir, classes: int) -> tuple[dict[str, Any] | None, dict[
             predictions = {name: arrays[name] for name in ("labels", "top", "probability", "loss")}
         count = len(predictions["labels"])
         sound = (
-            _has_numbers(evaluation, "images", "loss", "top1", "top5", "views", "step")
+            has_numbers(evaluation, "images", "loss", "top1", "top5", "views", "step")
             and evaluation["images"] == count
             and all(len(array) == count for array in predictions.values())
             and predictions["top"].shape == predictions["probability"].shape == (count, min(5, classes))

@@ -359,3 +359,16 @@ def test_latest_follows_the_newest_saved(folder: Path) -> None:
     assert read_json(folder / "latest.json", "")["step"] == 8
     k.note_latest(folder, folder / "step-00000004.ckpt")
     assert k.find_checkpoint(folder, "latest").name == "step-00000004.ckpt"
+
+
+def test_a_lost_index_of_the_best_is_made_from_the_checkpoints(folder: Path) -> None:
+    """Else the next pruning would take the best checkpoint for one that nobody wants."""
+    scores = {1: 0.2, 2: 0.6, 3: None, 4: 0.6, 5: 0.4, 9: 0.9}
+    for step, top1 in scores.items():
+        k.save_checkpoint(folder, step, {"validation": None if top1 is None else {"top1": top1}}, arrays())
+    k.checkpoints(folder)[0].write_bytes(b"damaged")
+    k.restore_best(folder, k.checkpoints(folder)[4])  # step 9 lies behind the newest sound one
+    assert k.best_of(folder) == {"checkpoint": "step-00000002.ckpt", "step": 2, "top1": 0.6}
+    write_sealed(folder / "best.json", {"checkpoint": "step-00000005.ckpt", "step": 5, "top1": 0.4})
+    k.restore_best(folder, k.checkpoints(folder)[4])  # what is there stays
+    assert k.best_of(folder)["step"] == 5

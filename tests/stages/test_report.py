@@ -38,6 +38,7 @@ def known(tmp_path: Path) -> Facts:
         run=RunDir(tmp_path / "by hand"),
         config=replace(RECIPES["demo"], seed=7),
         step=10,
+        seal="0" * 64,
         checkpoint="step-00000010.ckpt",
         classes=CLASSES,
         manifest={"splits": {"train": {"images": 224}}},  # 7 steps an epoch
@@ -214,6 +215,22 @@ def test_page_before_the_evaluation(trained_run: Path, tmp_path: Path) -> None:
     text = (run / "report" / "index.html").read_text()
     assert "Not evaluated yet" in text
     assert 'id="classes"' not in text
+    shutil.rmtree(run)
+
+
+def test_an_evaluation_of_another_checkpoint_of_the_same_step_is_told(trained_run: Path, tmp_path: Path) -> None:
+    """As after --restart with another recipe: the step is the same, the network is not."""
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run, copy_function=os.link, ignore=shutil.ignore_patterns("export", "report"))
+    path = run / "eval" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    assert metrics["seal"] == load_trained(RunDir(run), "latest").seal
+    for seal, told in ((metrics["seal"], False), ("0" * 64, True)):
+        path.unlink()  # a link to the file that other tests read
+        path.write_text(json.dumps({**metrics, "seal": seal}))
+        assert run_pipeline.main(["--stage", "report", "--run", str(run)]) == 0
+        said = "Accuracies are those of another checkpoint, also" in (run / "report" / "index.html").read_text()
+        assert said == told
     shutil.rmtree(run)
 
 
