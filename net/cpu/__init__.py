@@ -5,6 +5,7 @@ kernels are compiled) and ``memory.py`` (where arrays come from). Call it from o
 every core.
 """
 
+from net.cpu.ahead import warm_up
 from net.cpu.augment import augment
 from net.cpu.conv import conv2d_backward, conv2d_forward, conv_block_backward, conv_block_forward
 from net.cpu.dropout import dropout_backward, dropout_forward
@@ -16,7 +17,7 @@ from net.cpu.map_norm import map_norm_backward, map_norm_forward
 from net.cpu.memory import adopt, asarray, empty, host_empty, synchronize, to_host, upload
 from net.cpu.pool import maxpool_backward, maxpool_forward
 from net.cpu.relu import relu_backward, relu_forward
-from net.cpu.update import sgd_update, warm_up
+from net.cpu.update import sgd_update
 
 __all__ = [
     "adopt",

@@ -21,7 +21,7 @@ of other files that were inlined into it, and would go on using stale code after
 a hash of everything that goes into the machine code: all sources of this package, the versions of Numba and llvmlite,
 and the processor. It lies in ``__pycache__`` beside the sources; in the user's cache folder where the checkout cannot
 be written; in ``NUMBA_CACHE_DIR`` where that is set. The first call ever compiles, and one line on standard error says
-so, because that takes up to a minute.
+so, because that takes up to a minute; training does it ahead, on several cores (``ahead.py``).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ with _hidden("scipy", "scipy.linalg.cython_blas", "yaml"):
     from numba import prange
     from numba.core import event
 
-__all__ = ["cache_folder", "cache_name", "inner", "kernel", "prange"]
+__all__ = ["FOLDER", "cache_folder", "cache_name", "inner", "kernel", "prange"]
 
 numba.config.THREADING_LAYER = "workqueue"
 
@@ -100,19 +100,19 @@ def cache_folder(sources: Path) -> Path | None:
     return None
 
 
-_FOLDER: Final = cache_folder(_HERE)
-if _FOLDER is None:
+FOLDER: Final = cache_folder(_HERE)
+if FOLDER is None:
     print("no folder to keep compiled kernels in; set NUMBA_CACHE_DIR to one that can be written", file=sys.stderr)
 
 
-def _compiler(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+def _compiler(kept: bool, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     def compiled(function: Callable[..., Any]) -> Any:
         # Numba reads its setting when a function is decorated; other users of Numba in this process keep theirs.
         before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = "" if _FOLDER is None else str(_FOLDER)
+        numba.config.CACHE_DIR = "" if FOLDER is None else str(FOLDER)
         try:
             return numba.njit(
-                cache=_FOLDER is not None, nogil=True, fastmath=_FASTMATH, error_model="numpy", **options
+                cache=kept and FOLDER is not None, nogil=True, fastmath=_FASTMATH, error_model="numpy", **options
             )(function)
         finally:
             numba.config.CACHE_DIR = before
@@ -122,9 +122,10 @@ def _compiler(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 # Always inlined: as a function of its own, an inner one exists twice in a process that has just compiled it, optimised
 # alone and within its kernel, and the linker takes the first; a process that loads the kernel from the cache has only
-# the second. Fast maths lets the two differ in the last bit.
-inner = _compiler(forceinline=True)
-kernel = _compiler(parallel=True)
+# the second. Fast maths lets the two differ in the last bit. Kernels hold all of it, so it is not kept by itself; and
+# nobody calls it from Python or C, where wrappers would hold it two more times.
+inner = _compiler(kept=False, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+kernel = _compiler(kept=True, parallel=True, no_cfunc_wrapper=True)
 
 
 class _Announce(event.Listener):

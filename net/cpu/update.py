@@ -50,7 +50,7 @@ def count() -> int:
     return _count
 
 
-def warm_up() -> None:
+def start() -> None:
     """Start Numba, which takes a quarter of a second when the first kernel is called, whichever that is."""
     nothing, zero = empty(0), np.float32(0)
     _update(nothing, nothing, nothing, zero, zero, zero)

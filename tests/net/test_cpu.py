@@ -117,7 +117,7 @@ def test_warming_up_runs_a_kernel_and_is_no_update(monkeypatch: pytest.MonkeyPat
     before, kernel, runs = update.count(), update._update, []
     monkeypatch.setattr(update, "_update", lambda *given: runs.append(kernel(*given)))
     net.cpu.warm_up()
-    assert len(runs) == 1
+    assert runs
     assert update.count() == before, "what was derived from fixed weights would be computed again"
 
 

@@ -75,8 +75,9 @@ _PACKAGE = {
     "net/cpu/__init__.py": "",
     "net/cpu/part.py": "from net.cpu.jit import inner\n\n@inner\ndef part(x):\n    return x + 1\n",
     "net/cpu/whole.py": (
-        "from net.cpu.jit import inner\nfrom net.cpu.part import part\n\n"
-        "@inner\ndef whole(x):\n    return 10 * part(x)\n\nprint(whole(1))\n"
+        "import numpy as np\n\nfrom net.cpu.jit import kernel, prange\nfrom net.cpu.part import part\n\n"
+        "@kernel\ndef whole(x):\n    for i in prange(x.size):\n        x[i] = 10 * part(x[i])\n\n"
+        "x = np.ones(1, np.int64)\nwhole(x)\nprint(x[0])\n"
     ),
 }
 
