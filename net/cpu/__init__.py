@@ -5,6 +5,7 @@ kernels are compiled) and ``memory.py`` (where arrays come from). Call it from o
 every core.
 """
 
+from net.cpu import jit  # noqa: F401, first of all: it imports Numba in its own way
 from net.cpu.ahead import warm_up
 from net.cpu.augment import augment
 from net.cpu.conv import conv2d_backward, conv2d_forward, conv_block_backward, conv_block_forward

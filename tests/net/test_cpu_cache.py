@@ -124,3 +124,10 @@ def test_a_process_that_compiles_computes_what_one_that_loads_does(tmp_path: Pat
         return subprocess.run(run, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
 
     assert computed() == computed()
+
+
+def test_numba_starts_without_packages_that_no_kernel_uses() -> None:
+    """Their imports would be 0.15 s of every start; the first import of Numba has to be ``net.cpu.jit``'s."""
+    script = "import sys, net.cpu; print(sorted({'scipy', 'yaml'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
