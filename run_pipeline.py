@@ -18,12 +18,13 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
-from pipeline.config import Config, from_dict, load_config, override, to_dict
+from pipeline.config import Config, changes, from_dict, load_config, to_dict, with_values
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.ranks import Ranks, joined
 from pipeline.run_dir import RunDir, locked, read_sealed, write_sealed
@@ -82,11 +83,16 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
             if file is not None and not file.is_file():
                 raise PipelineError(f"there is no file {file}; check the path")
     source = _source(options.source, must_exist="preprocess" in stages)
+    change = changes(options.config, options.set, options.seed)
     # The other stages find their configuration in a checkpoint.
-    config = _config(options, run, demo=source is None) if _CONFIGURED.intersection(stages) else None
+    config = _config(options, change, run, demo=source is None) if _CONFIGURED.intersection(stages) else None
+    making = _config(options, change, run, demo=source is None, making=True) if "preprocess" in stages else None
     with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
         for stage in stages:
-            _stage(stage, options, config, run, source, ranks)
+            if stage == "preprocess":
+                _preprocess(options, making, config, run, source)
+            else:
+                _stage(stage, options, change, config, run, ranks)
     if not options.stage and config is not None:
         _summary(run, config)
 
@@ -101,16 +107,16 @@ def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[N
 
 
 def _stage(
-    stage: str, options: argparse.Namespace, config: Config | None, run: RunDir, source: Path | None, ranks: Ranks
+    stage: str,
+    options: argparse.Namespace,
+    change: Callable[[Config], Config],
+    config: Config | None,
+    run: RunDir,
+    ranks: Ranks,
 ) -> None:
     # Each stage is imported when it runs: preprocessing needs no network, and none should wait for the others' imports.
-    if stage == "preprocess":
-        _preprocess(options, config, run, source)
-    elif stage == "import":
+    if stage == "import":
         from stages import import_weights
-
-        def change(recipe: Config) -> Config:
-            return override(recipe, options.config, options.set, options.seed)
 
         import_weights.run(run, Path(options.files[0]), mean=options.mean, recipe=options.recipe, change=change)
     elif stage == "verify":
@@ -129,7 +135,9 @@ def _stage(
         _computing_stage(stage, options, config, run, ranks)
 
 
-def _preprocess(options: argparse.Namespace, config: Config | None, run: RunDir, source: Path | None) -> None:
+def _preprocess(
+    options: argparse.Namespace, making: Config | None, config: Config | None, run: RunDir, source: Path | None
+) -> None:
     import joblib
 
     from stages import preprocess
@@ -137,7 +145,7 @@ def _preprocess(options: argparse.Namespace, config: Config | None, run: RunDir,
     if options.check_archives:
         preprocess.check_archives(source)
     jobs = options.jobs or joblib.cpu_count()  # the cores this process may use, not all there are
-    preprocess.run(config, run, source=source, jobs=jobs, scheduler=options.scheduler)
+    preprocess.run(making, run, source=source, jobs=jobs, scheduler=options.scheduler)
     if not checkpoints(run.train):  # what a network was trained with stays
         write_sealed(run.config, to_dict(config))
 
@@ -210,14 +218,27 @@ def _source(named: str | None, *, must_exist: bool) -> Path | None:
     return path
 
 
-def _config(options: argparse.Namespace, run: RunDir, *, demo: bool) -> Config:
-    """The recipe named, else the run's own configuration, else the default for its data; then the changes."""
+def _config(
+    options: argparse.Namespace, change: Callable[[Config], Config], run: RunDir, *, demo: bool, making: bool = False
+) -> Config:
+    """The recipe named, else the run's own configuration, else the default for its data; then the changes.
+
+    Where there are shards, the ``preprocess`` settings are those they were made with. ``making`` is for the stage that
+    may have to mend them: theirs is the seed too, whatever training has; unless a recipe is named, and with it both.
+    """
     if options.recipe is None and run.config.exists():
         values = read_sealed(run.config, "name the recipe with --recipe and changes with --set, which writes it anew")
         config = from_dict(values, str(run.config))
     else:
         config = load_config(options.recipe or ("demo" if demo else "seed"))
-    return override(config, options.config, options.set, options.seed)
+    if not (making and options.recipe):
+        from data.shards import made_with
+
+        made = made_with(run)
+        if not making:
+            made.pop("seed", None)
+        config = with_values(config, made, str(run.preprocess))
+    return change(config)
 
 
 def _summary(run: RunDir, config: Config) -> None:

@@ -30,7 +30,7 @@ from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
 from data.shards import defects, forget_damage, is_damage_noted, is_manifest, read_layout, shard_bytes, shard_name
 from data.sources import read_source, stamp
 from data.tally import Tally
-from pipeline.config import Config
+from pipeline.config import Config, difference, with_values
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, read_metrics
 from pipeline.progress import Progress
@@ -139,7 +139,9 @@ def _finished(config: Config, folder: Path, source: Path | None) -> bool:
         print(f"preprocess: {path} is damaged; making it again")
         return False
     if manifest["settings"] != settings_fingerprint(config):
-        raise _other_plan(folder, "with other settings (preprocess.* or seed)")
+        before = with_values(config, manifest.get("made_with", {}), str(path))
+        differing = "; ".join(difference(before, config)) or "preprocess.* or seed"
+        raise _other_plan(folder, f"with other settings than asked for: {differing}")
     same = source is None or _same_stamp(folder, source) or read_source(source).fingerprint() == manifest["source"]
     if not same:
         raise _other_plan(folder, f"from other pictures than {source} holds")
@@ -266,6 +268,7 @@ def _last_record(tally: Tally, by: dict[str, Any], root: Path, start: float) -> 
     seconds = time.perf_counter() - start
     return {
         "finished": tally.plan.fingerprint,
+        "made_with": tally.plan.settings,
         "source": str(root),
         "stamp": stamp(root),
         **by,

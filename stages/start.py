@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from data.shards import data_fingerprint
 from net.layers import Layer, Shape
 from net.network import Reduce, drawing, initial_parameters, zeros
 from pipeline.checkpoint import (
@@ -42,7 +43,7 @@ from stages.setup import (
     network_layers,
     open_dataset,
     require_memory,
-    require_size,
+    require_stored,
     shapes,
     with_order,
 )
@@ -95,7 +96,7 @@ def require_no_checkpoints(folder: Path) -> None:
 def open_training(config: Config, run_dir: RunDir, device: str, precision: str, ranks: Ranks) -> Training:
     """Open the data of a run and settle what to train on them; refuses what does not fit together."""
     dataset = open_dataset(run_dir)
-    require_size(config, dataset, run_dir)
+    require_stored(config, dataset, run_dir)
     layers = network_layers(config, len(dataset.classes))
     config = with_order(config, dataset)
     header = _header(config, dataset, device, precision, ranks)
@@ -254,7 +255,7 @@ def _header(config: Config, dataset: Dataset, device: str, precision: str, ranks
     return {
         "schema": 1,
         "config": to_dict(config),
-        "data": fingerprint(dataset.manifest),
+        "data": data_fingerprint(dataset.manifest),
         "classes": len(dataset.classes),
         "wnids": [entry["wnid"] for entry in dataset.classes],
         "device": device,
@@ -266,7 +267,11 @@ def _header(config: Config, dataset: Dataset, device: str, precision: str, ranks
 
 
 def _without_free(config: Config) -> Config:
-    """The configuration with the settings that change no weight set to fixed values."""
+    """The configuration with the settings that change no weight set to fixed values.
+
+    What ``preprocess`` decides is in the data, which are compared as such.
+    """
     standard = type(config.train)()
     train = replace(config.train, **{name: getattr(standard, name) for name in _FREE})
-    return replace(config, train=train, eval=type(config.eval)(), loader=type(config.loader)())
+    others = {name: type(getattr(config, name))() for name in ("preprocess", "eval", "loader")}
+    return replace(config, train=train, **others)

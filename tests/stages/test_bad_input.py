@@ -153,7 +153,7 @@ def test_stages_out_of_order(tmp_path: Path, run: Path) -> None:
 
 def test_resume_with_another_recipe_or_other_settings(trained: Path) -> None:
     before = contents(trained)
-    small = ("--set", "preprocess.size=72", "--set", "input.crop=67")  # the recipe alone would not fit these shards
+    small = ("--set", "input.crop=67")  # the recipe alone would not fit these shards
     for arguments in (("--recipe", "caffe", *small), ("--set", "train.momentum=0.5"), ("--seed", 3)):
         sentence = train(trained, "--resume", "--steps", 1, *arguments).refused(
             r"step-00000001\.ckpt was trained with other settings: ", "Resume with the settings of the run"
@@ -182,16 +182,31 @@ def test_resume_with_other_data(tmp_path: Path, run: Path, trained: Path, small_
     assert contents(run / "train") == contents(trained / "train")
 
 
-def test_training_with_another_size_of_stored_pictures(run: Path) -> None:
-    train(run, "--steps", 1, "--set", "preprocess.size=90").refused(
-        rf"pictures in {run}/preprocess have 72 pixels a side, but preprocess.size is 90; leave it as it is, or"
+@pytest.mark.parametrize(
+    ("setting", "differing"),
+    [
+        ("preprocess.size=90", r"preprocess\.size \(72 there, 90 here\)"),
+        ("preprocess.filter=box", r"preprocess\.filter \(bicubic there, box here\)"),
+        ("preprocess.shard_images=9", r"preprocess\.shard_images \(10 there, 9 here\)"),
+    ],
+)
+def test_training_with_other_settings_of_the_stored_pictures(run: Path, setting: str, differing: str) -> None:
+    before = contents(run)
+    train(run, "--steps", 1, "--set", setting).refused(
+        rf"the pictures in {run}/preprocess were made with other settings: {differing}; leave them as they are, or"
     )
-    assert not (run / "train").exists()
+    assert contents(run) == before
 
 
 def test_preprocess_with_other_settings(run: Path, small_source: Path) -> None:
     before = contents(run)
-    preprocess(run, small_source, "--set", "preprocess.size=80").refused(r"made with other settings .*--run")
+    for arguments, differing in (
+        (("--set", "preprocess.size=80"), r"preprocess\.size \(72 there, 80 here\)"),
+        (("--seed", 2), r"seed \(0 there, 2 here\)"),
+    ):
+        preprocess(run, small_source, *arguments).refused(
+            rf"made with other settings than asked for: {differing}; give this run a directory of its own with --run"
+        )
     assert contents(run) == before
 
 
