@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.checkpoint import checkpoints
+from pipeline.checkpoint import checkpoints, newest_sound, remedy_of_config
 from pipeline.command_line import IN_ORDER, parse
 from pipeline.config import Config, changes, from_dict, load_config, to_dict, with_values
 from pipeline.errors import PipelineError, StoppedError
@@ -85,8 +85,12 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     source = _source(options.source, must_exist="preprocess" in stages)
     change = changes(options.config, options.set, options.seed)
     # The other stages find their configuration in a checkpoint.
-    config = _config(options, change, run, demo=source is None) if _CONFIGURED.intersection(stages) else None
-    making = _config(options, change, run, demo=source is None, making=True) if "preprocess" in stages else None
+    config = making = None
+    if _CONFIGURED.intersection(stages):
+        recipe = _recipe(options, run, demo=source is None)
+        config = change(_as_made(recipe, run, seeded=False))
+        if "preprocess" in stages:  # a recipe named for it asks for shards of its own
+            making = change(recipe if options.recipe else _as_made(recipe, run, seeded=True))
     with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
         for stage in stages:
             if stage == "preprocess":
@@ -218,27 +222,43 @@ def _source(named: str | None, *, must_exist: bool) -> Path | None:
     return path
 
 
-def _config(
-    options: argparse.Namespace, change: Callable[[Config], Config], run: RunDir, *, demo: bool, making: bool = False
-) -> Config:
-    """The recipe named, else the run's own configuration, else the default for its data; then the changes.
+def _recipe(options: argparse.Namespace, run: RunDir, *, demo: bool) -> Config:
+    """What the changes are made to: the recipe named, else the run's own settings, else the default for its data."""
+    if options.recipe is not None:
+        return load_config(options.recipe)
+    if run.config.exists():
+        return from_dict(read_sealed(run.config, remedy_of_config(run)), str(run.config))
+    if checkpoints(run.train):
+        return _saved_config(run)
+    return load_config("demo" if demo else "seed")
 
-    Where there are shards, the ``preprocess`` settings are those they were made with. ``making`` is for the stage that
-    may have to mend them: theirs is the seed too, whatever training has; unless a recipe is named, and with it both.
+
+def _saved_config(run: RunDir) -> Config:
+    """The settings of the newest sound checkpoint, for a run that has lost its own."""
+    saved, complaints = newest_sound(run.train)
+    if saved is None:
+        for complaint in complaints:
+            print(f"warning: {complaint}")
+        raise PipelineError(
+            f"{run.config} is missing, and no checkpoint in {run.train} can be read to take the settings from; "
+            "name the recipe with --recipe and changes with --set, and start over with --restart"
+        )
+    print(f"{run.config} is missing: the settings are those of {saved.path}")
+    values = saved.header.get("config")
+    return from_dict(values if isinstance(values, dict) else {}, str(saved.path))
+
+
+def _as_made(config: Config, run: RunDir, *, seeded: bool) -> Config:
+    """The configuration with the ``preprocess`` settings of the run's shards, where there are any.
+
+    ``seeded`` is with their seed too: whoever mends them needs it, while training may have another.
     """
-    if options.recipe is None and run.config.exists():
-        values = read_sealed(run.config, "name the recipe with --recipe and changes with --set, which writes it anew")
-        config = from_dict(values, str(run.config))
-    else:
-        config = load_config(options.recipe or ("demo" if demo else "seed"))
-    if not (making and options.recipe):
-        from data.shards import made_with
+    from data.shards import made_with
 
-        made = made_with(run)
-        if not making:
-            made.pop("seed", None)
-        config = with_values(config, made, str(run.preprocess))
-    return change(config)
+    made = made_with(run)
+    if not seeded:
+        made.pop("seed", None)
+    return with_values(config, made, str(run.preprocess))
 
 
 def _summary(run: RunDir, config: Config) -> None:

@@ -295,6 +295,38 @@ def test_damaged_description(run: Path, name: str) -> None:
     assert not (run / "train").exists()
 
 
+def test_lost_configuration_is_taken_from_the_newest_checkpoint(run: Path, trained: Path) -> None:
+    shutil.copytree(trained / "train", run / "train")
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"momentum": 0.9', '"momentum": 0.8'))
+    train(run, "--resume", "--steps", 1).refused(
+        r"config\.json does not match its own checksum", r"; remove config\.json, and the settings are taken from the"
+    )
+    path.unlink()
+    assert "not used" not in evaluate(run).done().out
+    result = train(run, "--resume", "--steps", 1).done()
+    assert f"{path} is missing: the settings are those of {run}/train/step-00000001.ckpt\n" in result.out
+    assert "resumed from" in result.out
+    assert path.read_bytes() == (trained / "config.json").read_bytes()
+
+
+def test_lost_configuration_and_no_sound_checkpoint(run: Path, trained: Path) -> None:
+    shutil.copytree(trained / "train", run / "train")
+    saved = checkpoints(run / "train")[0]
+    saved.write_bytes(saved.read_bytes()[:1000])
+    (run / "config.json").unlink()
+    before = contents(run)
+    for how in ("--resume", "--restart"):
+        result = train(run, how, "--steps", 1)
+        result.refused(
+            rf"{run}/config\.json is missing, and no checkpoint in {run}/train can be read to take the settings from; ",
+            "name the recipe with --recipe and changes with --set, and start over with --restart",
+        )
+        assert f"warning: the checkpoint {saved} is damaged" in result.out
+    assert contents(run) == before
+    train(run, "--restart", "--steps", 1, "--recipe", "seed", *settings(*QUICK)).done()
+
+
 # Disks and processes
 
 
