@@ -83,10 +83,16 @@ class Training:
     header: dict[str, Any]  # what every checkpoint says of the run it belongs to
 
 
-def require_no_checkpoints(folder: Path) -> None:
-    """Refuse to begin anew where training has been, unless told what to do with that."""
+def require_way_on(folder: Path, *, resume: bool) -> None:
+    """Refuse to begin anew where training has been, and to go on from what no training has written."""
     found = checkpoints(folder)
-    if found:
+    if found and step_of(found[-1]) == 0:  # training's own come after a step
+        raise PipelineError(
+            f"{found[-1]} holds imported weights, and training does not go on from those: they are for --stage eval, "
+            "predict, report and export. Train in a new run with --run, or here with --restart, from weights drawn "
+            "anew (the imported ones are moved aside, not deleted)"
+        )
+    if found and not resume:
         raise PipelineError(
             f"{folder} holds checkpoints up to step {step_of(found[-1])}; add --resume to go on from there, or "
             "--restart to start over (the old ones are moved aside, not deleted)"
