@@ -234,14 +234,19 @@ def prune(folder: Path, keep: int, newest: Path) -> None:
 
     Later ones stay and count for nothing: the run went back behind them because they are damaged.
     """
+    for path in superfluous(folder, keep, newest):
+        remove(path)
+    sync_folder(folder)
+
+
+def superfluous(folder: Path, keep: int, newest: Path | None) -> list[Path]:
+    """The files that :func:`prune` removes; only what a crash left over where there is no ``newest``."""
+    strays = list(folder.glob("*.tmp"))
+    if newest is None:
+        return strays
     best = best_of(folder)
     sound = [path for path in checkpoints(folder) if step_of(path) <= step_of(newest)]
-    for path in sound[:-keep]:
-        if best is None or path.name != best["checkpoint"]:
-            remove(path)
-    for stray in folder.glob("*.tmp"):
-        remove(stray)
-    sync_folder(folder)
+    return [path for path in sound[:-keep] if best is None or path.name != best["checkpoint"]] + strays
 
 
 def _read_index(path: Path, remedy: str) -> dict[str, Any]:

@@ -8,7 +8,9 @@ configuration, and with it ``--resume``, and what ``--restart`` would have moved
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,12 +33,14 @@ from pipeline.checkpoint import (
     prune,
     restore_best,
     step_of,
+    superfluous,
 )
 from pipeline.config import Config, difference, from_dict, to_dict
 from pipeline.errors import PipelineError
 from pipeline.metrics import cut_back
+from pipeline.progress import volume
 from pipeline.ranks import Ranks
-from pipeline.run_dir import RunDir, fingerprint, make_folder, write_sealed
+from pipeline.run_dir import RunDir, fingerprint, make_folder, remove, write_sealed
 from stages.setup import (
     Dataset,
     TrainingPlan,
@@ -112,11 +116,12 @@ def open_training(config: Config, run_dir: RunDir, device: str, precision: str, 
 
 
 def begin(
-    training: Training, load_backend: Callable[[], ModuleType], *, resume: bool
+    training: Training, load_backend: Callable[[], ModuleType], last_step: Callable[[int], int], *, resume: bool
 ) -> tuple[ModuleType, Reduce | None, State]:
     """The backend, how it sums gradients over the ranks, and the state to train on from, on its device.
 
-    The state is the newest sound checkpoint's when resuming, a fresh one otherwise.
+    The state is the newest sound checkpoint's when resuming, a fresh one otherwise. ``last_step`` tells from the steps
+    that are done to which one training will go.
     """
     config, ranks = training.config, training.ranks
     how = (training.shapes, config.network.weight_std, config.network.bias, config.seed)
@@ -138,6 +143,8 @@ def begin(
             state = _saved_state(saved, training.shapes)
         else:
             state = State(0, fresh() if ranks.leads else zeros(training.shapes), zeros(training.shapes))
+        if ranks.leads and last_step(state.step) > state.step:
+            _require_room(training, saved)
         state = _on_device(ops, _shared(ranks, state))
     ranks.wait()  # a rank that cannot begin does not come here
     if ranks.leads:
@@ -190,6 +197,30 @@ def _require_same_run(training: Training, saved: Checkpoint) -> None:
         raise PipelineError(f"{saved.path} holds other arrays than this network has; start a new run with --run")
 
 
+def _require_room(training: Training, saved: Checkpoint | None) -> None:
+    """Refuse a disk that has no room for the next checkpoint, which is written before older ones are removed."""
+    folder, keep = training.run_dir.train, training.config.train.keep_checkpoints
+    size = 2 * 4 * sum(math.prod(shape) for shape in training.shapes.values())  # weights and momenta, float32
+    if saved is None and checkpoints(folder):
+        going = []  # all that is there is moved aside, on the same disk
+    else:
+        going = superfluous(folder, keep, None if saved is None else saved.path)
+    free = shutil.disk_usage(folder if folder.exists() else training.run_dir.root).free
+    free += sum(path.stat().st_size for path in going)
+    if size > free:
+        raise PipelineError(
+            f"the disk of {folder} has {volume(free)} free, but a checkpoint needs {volume(size)}; "
+            "free some space or choose another place with --run"
+        )
+    there = 0 if saved is None else len(set(checkpoints(folder)) - set(going))
+    later = (keep + 2 - there) * size  # the best may be none of the newest, and one more is being written
+    if later > free:
+        print(
+            f"note: the disk of {folder} has {volume(free)} free, but in time the checkpoints may need {volume(later)} "
+            f"(train.keep_checkpoints is {keep})"
+        )
+
+
 def _saved_state(saved: Checkpoint, expected: dict[str, Shape]) -> State:
     """The checkpoint's state, whose arrays it gives up."""
     parameters = {name: saved.arrays.pop(name) for name in expected}
@@ -224,6 +255,8 @@ def _make_ready(training: Training, saved: Checkpoint | None) -> None:
         if checkpoints(folder):  # without --restart they would have been resumed from, or in the way
             print(f"started over; the old checkpoints and metrics are in {move_aside(folder)}")
         make_folder(folder)
+        for stray in superfluous(folder, training.config.train.keep_checkpoints, None):
+            remove(stray)
         cut_back(folder / "metrics.jsonl", 0)
     write_sealed(training.run_dir.config, to_dict(training.config))
 

@@ -79,9 +79,10 @@ def run(
     if tensorboard and ranks.leads:
         require_tensorboard()
     training = open_training(config, run_dir, device, precision, ranks)
-    ops, reduce, state = begin(training, load_backend, resume=resume)
     config, dataset, plan = training.config, training.dataset, training.plan
-    last = goal.last_step(config, state.step, plan.steps_per_epoch)
+    last_step = partial(goal.last_step, config, steps_per_epoch=plan.steps_per_epoch)
+    ops, reduce, state = begin(training, load_backend, last_step, resume=resume)
+    last = last_step(state.step)
     if state.step >= last:
         print(f"nothing to train: {state.step} steps are done; add --epochs N or --steps N to train on")
         return
