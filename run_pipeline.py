@@ -30,7 +30,7 @@ from pipeline.ranks import Ranks, joined
 from pipeline.run_dir import RunDir, locked, read_sealed, write_sealed
 from pipeline.signals import Interruption
 
-_CONFIGURED = frozenset(("preprocess", "train", "eval"))
+_CONFIGURED = frozenset(("preprocess", "train"))
 _READING = frozenset(("predict", "watch"))
 _BESIDE = frozenset(("export", "report"))
 _BEGINNING = frozenset((None, "preprocess", "import"))  # these make a run where there is none
@@ -136,7 +136,7 @@ def _stage(
 
         report.compare([run, *(RunDir(Path(other)) for other in options.compare)])
     else:
-        _computing_stage(stage, options, config, run, ranks)
+        _computing_stage(stage, options, change, config, run, ranks)
 
 
 def _preprocess(
@@ -154,7 +154,14 @@ def _preprocess(
         write_sealed(run.config, to_dict(config))
 
 
-def _computing_stage(stage: str, options: argparse.Namespace, config: Config | None, run: RunDir, ranks: Ranks) -> None:
+def _computing_stage(
+    stage: str,
+    options: argparse.Namespace,
+    change: Callable[[Config], Config],
+    config: Config | None,
+    run: RunDir,
+    ranks: Ranks,
+) -> None:
     """A stage that puts a network to work, on the device asked for."""
     from net.backend import choose, load
 
@@ -186,7 +193,14 @@ def _computing_stage(stage: str, options: argparse.Namespace, config: Config | N
     elif stage == "eval":
         from stages import eval as evaluation
 
-        evaluation.run(config, run, load_backend(), checkpoint=options.checkpoint, views=options.views, ranks=ranks)
+        evaluation.run(
+            run,
+            load_backend(),
+            checkpoint=options.checkpoint,
+            views=options.views,
+            change=lambda own: change(load_config(options.recipe) if options.recipe else own),
+            ranks=ranks,
+        )
     elif stage == "predict":
         from stages import predict
 
