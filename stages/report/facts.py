@@ -223,10 +223,18 @@ def rejects(facts: Facts) -> list[dict[str, Any]]:
 
 
 def settings(config: Config) -> list[dict[str, Any]]:
-    """Every setting, and what the recipe has where this run differs."""
+    """Every setting, and what the recipe has where this run differs.
+
+    An order that the recipe leaves open ("auto") was settled when training began, and is no change.
+    """
     standard = dict(_flat(dataclasses.asdict(RECIPES[config.recipe]))) if config.recipe in RECIPES else {}
     return [
-        {"key": key, "value": value, "recipe": standard.get(key), "changed": key in standard and standard[key] != value}
+        {
+            "key": key,
+            "value": value,
+            "recipe": standard.get(key),
+            "changed": key in standard and standard[key] not in (value, "auto"),
+        }
         for key, value in _flat(dataclasses.asdict(config))
     ]
 
@@ -234,7 +242,9 @@ def settings(config: Config) -> list[dict[str, Any]]:
 def commands(facts: Facts) -> list[str]:
     """The command lines that make this run again."""
     prepared = with_values(facts.config, facts.manifest.get("made_with", {}), str(facts.run.preprocess))
-    changed = [s for s in settings(prepared) if s["changed"] and s["key"] != "seed"]
+    # A settled order is named all the same: with other memory it might be settled otherwise.
+    named = [s for s in settings(prepared) if s["changed"] or s["recipe"] == "auto" != s["value"]]
+    changed = [s for s in named if s["key"] != "seed"]
     options = "".join(f" --set {shlex.quote(s['key'] + '=' + setting_text(s['value']))}" for s in changed)
     if prepared.seed:
         options = f" --seed {prepared.seed}{options}"

@@ -92,6 +92,18 @@ def test_commands_are_taken_by_the_command_line(known: Facts) -> None:
     assert "--precision" not in on_cpu
 
 
+def test_an_order_settled_by_training_is_no_change_of_the_recipe(known: Facts) -> None:
+    for recipe in RECIPES.values():
+        for order in ("uniform", "blocks"):
+            settled = override(recipe, settings=[f"train.order={order}"])
+            assert [s["key"] for s in facts.settings(settled) if s["changed"]] == []
+            # But another machine might settle it otherwise.
+            first = parse(shlex.split(facts.commands(replace(known, config=settled))[0])[2:])
+            assert first.set == [f"train.order={order}"]
+    mine = override(RECIPES["seed"], settings=["train.order=blocks", "train.momentum=0.5"])
+    assert [s["key"] for s in facts.settings(mine) if s["changed"]] == ["train.momentum"]
+
+
 def test_commands_have_each_stages_own_seed_and_settings(known: Facts) -> None:
     """Shards made with one seed, trained on with another; and the rest of the settings is the recipe's."""
     made = {"seed": 3, "preprocess": {**vars(known.config.preprocess), "filter": "box"}}
