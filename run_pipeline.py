@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -50,19 +51,27 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; everything finished so far is kept", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as in `--stage predict ... | head`: what is printed has no reader any more
-        if options.stage != "predict":
-            with contextlib.suppress(BrokenPipeError):
-                print("the output has no reader any more; everything finished so far is kept", file=sys.stderr)
-        # Python flushes standard output once more when it ends, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except _plain_errors() as error:
+        if isinstance(error, BrokenPipeError) and _unread():  # as in `--stage predict ... | head`
+            if options.stage != "predict":
+                with contextlib.suppress(BrokenPipeError):
+                    print("the output has no reader any more; everything finished so far is kept", file=sys.stderr)
+            # Python flushes standard output once more when it ends, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         if options.debug:
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _unread() -> bool:
+    """Whether what is printed has no reader any more; else it was another pipe that broke, such as one to a cluster."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)  # errors are told unasked
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _run(options: argparse.Namespace, ranks: Ranks) -> None:

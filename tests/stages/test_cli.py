@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +20,7 @@ import run_pipeline
 from data.shards import open_split
 from pipeline.checkpoint import checkpoints
 from pipeline.run_dir import read_sealed, write_sealed
-from tests.command_line import QUICK, finish, pipeline, settings, start, wait_until
+from tests.command_line import QUICK, ROOT, finish, pipeline, settings, start, wait_until
 
 
 def usage(*arguments: object) -> str:
@@ -76,6 +80,31 @@ def test_wrong_settings_are_plain_and_touch_nothing(tmp_path: Path, small_source
     pipeline(*common, "--set", "train.batchsize=3").refused(r"did you mean train\.batch_size\?")
     pipeline(*common, "--config", tmp_path / "none.toml").refused(r"cannot read the configuration file .*none\.toml")
     assert not run.exists()
+
+
+def test_a_connection_that_breaks_is_not_taken_for_output_without_a_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def to_nobody(*_: object) -> None:
+        here, there = socket.socketpair()
+        there.close()
+        with here:
+            here.sendall(b"as to a cluster")
+
+    monkeypatch.setattr(run_pipeline, "_run", to_nobody)
+    assert run_pipeline.main(["--run", str(tmp_path)]) == 1
+    assert capfd.readouterr().err == "error: Broken pipe; --debug shows where this happened\n"
+
+
+def test_output_without_a_reader_ends_a_stage_with_a_word(run: Path) -> None:
+    command = [sys.executable, "run_pipeline.py", "--stage", "verify", "--run", str(run)]
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert result.returncode == 141, result
+    assert "the output has no reader any more" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
