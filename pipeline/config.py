@@ -323,8 +323,10 @@ def _with_value(config: Any, key: str, value: Any, where: str, whole: str | None
     name, _, rest = key.partition(".")
     types_of = typing.get_type_hints(type(config))
     if name not in types_of or bool(rest) != is_dataclass(getattr(config, name)):
-        hint = _nearest(whole, keys()) or f"; the keys are {', '.join(keys())}"
-        raise PipelineError(f"{where}: there is no configuration key {whole!r}{hint}")
+        raise PipelineError(
+            f"{where}: there is no configuration key {whole!r}{_nearest(whole, keys())}; "
+            "pipeline/config.py lists all: batch_size in its class Train is train.batch_size, and so on"
+        )
     if rest:
         return replace(config, **{name: _with_value(getattr(config, name), rest, value, where, whole)})
     return replace(config, **{name: _coerce(value, types_of[name], whole, where)})

@@ -91,6 +91,10 @@ def test_none_and_schedules_can_be_set() -> None:
     [
         ("train.batchsize=4", r"no configuration key 'train.batchsize' \(did you mean train.batch_size\?\)"),
         ("batch_size=4", r"no configuration key 'batch_size'"),
+        (
+            "foo=3",
+            r"^--set foo=3: there is no configuration key 'foo'; pipeline/config\.py lists all: .{,70}$",
+        ),
         ("train=4", r"no configuration key 'train'"),
         ("seed.x=4", r"no configuration key 'seed.x'"),
         ("=4", r"no configuration key ''"),
