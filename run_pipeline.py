@@ -16,20 +16,22 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.checkpoint import checkpoints
+from pipeline.checkpoint import checkpoints, newest_sound, remedy_of_config
 from pipeline.command_line import IN_ORDER, parse
-from pipeline.config import Config, from_dict, load_config, override, to_dict
+from pipeline.config import Config, changes, from_dict, load_config, to_dict, with_values
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.ranks import Ranks, joined
 from pipeline.run_dir import RunDir, locked, read_sealed, write_sealed
 from pipeline.signals import Interruption
 
-_CONFIGURED = frozenset(("preprocess", "train", "eval"))
+_CONFIGURED = frozenset(("preprocess", "train"))
 _READING = frozenset(("predict", "watch"))
 _BESIDE = frozenset(("export", "report"))
 _BEGINNING = frozenset((None, "preprocess", "import"))  # these make a run where there is none
@@ -49,19 +51,27 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; everything finished so far is kept", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as in `--stage predict ... | head`: what is printed has no reader any more
-        if options.stage != "predict":
-            with contextlib.suppress(BrokenPipeError):
-                print("the output has no reader any more; everything finished so far is kept", file=sys.stderr)
-        # Python flushes standard output once more when it ends, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except _plain_errors() as error:
+        if isinstance(error, BrokenPipeError) and _unread():  # as in `--stage predict ... | head`
+            if options.stage != "predict":
+                with contextlib.suppress(BrokenPipeError):
+                    print("the output has no reader any more; everything finished so far is kept", file=sys.stderr)
+            # Python flushes standard output once more when it ends, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         if options.debug:
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _unread() -> bool:
+    """Whether what is printed has no reader any more; else it was another pipe that broke, such as one to a cluster."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)  # errors are told unasked
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _run(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -82,11 +92,20 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
             if file is not None and not file.is_file():
                 raise PipelineError(f"there is no file {file}; check the path")
     source = _source(options.source, must_exist="preprocess" in stages)
+    change = changes(options.config, options.set, options.seed)
     # The other stages find their configuration in a checkpoint.
-    config = _config(options, run, demo=source is None) if _CONFIGURED.intersection(stages) else None
+    config = making = None
+    if _CONFIGURED.intersection(stages):
+        recipe = _recipe(options, run, demo=source is None)
+        config = change(_as_made(recipe, run, seeded=False))
+        if "preprocess" in stages:  # a recipe named for it asks for shards of its own
+            making = change(recipe if options.recipe else _as_made(recipe, run, seeded=True))
     with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
         for stage in stages:
-            _stage(stage, options, config, run, source, ranks)
+            if stage == "preprocess":
+                _preprocess(options, making, config, run, source)
+            else:
+                _stage(stage, options, change, config, run, ranks)
     if not options.stage and config is not None:
         _summary(run, config)
 
@@ -101,16 +120,16 @@ def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[N
 
 
 def _stage(
-    stage: str, options: argparse.Namespace, config: Config | None, run: RunDir, source: Path | None, ranks: Ranks
+    stage: str,
+    options: argparse.Namespace,
+    change: Callable[[Config], Config],
+    config: Config | None,
+    run: RunDir,
+    ranks: Ranks,
 ) -> None:
     # Each stage is imported when it runs: preprocessing needs no network, and none should wait for the others' imports.
-    if stage == "preprocess":
-        _preprocess(options, config, run, source)
-    elif stage == "import":
+    if stage == "import":
         from stages import import_weights
-
-        def change(recipe: Config) -> Config:
-            return override(recipe, options.config, options.set, options.seed)
 
         import_weights.run(run, Path(options.files[0]), mean=options.mean, recipe=options.recipe, change=change)
     elif stage == "verify":
@@ -126,10 +145,12 @@ def _stage(
 
         report.compare([run, *(RunDir(Path(other)) for other in options.compare)])
     else:
-        _computing_stage(stage, options, config, run, ranks)
+        _computing_stage(stage, options, change, config, run, ranks)
 
 
-def _preprocess(options: argparse.Namespace, config: Config | None, run: RunDir, source: Path | None) -> None:
+def _preprocess(
+    options: argparse.Namespace, making: Config | None, config: Config | None, run: RunDir, source: Path | None
+) -> None:
     import joblib
 
     from stages import preprocess
@@ -137,12 +158,19 @@ def _preprocess(options: argparse.Namespace, config: Config | None, run: RunDir,
     if options.check_archives:
         preprocess.check_archives(source)
     jobs = options.jobs or joblib.cpu_count()  # the cores this process may use, not all there are
-    preprocess.run(config, run, source=source, jobs=jobs, scheduler=options.scheduler)
+    preprocess.run(making, run, source=source, jobs=jobs, scheduler=options.scheduler)
     if not checkpoints(run.train):  # what a network was trained with stays
         write_sealed(run.config, to_dict(config))
 
 
-def _computing_stage(stage: str, options: argparse.Namespace, config: Config | None, run: RunDir, ranks: Ranks) -> None:
+def _computing_stage(
+    stage: str,
+    options: argparse.Namespace,
+    change: Callable[[Config], Config],
+    config: Config | None,
+    run: RunDir,
+    ranks: Ranks,
+) -> None:
     """A stage that puts a network to work, on the device asked for."""
     from net.backend import choose, load
 
@@ -174,7 +202,14 @@ def _computing_stage(stage: str, options: argparse.Namespace, config: Config | N
     elif stage == "eval":
         from stages import eval as evaluation
 
-        evaluation.run(config, run, load_backend(), checkpoint=options.checkpoint, views=options.views, ranks=ranks)
+        evaluation.run(
+            run,
+            load_backend(),
+            checkpoint=options.checkpoint,
+            views=options.views,
+            change=lambda own: change(load_config(options.recipe) if options.recipe else own),
+            ranks=ranks,
+        )
     elif stage == "predict":
         from stages import predict
 
@@ -210,14 +245,43 @@ def _source(named: str | None, *, must_exist: bool) -> Path | None:
     return path
 
 
-def _config(options: argparse.Namespace, run: RunDir, *, demo: bool) -> Config:
-    """The recipe named, else the run's own configuration, else the default for its data; then the changes."""
-    if options.recipe is None and run.config.exists():
-        values = read_sealed(run.config, "name the recipe with --recipe and changes with --set, which writes it anew")
-        config = from_dict(values, str(run.config))
-    else:
-        config = load_config(options.recipe or ("demo" if demo else "seed"))
-    return override(config, options.config, options.set, options.seed)
+def _recipe(options: argparse.Namespace, run: RunDir, *, demo: bool) -> Config:
+    """What the changes are made to: the recipe named, else the run's own settings, else the default for its data."""
+    if options.recipe is not None:
+        return load_config(options.recipe)
+    if run.config.exists():
+        return from_dict(read_sealed(run.config, remedy_of_config(run)), str(run.config))
+    if checkpoints(run.train):
+        return _saved_config(run)
+    return load_config("demo" if demo else "seed")
+
+
+def _saved_config(run: RunDir) -> Config:
+    """The settings of the newest sound checkpoint, for a run that has lost its own."""
+    saved, complaints = newest_sound(run.train)
+    if saved is None:
+        for complaint in complaints:
+            print(f"warning: {complaint}")
+        raise PipelineError(
+            f"{run.config} is missing, and no checkpoint in {run.train} can be read to take the settings from; "
+            "name the recipe with --recipe and changes with --set, and start over with --restart"
+        )
+    print(f"{run.config} is missing: the settings are those of {saved.path}")
+    values = saved.header.get("config")
+    return from_dict(values if isinstance(values, dict) else {}, str(saved.path))
+
+
+def _as_made(config: Config, run: RunDir, *, seeded: bool) -> Config:
+    """The configuration with the ``preprocess`` settings of the run's shards, where there are any.
+
+    ``seeded`` is with their seed too: whoever mends them needs it, while training may have another.
+    """
+    from data.shards import made_with
+
+    made = made_with(run)
+    if not seeded:
+        made.pop("seed", None)
+    return with_values(config, made, str(run.preprocess))
 
 
 def _summary(run: RunDir, config: Config) -> None:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from bench import parity
 from data.loader import load
+from data.shards import data_fingerprint
 from net import reference
 from net.network import initial_parameters
 from net.reference import philox
@@ -33,7 +34,7 @@ from pipeline.checkpoint import newest_sound, note_best, prune, save_checkpoint
 from pipeline.config import Config, Network, at_epoch, from_dict, to_dict
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, cut_back
-from pipeline.run_dir import RunDir, fingerprint, read_sealed
+from pipeline.run_dir import RunDir, read_sealed
 from pipeline.signals import StopRequest
 from stages.eval import evaluate
 from stages.setup import (
@@ -229,7 +230,7 @@ def _save(
     header = {
         "schema": 1,
         "config": to_dict(config),
-        "data": fingerprint(dataset.manifest),
+        "data": data_fingerprint(dataset.manifest),
         "classes": len(dataset.classes),
         "wnids": [entry["wnid"] for entry in dataset.classes],
         "device": f"PyTorch {torch.__version__}",

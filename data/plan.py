@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class Plan:
 
     source: Source
     source_fingerprint: str
+    settings: dict[str, Any]
     settings_fingerprint: str
     fingerprint: str
     decoder: dict[str, str]
@@ -36,13 +38,14 @@ class Plan:
 
 
 def make_plan(config: Config, source: Source) -> Plan:
-    pictures, settings = source.fingerprint(), settings_fingerprint(config)
+    pictures, hashed = source.fingerprint(), settings_fingerprint(config)
     decoded_by = decoder(config.preprocess.decoder)
     return Plan(
         source=source,
         source_fingerprint=pictures,
-        settings_fingerprint=settings,
-        fingerprint=fingerprint([SCHEMA, RULE, LABEL_ORDER, pictures, settings, decoded_by]),
+        settings=settings(config),
+        settings_fingerprint=hashed,
+        fingerprint=fingerprint([SCHEMA, RULE, LABEL_ORDER, pictures, hashed, decoded_by]),
         decoder=decoded_by,
         size=config.preprocess.size,
         filter=config.preprocess.filter,
@@ -51,8 +54,13 @@ def make_plan(config: Config, source: Source) -> Plan:
     )
 
 
+def settings(config: Config) -> dict[str, Any]:
+    """The settings that decide what the shards hold, nested as in config.json."""
+    return {"seed": config.seed, "preprocess": dataclasses.asdict(config.preprocess)}
+
+
 def settings_fingerprint(config: Config) -> str:
-    """A hash of the settings that decide what the shards hold."""
+    """A hash of these settings."""
     return fingerprint([dataclasses.asdict(config.preprocess), config.seed])
 
 

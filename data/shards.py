@@ -42,7 +42,8 @@ import numpy as np
 
 from data.listing import SPLITS
 from pipeline.errors import PipelineError
-from pipeline.run_dir import RunDir, hash_file, read_sealed, remove, write_error, write_json
+from pipeline.metrics import read_metrics
+from pipeline.run_dir import RunDir, fingerprint, hash_file, read_sealed, remove, write_error, write_json
 
 SCHEMA: Final = 1
 LABEL_ORDER: Final = "sorted WNID"
@@ -331,6 +332,28 @@ def _sealed_manifest(run: RunDir) -> dict[str, Any]:
     return manifest
 
 
+def made_with(run: RunDir) -> dict[str, Any]:
+    """The settings that a run's shards were made with; empty where nothing says so, as in manifests of before.
+
+    The manifest says so; where it is lost or damaged, the last line of metrics.jsonl does.
+    """
+    said = [record.get("made_with") for record in read_metrics(run.preprocess / "metrics.jsonl")]
+    with contextlib.suppress(PipelineError):
+        manifest = read_sealed(run.preprocess / "manifest.json", "")
+        if is_manifest(manifest):
+            said.append(manifest.get("made_with", {}))
+    made = next((entry for entry in reversed(said) if isinstance(entry, dict)), {})
+    return {key: made[key] for key in ("seed", "preprocess") if key in made}
+
+
+def data_fingerprint(manifest: dict[str, Any]) -> str:
+    """A hash of a run's data, by which a checkpoint remembers what it was trained on.
+
+    Without ``made_with``: ``settings`` is its hash, and manifests of before lack it.
+    """
+    return fingerprint({key: value for key, value in manifest.items() if key != "made_with"})
+
+
 def require_sound_description(run: RunDir, name: str) -> None:
     """Refuse ``classes.json`` or ``mean.npy`` where it is not what the manifest says; shards need not be there.
 
@@ -551,6 +574,7 @@ def is_manifest(manifest: dict[str, Any]) -> bool:
             and manifest["label_order"] == LABEL_ORDER
             and manifest["resize"] == RULE
             and all(isinstance(manifest[key], str) for key in ("plan", "source", "settings", "filter"))
+            and isinstance(manifest.get("made_with", {}).get("preprocess", {}), dict)
             and type(manifest["classes"]) is int
             and type(manifest["size"]) is int
             and all(isinstance(digest, str) and "/" not in name for name, digest in manifest["files"].items())

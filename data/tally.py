@@ -108,6 +108,7 @@ class Tally:
             "plan": self.plan.fingerprint,
             "source": self.plan.source_fingerprint,
             "settings": self.plan.settings_fingerprint,
+            "made_with": self.plan.settings,
             "decoder": self.plan.decoder,
             "size": self.plan.size,
             "filter": self.plan.filter,

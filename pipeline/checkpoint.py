@@ -24,7 +24,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import PipelineError
-from pipeline.run_dir import make_folder, read_sealed, remove, sync_folder, write_atomic, write_error, write_sealed
+from pipeline.run_dir import (
+    RunDir,
+    make_folder,
+    read_sealed,
+    remove,
+    sync_folder,
+    write_atomic,
+    write_error,
+    write_sealed,
+)
 
 Arrays = dict[str, np.ndarray]
 _SEAL = "sha256"
@@ -164,6 +173,13 @@ def newest_sound(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, complaints
 
 
+def remedy_of_config(run: RunDir) -> str:
+    """How to go on where a run's ``config.json`` is damaged: the end of a sentence."""
+    if checkpoints(run.train):
+        return "remove config.json, and the settings are taken from the newest checkpoint"
+    return "name the recipe with --recipe and changes with --set, which writes config.json anew"
+
+
 def find_checkpoint(folder: Path, which: str) -> Path:
     """The file ``latest`` or ``best`` stands for, or the path given."""
     if which not in ("latest", "best"):
@@ -218,14 +234,19 @@ def prune(folder: Path, keep: int, newest: Path) -> None:
 
     Later ones stay and count for nothing: the run went back behind them because they are damaged.
     """
+    for path in superfluous(folder, keep, newest):
+        remove(path)
+    sync_folder(folder)
+
+
+def superfluous(folder: Path, keep: int, newest: Path | None) -> list[Path]:
+    """The files that :func:`prune` removes; only what a crash left over where there is no ``newest``."""
+    strays = list(folder.glob("*.tmp"))
+    if newest is None:
+        return strays
     best = best_of(folder)
     sound = [path for path in checkpoints(folder) if step_of(path) <= step_of(newest)]
-    for path in sound[:-keep]:
-        if best is None or path.name != best["checkpoint"]:
-            remove(path)
-    for stray in folder.glob("*.tmp"):
-        remove(stray)
-    sync_folder(folder)
+    return [path for path in sound[:-keep] if best is None or path.name != best["checkpoint"]] + strays
 
 
 def _read_index(path: Path, remedy: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ STAGES: Final[dict[str, Stage]] = {
         "Evaluate a checkpoint on every validation picture and write metrics.json, per_class.csv and predictions.npz "
         "to <run>/eval/.",
         (
-            ("--stage eval", "the newest checkpoint, the recipe's number of views"),
+            ("--stage eval", "the newest checkpoint, as many views as its settings say"),
             ("--stage eval --checkpoint best --views 10", "the paper's protocol (section 4.1)"),
         ),
     ),
@@ -185,7 +185,7 @@ _FLAGS: Final = (
     _Flag(
         "--views",
         ("eval", "predict"),
-        "1: centre; 10: corners and centre, mirrored too (default: the recipe's)",
+        "1: centre; 10: corners and centre, mirrored too (default: eval.views of the checkpoint's settings)",
         {"type": int, "choices": (1, 10), "metavar": "N"},
     ),
     _Flag(

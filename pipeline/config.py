@@ -16,7 +16,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -209,24 +209,35 @@ def override(
     PipelineError
         Unreadable file, unknown key, value of the wrong type or out of range.
     """
-    if toml is not None:
-        for key, value in _read_toml(toml):
+    return changes(toml, settings, seed)(config)
+
+
+def changes(
+    toml: Path | None = None, settings: list[str] | None = None, seed: int | None = None
+) -> Callable[[Config], Config]:
+    """:func:`override` for several configurations; the file is read once, as it may be a pipe."""
+    entries = [] if toml is None else _read_toml(toml)
+
+    def change(config: Config) -> Config:
+        for key, value in entries:
             if key == "recipe":
                 raise PipelineError(f"{toml}: a recipe is many settings at once; name it with --recipe, not in a file")
             config = _with_value(config, key, value, where=str(toml))
-    for setting in settings or []:
-        key, sign, text = setting.partition("=")
-        if key.strip() == "recipe":
-            raise PipelineError(f"--set {setting}: a recipe is many settings at once; name it with --recipe")
-        if not sign:
-            raise PipelineError(
-                f"--set {setting} has no '='; write --set key=value, for example --set train.batch_size=64"
-            )
-        config = _with_value(config, key.strip(), _parse(text.strip()), where=f"--set {setting}")
-    if seed is not None:
-        config = _with_value(config, "seed", seed, where="--seed")
-    _check(config, str(toml) if toml is not None and not settings else None)
-    return config
+        for setting in settings or []:
+            key, sign, text = setting.partition("=")
+            if key.strip() == "recipe":
+                raise PipelineError(f"--set {setting}: a recipe is many settings at once; name it with --recipe")
+            if not sign:
+                raise PipelineError(
+                    f"--set {setting} has no '='; write --set key=value, for example --set train.batch_size=64"
+                )
+            config = _with_value(config, key.strip(), _parse(text.strip()), where=f"--set {setting}")
+        if seed is not None:
+            config = _with_value(config, "seed", seed, where="--seed")
+        _check(config, str(toml) if toml is not None and not settings else None)
+        return config
+
+    return change
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -239,10 +250,21 @@ def from_dict(values: dict[str, Any], where: str) -> Config:
     recipe = values.get("recipe")
     if not isinstance(recipe, str):
         raise PipelineError(f"{where} names no recipe; remove it or start a new run with --run")
-    config = Config(recipe=recipe)
+    config = with_values(Config(recipe=recipe), values, where)
+    _check(config, where)
+    return config
+
+
+def with_values(config: Config, values: dict[str, Any], where: str) -> Config:
+    """The configuration with those of nested dictionaries in place of its own; whether all fit together is not checked.
+
+    Raises
+    ------
+    PipelineError
+        Unknown key, value of the wrong type.
+    """
     for key, value in _flatten(values):
         config = _with_value(config, key, value, where=where)
-    _check(config, where)
     return config
 
 
@@ -301,8 +323,10 @@ def _with_value(config: Any, key: str, value: Any, where: str, whole: str | None
     name, _, rest = key.partition(".")
     types_of = typing.get_type_hints(type(config))
     if name not in types_of or bool(rest) != is_dataclass(getattr(config, name)):
-        hint = _nearest(whole, keys()) or f"; the keys are {', '.join(keys())}"
-        raise PipelineError(f"{where}: there is no configuration key {whole!r}{hint}")
+        raise PipelineError(
+            f"{where}: there is no configuration key {whole!r}{_nearest(whole, keys())}; "
+            "pipeline/config.py lists all: batch_size in its class Train is train.batch_size, and so on"
+        )
     if rest:
         return replace(config, **{name: _with_value(getattr(config, name), rest, value, where, whole)})
     return replace(config, **{name: _coerce(value, types_of[name], whole, where)})

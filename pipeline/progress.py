@@ -67,6 +67,11 @@ class Progress:
         print(f"{text}, {self._fields}" if self._fields else text, file=sys.stderr, flush=True)
 
 
+def volume(size: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     minutes, second = divmod(round(seconds), 60)

@@ -65,20 +65,26 @@ class Evaluation:
 
 
 def run(
-    config: Config,
     run_dir: RunDir,
     ops: ModuleType,
     *,
     checkpoint: str,
     views: int | None,
+    change: Callable[[Config], Config],
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint on the validation split, shared by ``ranks``, and write ``<run>/eval/``."""
+    """Evaluate a checkpoint on the validation split, shared by ``ranks``, and write ``<run>/eval/``.
+
+    The settings are the checkpoint's; ``change`` applies the command line's to them, of which those of ``eval`` and
+    ``loader`` have an effect. ``views`` is None for what ``eval.views`` then says.
+    """
     dataset = open_dataset(run_dir)
     saved = load_checkpoint(find_checkpoint(run_dir.train, checkpoint))
-    network_config = replace(checkpoint_config(saved, dataset), loader=config.loader)
-    require_size(network_config, dataset, run_dir)
-    ignored = difference(network_config, _asked(config, network_config))
+    own = checkpoint_config(saved, dataset)
+    asked = change(own)
+    config = replace(own, eval=asked.eval, loader=asked.loader)
+    require_size(config, dataset, run_dir)
+    ignored = difference(own, replace(own, recipe=asked.recipe, input=asked.input, network=asked.network))
     if ignored:
         print(f"note: the network and its input are the checkpoint's own; not used: {'; '.join(ignored)}")
     views = views or config.eval.views
@@ -87,11 +93,11 @@ def run(
     # Ten views of 256 pictures would take 19 GB of a host's memory; a device's is asked for below.
     pictures = config.eval.batch_size if hasattr(ops, "check_memory") else max(1, config.eval.batch_size // views)
     batch = min(pictures, len(dataset.val))
-    layers = network_layers(network_config, len(dataset.classes))
-    require_memory(ops, layers, network_config, batch, training=False, views=views)
-    predict = predictor(network_config, len(dataset.classes), mean, ops, parameters, views)
+    layers = network_layers(config, len(dataset.classes))
+    require_memory(ops, layers, config, batch, training=False, views=views)
+    predict = predictor(config, len(dataset.classes), mean, ops, parameters, views)
     with Progress("evaluate", len(dataset.val), "images") as progress:
-        result = evaluate(ops, predict, dataset.val, network_config, pictures, views, progress, ranks)
+        result = evaluate(ops, predict, dataset.val, config, pictures, views, progress, ranks)
     metrics = {
         "images": len(result.labels),
         "loss": float(result.loss.mean()),
@@ -111,11 +117,6 @@ def run(
         f"{metrics['images_per_second']:.1f} images/s; written to {run_dir.eval}"
     )
     return metrics
-
-
-def _asked(config: Config, own: Config) -> Config:
-    """The checkpoint's configuration with what ``config`` says of the network and its input in place of its own."""
-    return replace(own, recipe=config.recipe, input=config.input, network=config.network)
 
 
 def predictor(

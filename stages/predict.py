@@ -52,7 +52,7 @@ def run(
     Parameters
     ----------
     files : names of pictures and folders (searched with their subfolders); ``-`` is standard input
-    views : 1, 10 or None for the recipe's number
+    views : 1, 10 or None for what the checkpoint's settings say, as in evaluation
     as_json : one JSON object a line instead of bars
 
     Raises

@@ -30,10 +30,10 @@ from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
 from data.shards import defects, forget_damage, is_damage_noted, is_manifest, read_layout, shard_bytes, shard_name
 from data.sources import read_source, stamp
 from data.tally import Tally
-from pipeline.config import Config
+from pipeline.config import Config, difference, with_values
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, read_metrics
-from pipeline.progress import Progress
+from pipeline.progress import Progress, volume
 from pipeline.run_dir import RunDir, make_folder, put_in_place, read_sealed
 from pipeline.signals import StopRequest
 
@@ -139,7 +139,9 @@ def _finished(config: Config, folder: Path, source: Path | None) -> bool:
         print(f"preprocess: {path} is damaged; making it again")
         return False
     if manifest["settings"] != settings_fingerprint(config):
-        raise _other_plan(folder, "with other settings (preprocess.* or seed)")
+        before = with_values(config, manifest.get("made_with", {}), str(path))
+        differing = "; ".join(difference(before, config)) or "preprocess.* or seed"
+        raise _other_plan(folder, f"with other settings than asked for: {differing}")
     same = source is None or _same_stamp(folder, source) or read_source(source).fingerprint() == manifest["source"]
     if not same:
         raise _other_plan(folder, f"from other pictures than {source} holds")
@@ -189,11 +191,11 @@ def _check_place(plan: Plan, folder: Path, tasks: list[ShardTask]) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise PipelineError(
-            f"the disk of {folder} has {_size(free)} free, but the shards need {_size(needed)}; "
+            f"the disk of {folder} has {volume(free)} free, but the shards need {volume(needed)}; "
             "free some space or choose another place with --run"
         )
     if needed:
-        print(f"preprocess: the shards need {_size(needed)} in {folder}; {_size(free)} are free")
+        print(f"preprocess: the shards need {volume(needed)} in {folder}; {volume(free)} are free")
 
 
 def _other_plan(folder: Path, how: str) -> PipelineError:
@@ -266,6 +268,7 @@ def _last_record(tally: Tally, by: dict[str, Any], root: Path, start: float) -> 
     seconds = time.perf_counter() - start
     return {
         "finished": tally.plan.fingerprint,
+        "made_with": tally.plan.settings,
         "source": str(root),
         "stamp": stamp(root),
         **by,
@@ -281,18 +284,14 @@ def _last_record(tally: Tally, by: dict[str, Any], root: Path, start: float) -> 
 def _summary(tally: Tally, manifest: dict[str, Any], folder: Path, seconds: float) -> None:
     counts = " and ".join(f"{manifest['splits'][split]['images']} {_WORDS[split]}" for split in SPLITS)
     rejects = sum(manifest["splits"][split]["rejects"] for split in SPLITS)
-    size = _size(sum(entry["bytes"] for entry in tally.entries.values()))
+    size = volume(sum(entry["bytes"] for entry in tally.entries.values()))
     kept = f", {tally.kept} of them from before" if tally.kept else ""
     where = f", see {folder / 'rejects.jsonl'}" if rejects else ""
     print(
         f"preprocess: {counts} pictures of {manifest['classes']} classes are in {folder}: "
         f"{len(tally.entries)} shards{kept}, {size}\n"
         f"preprocess: {rejects} rejected{where}; "
-        f"{tally.made / seconds:.0f} images/s, {seconds:.1f} s, peak memory {_size(tally.peak_memory)} a process"
+        f"{tally.made / seconds:.0f} images/s, {seconds:.1f} s, peak memory {volume(tally.peak_memory)} a process"
     )
     for kind, count in manifest["decoder_warnings"].items():
         print(f"preprocess: the decoder warned {count} times: {kind}")
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

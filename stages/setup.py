@@ -28,7 +28,7 @@ from data.shards import Split, open_split, read_manifest
 from net.alexnet import alexnet
 from net.layers import Layer, Shape
 from net.network import Preparation, parameter_shapes
-from pipeline.config import Config, at_epoch
+from pipeline.config import Config, at_epoch, difference, with_values
 from pipeline.errors import PipelineError
 from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir, read_json
@@ -63,6 +63,22 @@ def open_dataset(run: RunDir) -> Dataset:
         mean=read_mean(run.preprocess / "mean.npy", manifest["size"], remedy),
         directions=_read_directions(run.preprocess / "color.json", remedy),
     )
+
+
+def require_stored(config: Config, dataset: Dataset, run: RunDir) -> None:
+    """Refuse settings of ``preprocess`` other than those that the stored pictures were made with."""
+    manifest = dataset.manifest
+    made = {
+        **manifest.get("made_with", {}).get("preprocess", {}),
+        "size": manifest["size"],
+        "filter": manifest["filter"],
+    }
+    differing = difference(with_values(config, {"preprocess": made}, str(run.preprocess)), config)
+    if differing:
+        raise PipelineError(
+            f"the pictures in {run.preprocess} were made with other settings: {'; '.join(differing)}; "
+            "leave them as they are, or preprocess into a new run (--run)"
+        )
 
 
 def require_size(config: Config, dataset: Dataset, run: RunDir) -> None:

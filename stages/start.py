@@ -8,7 +8,9 @@ configuration, and with it ``--resume``, and what ``--restart`` would have moved
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from data.shards import data_fingerprint
 from net.layers import Layer, Shape
 from net.network import Reduce, drawing, initial_parameters, zeros
 from pipeline.checkpoint import (
@@ -30,19 +33,21 @@ from pipeline.checkpoint import (
     prune,
     restore_best,
     step_of,
+    superfluous,
 )
 from pipeline.config import Config, difference, from_dict, to_dict
 from pipeline.errors import PipelineError
 from pipeline.metrics import cut_back
+from pipeline.progress import volume
 from pipeline.ranks import Ranks
-from pipeline.run_dir import RunDir, fingerprint, make_folder, write_sealed
+from pipeline.run_dir import RunDir, fingerprint, make_folder, remove, write_sealed
 from stages.setup import (
     Dataset,
     TrainingPlan,
     network_layers,
     open_dataset,
     require_memory,
-    require_size,
+    require_stored,
     shapes,
     with_order,
 )
@@ -82,10 +87,16 @@ class Training:
     header: dict[str, Any]  # what every checkpoint says of the run it belongs to
 
 
-def require_no_checkpoints(folder: Path) -> None:
-    """Refuse to begin anew where training has been, unless told what to do with that."""
+def require_way_on(folder: Path, *, resume: bool) -> None:
+    """Refuse to begin anew where training has been, and to go on from what no training has written."""
     found = checkpoints(folder)
-    if found:
+    if found and step_of(found[-1]) == 0:  # training's own come after a step
+        raise PipelineError(
+            f"{found[-1]} holds imported weights, and training does not go on from those: they are for --stage eval, "
+            "predict, report and export. Train in a new run with --run, or here with --restart, from weights drawn "
+            "anew (the imported ones are moved aside, not deleted)"
+        )
+    if found and not resume:
         raise PipelineError(
             f"{folder} holds checkpoints up to step {step_of(found[-1])}; add --resume to go on from there, or "
             "--restart to start over (the old ones are moved aside, not deleted)"
@@ -95,7 +106,7 @@ def require_no_checkpoints(folder: Path) -> None:
 def open_training(config: Config, run_dir: RunDir, device: str, precision: str, ranks: Ranks) -> Training:
     """Open the data of a run and settle what to train on them; refuses what does not fit together."""
     dataset = open_dataset(run_dir)
-    require_size(config, dataset, run_dir)
+    require_stored(config, dataset, run_dir)
     layers = network_layers(config, len(dataset.classes))
     config = with_order(config, dataset)
     header = _header(config, dataset, device, precision, ranks)
@@ -105,11 +116,12 @@ def open_training(config: Config, run_dir: RunDir, device: str, precision: str, 
 
 
 def begin(
-    training: Training, load_backend: Callable[[], ModuleType], *, resume: bool
+    training: Training, load_backend: Callable[[], ModuleType], last_step: Callable[[int], int], *, resume: bool
 ) -> tuple[ModuleType, Reduce | None, State]:
     """The backend, how it sums gradients over the ranks, and the state to train on from, on its device.
 
-    The state is the newest sound checkpoint's when resuming, a fresh one otherwise.
+    The state is the newest sound checkpoint's when resuming, a fresh one otherwise. ``last_step`` tells from the steps
+    that are done to which one training will go.
     """
     config, ranks = training.config, training.ranks
     how = (training.shapes, config.network.weight_std, config.network.bias, config.seed)
@@ -131,6 +143,8 @@ def begin(
             state = _saved_state(saved, training.shapes)
         else:
             state = State(0, fresh() if ranks.leads else zeros(training.shapes), zeros(training.shapes))
+        if ranks.leads and last_step(state.step) > state.step:
+            _require_room(training, saved)
         state = _on_device(ops, _shared(ranks, state))
     ranks.wait()  # a rank that cannot begin does not come here
     if ranks.leads:
@@ -183,6 +197,30 @@ def _require_same_run(training: Training, saved: Checkpoint) -> None:
         raise PipelineError(f"{saved.path} holds other arrays than this network has; start a new run with --run")
 
 
+def _require_room(training: Training, saved: Checkpoint | None) -> None:
+    """Refuse a disk that has no room for the next checkpoint, which is written before older ones are removed."""
+    folder, keep = training.run_dir.train, training.config.train.keep_checkpoints
+    size = 2 * 4 * sum(math.prod(shape) for shape in training.shapes.values())  # weights and momenta, float32
+    if saved is None and checkpoints(folder):
+        going = []  # all that is there is moved aside, on the same disk
+    else:
+        going = superfluous(folder, keep, None if saved is None else saved.path)
+    free = shutil.disk_usage(folder if folder.exists() else training.run_dir.root).free
+    free += sum(path.stat().st_size for path in going)
+    if size > free:
+        raise PipelineError(
+            f"the disk of {folder} has {volume(free)} free, but a checkpoint needs {volume(size)}; "
+            "free some space or choose another place with --run"
+        )
+    there = 0 if saved is None else len(set(checkpoints(folder)) - set(going))
+    later = (keep + 2 - there) * size  # the best may be none of the newest, and one more is being written
+    if later > free:
+        print(
+            f"note: the disk of {folder} has {volume(free)} free, but in time the checkpoints may need {volume(later)} "
+            f"(train.keep_checkpoints is {keep})"
+        )
+
+
 def _saved_state(saved: Checkpoint, expected: dict[str, Shape]) -> State:
     """The checkpoint's state, whose arrays it gives up."""
     parameters = {name: saved.arrays.pop(name) for name in expected}
@@ -217,6 +255,8 @@ def _make_ready(training: Training, saved: Checkpoint | None) -> None:
         if checkpoints(folder):  # without --restart they would have been resumed from, or in the way
             print(f"started over; the old checkpoints and metrics are in {move_aside(folder)}")
         make_folder(folder)
+        for stray in superfluous(folder, training.config.train.keep_checkpoints, None):
+            remove(stray)
         cut_back(folder / "metrics.jsonl", 0)
     write_sealed(training.run_dir.config, to_dict(training.config))
 
@@ -254,7 +294,7 @@ def _header(config: Config, dataset: Dataset, device: str, precision: str, ranks
     return {
         "schema": 1,
         "config": to_dict(config),
-        "data": fingerprint(dataset.manifest),
+        "data": data_fingerprint(dataset.manifest),
         "classes": len(dataset.classes),
         "wnids": [entry["wnid"] for entry in dataset.classes],
         "device": device,
@@ -266,7 +306,11 @@ def _header(config: Config, dataset: Dataset, device: str, precision: str, ranks
 
 
 def _without_free(config: Config) -> Config:
-    """The configuration with the settings that change no weight set to fixed values."""
+    """The configuration with the settings that change no weight set to fixed values.
+
+    What ``preprocess`` decides is in the data, which are compared as such.
+    """
     standard = type(config.train)()
     train = replace(config.train, **{name: getattr(standard, name) for name in _FREE})
-    return replace(config, train=train, eval=type(config.eval)(), loader=type(config.loader)())
+    others = {name: type(getattr(config, name))() for name in ("preprocess", "eval", "loader")}
+    return replace(config, train=train, **others)

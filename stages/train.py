@@ -28,7 +28,7 @@ from pipeline.signals import StopRequest
 from pipeline.tensorboard import events, require_tensorboard
 from stages.eval import evaluate
 from stages.setup import Part, decays, jittered, learning_rates, loader_slots, loader_threads, preparation
-from stages.start import State, Training, begin, open_training, require_no_checkpoints
+from stages.start import State, Training, begin, open_training, require_way_on
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,15 @@ def run(
     ``<run>/train/tensorboard/``. ``ranks`` are the processes that share each batch; their number changes nothing but
     rounding.
     """
-    if not resume and not restart:
-        require_no_checkpoints(run_dir.train)
+    if not restart:
+        require_way_on(run_dir.train, resume=resume)
     if tensorboard and ranks.leads:
         require_tensorboard()
     training = open_training(config, run_dir, device, precision, ranks)
-    ops, reduce, state = begin(training, load_backend, resume=resume)
     config, dataset, plan = training.config, training.dataset, training.plan
-    last = goal.last_step(config, state.step, plan.steps_per_epoch)
+    last_step = partial(goal.last_step, config, steps_per_epoch=plan.steps_per_epoch)
+    ops, reduce, state = begin(training, load_backend, last_step, resume=resume)
+    last = last_step(state.step)
     if state.step >= last:
         print(f"nothing to train: {state.step} steps are done; add --epochs N or --steps N to train on")
         return

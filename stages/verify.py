@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from data.listing import SPLITS
 from data.shards import is_manifest, note_damage
-from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint
+from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint, remedy_of_config
 from pipeline.config import from_dict
 from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
@@ -202,5 +202,5 @@ def _remedy(run_dir: RunDir, wrong: dict[Path, str]) -> str:
     if run_dir.train / "latest.json" in wrong or run_dir.train / "best.json" in wrong:
         remedies.append("remove the damaged index in train/; --stage train --resume writes it anew")
     if run_dir.config in wrong:
-        remedies.append("name recipe and changes once more with --recipe and --set, which writes config.json anew")
+        remedies.append(remedy_of_config(run_dir))
     return "; ".join(remedies)

@@ -18,7 +18,7 @@ import numpy as np
 from data.sampling import steps_per_epoch
 from data.shards import read_manifest
 from net.backend import DEVICES
-from pipeline.config import RECIPES, Config
+from pipeline.config import RECIPES, Config, with_values
 from pipeline.errors import PipelineError
 from pipeline.metrics import has_numbers, read_metrics
 from pipeline.run_dir import RunDir, hash_file, read_json
@@ -223,20 +223,32 @@ def rejects(facts: Facts) -> list[dict[str, Any]]:
 
 
 def settings(config: Config) -> list[dict[str, Any]]:
-    """Every setting, and what the recipe has where this run differs."""
+    """Every setting, and what the recipe has where this run differs.
+
+    An order that the recipe leaves open ("auto") was settled when training began, and is no change.
+    """
     standard = dict(_flat(dataclasses.asdict(RECIPES[config.recipe]))) if config.recipe in RECIPES else {}
     return [
-        {"key": key, "value": value, "recipe": standard.get(key), "changed": key in standard and standard[key] != value}
+        {
+            "key": key,
+            "value": value,
+            "recipe": standard.get(key),
+            "changed": key in standard and standard[key] not in (value, "auto"),
+        }
         for key, value in _flat(dataclasses.asdict(config))
     ]
 
 
 def commands(facts: Facts) -> list[str]:
     """The command lines that make this run again."""
-    changed = [s for s in settings(facts.config) if s["changed"] and s["key"] != "seed"]
+    prepared = with_values(facts.config, facts.manifest.get("made_with", {}), str(facts.run.preprocess))
+    # A settled order is named all the same: with other memory it might be settled otherwise.
+    named = [s for s in settings(prepared) if s["changed"] or s["recipe"] == "auto" != s["value"]]
+    changed = [s for s in named if s["key"] != "seed"]
     options = "".join(f" --set {shlex.quote(s['key'] + '=' + setting_text(s['value']))}" for s in changed)
-    if facts.config.seed:
-        options = f" --seed {facts.config.seed}{options}"
+    if prepared.seed:
+        options = f" --seed {prepared.seed}{options}"
+    reseeded = f" --seed {facts.config.seed}" if facts.config.seed != prepared.seed else ""
     started = [r["source"] for r in read_metrics(facts.run.preprocess / "metrics.jsonl") if "source" in r]
     own = not started or started[-1].startswith(str(facts.run.root))
     source = "" if own else f" --source {shlex.quote(str(started[-1]))}"
@@ -246,7 +258,7 @@ def commands(facts: Facts) -> list[str]:
         computing += f" --precision {facts.precision}"
     lines = [
         f"python run_pipeline.py --stage preprocess{source}{where} --recipe {facts.config.recipe}{options}",
-        f"python run_pipeline.py --stage train --steps {facts.step}{where}{computing}",
+        f"python run_pipeline.py --stage train --steps {facts.step}{where}{reseeded}{computing}",
     ]
     if facts.evaluation is not None:
         lines.append(f"python run_pipeline.py --stage eval --views {facts.evaluation['views']}{where}{computing}")

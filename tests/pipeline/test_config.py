@@ -91,6 +91,10 @@ def test_none_and_schedules_can_be_set() -> None:
     [
         ("train.batchsize=4", r"no configuration key 'train.batchsize' \(did you mean train.batch_size\?\)"),
         ("batch_size=4", r"no configuration key 'batch_size'"),
+        (
+            "foo=3",
+            r"^--set foo=3: there is no configuration key 'foo'; pipeline/config\.py lists all: .{,70}$",
+        ),
         ("train=4", r"no configuration key 'train'"),
         ("seed.x=4", r"no configuration key 'seed.x'"),
         ("=4", r"no configuration key ''"),
@@ -288,3 +292,14 @@ def test_a_recipe_is_not_a_setting(tmp_path: Path) -> None:
     for how in ({"settings": ["recipe=original"]}, {"toml": toml}):
         with pytest.raises(PipelineError, match="name it with --recipe"):
             c.override(c.SEED, **how)
+
+
+def test_a_file_of_changes_is_read_once(tmp_path: Path) -> None:
+    """It may be a pipe, and several configurations are changed by it."""
+    toml = tmp_path / "mine.toml"
+    toml.write_text("seed = 4\n")
+    change = c.changes(toml, ["train.batch_size=3"])
+    toml.unlink()
+    for recipe in (c.SEED, c.DEMO):
+        changed = change(recipe)
+        assert (changed.recipe, changed.seed, changed.train.batch_size) == (recipe.recipe, 4, 3)

@@ -153,7 +153,7 @@ def test_stages_out_of_order(tmp_path: Path, run: Path) -> None:
 
 def test_resume_with_another_recipe_or_other_settings(trained: Path) -> None:
     before = contents(trained)
-    small = ("--set", "preprocess.size=72", "--set", "input.crop=67")  # the recipe alone would not fit these shards
+    small = ("--set", "input.crop=67")  # the recipe alone would not fit these shards
     for arguments in (("--recipe", "caffe", *small), ("--set", "train.momentum=0.5"), ("--seed", 3)):
         sentence = train(trained, "--resume", "--steps", 1, *arguments).refused(
             r"step-00000001\.ckpt was trained with other settings: ", "Resume with the settings of the run"
@@ -182,16 +182,31 @@ def test_resume_with_other_data(tmp_path: Path, run: Path, trained: Path, small_
     assert contents(run / "train") == contents(trained / "train")
 
 
-def test_training_with_another_size_of_stored_pictures(run: Path) -> None:
-    train(run, "--steps", 1, "--set", "preprocess.size=90").refused(
-        rf"pictures in {run}/preprocess have 72 pixels a side, but preprocess.size is 90; leave it as it is, or"
+@pytest.mark.parametrize(
+    ("setting", "differing"),
+    [
+        ("preprocess.size=90", r"preprocess\.size \(72 there, 90 here\)"),
+        ("preprocess.filter=box", r"preprocess\.filter \(bicubic there, box here\)"),
+        ("preprocess.shard_images=9", r"preprocess\.shard_images \(10 there, 9 here\)"),
+    ],
+)
+def test_training_with_other_settings_of_the_stored_pictures(run: Path, setting: str, differing: str) -> None:
+    before = contents(run)
+    train(run, "--steps", 1, "--set", setting).refused(
+        rf"the pictures in {run}/preprocess were made with other settings: {differing}; leave them as they are, or"
     )
-    assert not (run / "train").exists()
+    assert contents(run) == before
 
 
 def test_preprocess_with_other_settings(run: Path, small_source: Path) -> None:
     before = contents(run)
-    preprocess(run, small_source, "--set", "preprocess.size=80").refused(r"made with other settings .*--run")
+    for arguments, differing in (
+        (("--set", "preprocess.size=80"), r"preprocess\.size \(72 there, 80 here\)"),
+        (("--seed", 2), r"seed \(0 there, 2 here\)"),
+    ):
+        preprocess(run, small_source, *arguments).refused(
+            rf"made with other settings than asked for: {differing}; give this run a directory of its own with --run"
+        )
     assert contents(run) == before
 
 
@@ -280,6 +295,38 @@ def test_damaged_description(run: Path, name: str) -> None:
     assert not (run / "train").exists()
 
 
+def test_lost_configuration_is_taken_from_the_newest_checkpoint(run: Path, trained: Path) -> None:
+    shutil.copytree(trained / "train", run / "train")
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"momentum": 0.9', '"momentum": 0.8'))
+    train(run, "--resume", "--steps", 1).refused(
+        r"config\.json does not match its own checksum", r"; remove config\.json, and the settings are taken from the"
+    )
+    path.unlink()
+    assert "not used" not in evaluate(run).done().out
+    result = train(run, "--resume", "--steps", 1).done()
+    assert f"{path} is missing: the settings are those of {run}/train/step-00000001.ckpt\n" in result.out
+    assert "resumed from" in result.out
+    assert path.read_bytes() == (trained / "config.json").read_bytes()
+
+
+def test_lost_configuration_and_no_sound_checkpoint(run: Path, trained: Path) -> None:
+    shutil.copytree(trained / "train", run / "train")
+    saved = checkpoints(run / "train")[0]
+    saved.write_bytes(saved.read_bytes()[:1000])
+    (run / "config.json").unlink()
+    before = contents(run)
+    for how in ("--resume", "--restart"):
+        result = train(run, how, "--steps", 1)
+        result.refused(
+            rf"{run}/config\.json is missing, and no checkpoint in {run}/train can be read to take the settings from; ",
+            "name the recipe with --recipe and changes with --set, and start over with --restart",
+        )
+        assert f"warning: the checkpoint {saved} is damaged" in result.out
+    assert contents(run) == before
+    train(run, "--restart", "--steps", 1, "--recipe", "seed", *settings(*QUICK)).done()
+
+
 # Disks and processes
 
 
@@ -325,6 +372,34 @@ def _lying_about_free_space(folder: Path) -> Path:
         "shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 40)\n"
     )
     return home
+
+
+def test_disk_without_room_for_a_checkpoint(tmp_path: Path, prepared: Path, trained: Path) -> None:
+    """Told before the first step, not after an hour; what a crash left over or will be removed is counted as free."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with mounted(disk, "size=150m"):
+        run = disk / "run"
+        shutil.copytree(prepared, run)
+        before = contents(run)
+        train(run, "--steps", 1).refused(
+            rf"the disk of {run}/train has 1\d\d MB free, but a checkpoint needs 1\d\d MB; free some space or choose"
+        )
+        assert contents(run) == before
+        subprocess.run(["mount", "-o", "remount,size=380m", str(disk)], check=True)
+        (run / "train").mkdir()
+        size = checkpoints(trained / "train")[0].stat().st_size
+        (run / "train" / "step-00000007.ckpt.tmp").write_bytes(bytes(size))
+        (run / "train" / "step-00000008.ckpt.tmp").write_bytes(bytes(size))
+        assert "in time the checkpoints may need" in train(run, "--steps", 1).done().out
+        # With one more there is room for one only, but that of the cut-off write is to be had.
+        (run / "train" / "step-00000007.ckpt.tmp").write_bytes(bytes(size))
+        train(run, "--resume", "--steps", 1).done()
+        before = contents(run)
+        for how in ("--resume", "--restart"):
+            train(run, how, "--steps", 1).refused(rf"the disk of {run}/train has \d+ MB free, but a checkpoint needs")
+            assert contents(run) == before
+        train(run, "--resume", "--steps", 1, "--set", "train.keep_checkpoints=1").done()
 
 
 def test_full_disk_while_saving_a_checkpoint(tmp_path: Path, prepared: Path) -> None:

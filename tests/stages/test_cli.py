@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +19,8 @@ import pytest
 import run_pipeline
 from data.shards import open_split
 from pipeline.checkpoint import checkpoints
-from pipeline.run_dir import read_sealed
-from tests.command_line import QUICK, finish, pipeline, settings, start, wait_until
+from pipeline.run_dir import read_sealed, write_sealed
+from tests.command_line import QUICK, ROOT, finish, pipeline, settings, start, wait_until
 
 
 def usage(*arguments: object) -> str:
@@ -77,6 +82,31 @@ def test_wrong_settings_are_plain_and_touch_nothing(tmp_path: Path, small_source
     assert not run.exists()
 
 
+def test_a_connection_that_breaks_is_not_taken_for_output_without_a_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def to_nobody(*_: object) -> None:
+        here, there = socket.socketpair()
+        there.close()
+        with here:
+            here.sendall(b"as to a cluster")
+
+    monkeypatch.setattr(run_pipeline, "_run", to_nobody)
+    assert run_pipeline.main(["--run", str(tmp_path)]) == 1
+    assert capfd.readouterr().err == "error: Broken pipe; --debug shows where this happened\n"
+
+
+def test_output_without_a_reader_ends_a_stage_with_a_word(run: Path) -> None:
+    command = [sys.executable, "run_pipeline.py", "--stage", "verify", "--run", str(run)]
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert result.returncode == 141, result
+    assert "the output has no reader any more" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = pipeline("--stage", "train", "--run", tmp_path, "--debug")
     assert result.status == 1
@@ -104,6 +134,55 @@ def test_the_configuration_is_resolved_written_and_used_again(tmp_path: Path, sm
     assert config["train"].pop("order") == "auto"
     assert changed["train"].pop("order") == "uniform"  # settled by the first training, for all that follow
     assert changed == config
+
+
+def test_what_the_shards_were_made_with_outlives_a_training_with_other_settings(run: Path, small_source: Path) -> None:
+    made = read_sealed(run / "config.json", "")["preprocess"]
+    others = ("--recipe", "caffe", "--seed", 2, *settings("input.crop=67", "train.batch_size=4"))
+    pipeline("--stage", "train", "--run", run, "--steps", 1, *others).done()
+    config = (run / "config.json").read_bytes()
+    values = read_sealed(run / "config.json", "")
+    assert (values["recipe"], values["seed"], values["preprocess"]) == ("caffe", 2, made)
+    # The remedies that verify names work, with the manifest and without.
+    for name in ("train-00001.h5", "manifest.json"):
+        path = run / "preprocess" / name
+        sound = path.read_bytes()
+        path.write_bytes(sound[:-1] + b"?")
+        command = pipeline("--stage", "verify", "--run", run).refused(name).partition("run_pipeline.py ")[2]
+        pipeline(*command.split(), "--jobs", 1).done()
+        assert path.read_bytes() == sound
+        assert (run / "config.json").read_bytes() == config
+    # And all stages in one go take up the training as it was.
+    result = pipeline("--source", small_source, "--run", run, "--resume", "--steps", 1).done()
+    assert "nothing to do" in result.out
+    assert "step 1 to 2" in result.out
+    page = (run / "report" / "index.html").read_text()
+    assert re.search(r"--stage preprocess [^\n]*--recipe caffe --set preprocess\.size=72", page)
+    assert re.search(r"--stage train --steps 2 [^\n]*--seed 2", page)
+
+
+def test_a_seed_of_training_that_never_saved_outlives_mending(run: Path, small_source: Path) -> None:
+    values = read_sealed(run / "config.json", "")
+    write_sealed(run / "config.json", {**values, "seed": 2})  # as a start leaves it
+    (run / "preprocess" / "train-00001.h5").unlink()
+    pipeline("--stage", "preprocess", "--source", small_source, "--run", run, "--jobs", 1).done()
+    assert read_sealed(run / "config.json", "") == {**values, "seed": 2}
+
+
+def test_a_manifest_that_does_not_say_what_the_shards_were_made_with(run: Path, small_source: Path) -> None:
+    """As earlier versions wrote it; a training on it goes on when the manifest has been made again."""
+    path = run / "preprocess" / "manifest.json"
+    manifest = read_sealed(path, "")
+    made = manifest.pop("made_with")
+    assert made == {"seed": 0, "preprocess": read_sealed(run / "config.json", "")["preprocess"]}
+    write_sealed(path, manifest)
+    pipeline("--stage", "train", "--run", run, "--steps", 1).done()
+    pipeline("--stage", "preprocess", "--source", small_source, "--run", run).done()
+    pipeline("--stage", "preprocess", "--run", run, "--set", "preprocess.filter=box").refused("with other settings")
+    path.unlink()
+    pipeline("--stage", "preprocess", "--source", small_source, "--run", run, "--jobs", 1).done()
+    assert read_sealed(path, "")["made_with"] == made
+    assert "resumed from" in pipeline("--stage", "train", "--run", run, "--resume", "--steps", 1).done().out
 
 
 def test_all_stages_in_one_go_on_the_demo_set(tmp_path: Path) -> None:

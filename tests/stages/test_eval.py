@@ -15,7 +15,8 @@ import pytest
 import net.cpu
 from net import network, reference
 from net.alexnet import alexnet
-from pipeline.checkpoint import checkpoints
+from pipeline.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from pipeline.run_dir import read_sealed, write_sealed
 from run_pipeline import main
 from stages import eval as evaluation
 from tests.command_line import pipeline, settings
@@ -190,10 +191,42 @@ def test_evaluation_changes_nothing_else(trained: Path) -> None:
     assert (trained / "config.json").read_bytes() == config
 
 
+def test_views_are_the_checkpoints_unless_the_command_line_says_otherwise(
+    trained: Path, small_source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One rule for evaluation and prediction; what is in config.json is for training to go on with."""
+    picture = str(small_source / "val" / "class1" / "val1.png")
+
+    def seen(*arguments: str) -> tuple[int, str]:
+        """The views of an evaluation, and a prediction."""
+        assert main(["--stage", "eval", "--run", str(trained), *arguments]) == 0
+        capsys.readouterr()
+        assert main(["--stage", "predict", "--json", picture, "--run", str(trained), *arguments]) == 0
+        return json.loads((trained / "eval" / "metrics.json").read_text())["views"], capsys.readouterr().out
+
+    one, ten = seen("--views", "1"), seen("--views", "10")
+    assert one[1] != ten[1]
+    config = (trained / "config.json").read_bytes()
+    values = read_sealed(trained / "config.json", "")
+    write_sealed(trained / "config.json", {**values, "eval": {**values["eval"], "views": 10}})
+    assert seen() == one
+    assert main(["--stage", "eval", "--run", str(trained), *settings("eval.views=10")]) == 0
+    assert json.loads((trained / "eval" / "metrics.json").read_text())["views"] == 10
+    (trained / "config.json").write_bytes(config)
+
+    saved = load_checkpoint(checkpoints(trained / "train")[-1])
+    saved.header["config"]["eval"]["views"] = 10
+    save_checkpoint(trained / "elsewhere", 7, saved.header, saved.arrays)
+    assert seen("--checkpoint", str(trained / "elsewhere" / "step-00000007.ckpt")) == ten
+    shutil.rmtree(trained / "elsewhere")
+
+
 def test_settings_of_the_network_that_eval_cannot_change_are_named(trained: Path) -> None:
     """The network is the checkpoint's; who asks for another one is told that nothing came of it."""
     said = pipeline(
         "--stage", "eval", "--run", trained, "--set", "network.lrn_k=1", "--set", "eval.batch_size=5"
     ).done()
     assert "checkpoint's own; not used: network.lrn_k (2.0 there, 1.0 here)\n" in said.out
+    said = pipeline("--stage", "eval", "--run", trained, "--recipe", "caffe").done()
+    assert "not used: recipe (seed there, caffe here); input.crop" in said.out
     assert "not used" not in pipeline("--stage", "eval", "--run", trained, "--set", "eval.batch_size=5").done().out

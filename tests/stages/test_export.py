@@ -83,6 +83,26 @@ def test_import_brings_back_every_bit_and_predicts_the_same(
     checkpoints(run / "train")[0].unlink()  # 80 MB
 
 
+def test_training_does_not_go_on_from_imported_weights(
+    run: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence, whatever is asked for; and what it says is possible is."""
+    assert pipeline("--stage", "import", exported / "alexnet.safetensors", "--run", run) == 0
+    imported = checkpoints(run / "train")[0]
+    said = []
+    for arguments in ((), ("--resume",)):
+        capsys.readouterr()
+        assert pipeline("--stage", "train", "--run", run, "--steps", 1, *arguments) == 1
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]
+    assert f"error: {imported} holds imported weights, and training does not go on from those" in said[0]
+    assert imported.exists()
+    assert pipeline("--stage", "eval", "--run", run) == 0
+    assert pipeline("--stage", "train", "--run", run, "--steps", 1, "--restart") == 0
+    assert checkpoints(run / "train")[0].name == "step-00000001.ckpt"
+    assert (run / "train.old-1" / imported.name).exists()
+
+
 def test_names_of_classes_come_back_with_and_without_words() -> None:
     entries = [{"wnid": "n01", "words": "tench, Tinca tinca"}, {"wnid": "n02", "words": ""}]
     assert import_weights._names(json.dumps(entries), 2) == {

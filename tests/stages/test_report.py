@@ -92,6 +92,31 @@ def test_commands_are_taken_by_the_command_line(known: Facts) -> None:
     assert "--precision" not in on_cpu
 
 
+def test_an_order_settled_by_training_is_no_change_of_the_recipe(known: Facts) -> None:
+    for recipe in RECIPES.values():
+        for order in ("uniform", "blocks"):
+            settled = override(recipe, settings=[f"train.order={order}"])
+            assert [s["key"] for s in facts.settings(settled) if s["changed"]] == []
+            # But another machine might settle it otherwise.
+            first = parse(shlex.split(facts.commands(replace(known, config=settled))[0])[2:])
+            assert first.set == [f"train.order={order}"]
+    mine = override(RECIPES["seed"], settings=["train.order=blocks", "train.momentum=0.5"])
+    assert [s["key"] for s in facts.settings(mine) if s["changed"]] == ["train.momentum"]
+
+
+def test_commands_have_each_stages_own_seed_and_settings(known: Facts) -> None:
+    """Shards made with one seed, trained on with another; and the rest of the settings is the recipe's."""
+    made = {"seed": 3, "preprocess": {**vars(known.config.preprocess), "filter": "box"}}
+    shards = {**known.manifest, "made_with": made}
+    trained = override(known.config, settings=["preprocess.filter=box"])
+    for seed in (0, 7):
+        lines = facts.commands(replace(known, manifest=shards, config=replace(trained, seed=seed)))
+        first, second = (parse(shlex.split(line)[2:]) for line in lines[:2])
+        assert (first.seed, first.set) == (3, ["preprocess.filter=box"])
+        assert (second.seed, second.set) == (seed, None)
+    assert "--seed" not in facts.commands(replace(known, manifest=shards, config=replace(trained, seed=3)))[1]
+
+
 def test_norms_are_means_of_absolute_values(trained_run: Path) -> None:
     trained = load_trained(RunDir(trained_run), "latest")
     parameters = {"conv1.w": np.array([[1.0, -3.0]], "f4"), "conv1.b": np.zeros(2, "f4")}

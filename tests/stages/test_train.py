@@ -301,6 +301,18 @@ def test_epochs_and_the_recipes_end(run: Path) -> None:
     assert "nothing to train: 6 steps are done; add --epochs N or --steps N to train on" in result.out
 
 
+def test_a_full_disk_does_not_matter_where_nothing_is_to_be_trained(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--stage", "train", "--run", str(run), *settings("train.epochs=1", "train.batch_size=22")]
+    assert run_pipeline.main(command) == 0
+    monkeypatch.setattr(start_stage.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert run_pipeline.main([*command, "--resume"]) == 0
+    assert "nothing to train" in capsys.readouterr().out
+    assert run_pipeline.main([*command, "--resume", "--steps", "1"]) == 1
+    assert "has 0 MB free, but a checkpoint needs" in capsys.readouterr().err
+
+
 def test_checkpoint_every_and_keep(run: Path) -> None:
     train(run, "--steps", 3, *settings("train.checkpoint_every=1", "train.keep_checkpoints=1")).done()
     assert [path.name for path in checkpoints(run / "train")] == ["step-00000003.ckpt"]

@@ -112,7 +112,11 @@ def test_damaged_checkpoints_and_indexes_are_named(run: Path) -> None:
 def test_damaged_configuration_is_named(run: Path) -> None:
     path = run / "config.json"
     path.write_text(path.read_text().replace('"momentum": 0.9', '"momentum": 0.8'))
-    verify(run).refused(r"1 of 14 files", r"config\.json", "--recipe")
+    verify(run).refused(
+        r"1 of 14 files", r"config\.json", r"; remove config\.json, and the settings are taken from the"
+    )
+    shutil.rmtree(run / "train")
+    verify(run).refused(r"1 of 11 files", r"config\.json", "; name the recipe with --recipe")
 
 
 def test_nothing_to_verify(tmp_path: Path) -> None:
