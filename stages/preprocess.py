@@ -70,8 +70,8 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, schedule
     root = source if source is not None else _draw_demo(run)
     start = time.perf_counter()
     listed = read_source(root)
-    for shortfall in published.shortfalls(listed):
-        print(f"preprocess: note: {shortfall}")
+    for note in (*listed.unread, *published.shortfalls(listed)):
+        print(f"preprocess: note: {note}")
     if len(listed.classes) == 1:
         print(
             f"preprocess: note: {root} has one class only, {listed.classes[0].wnid}: there is nothing to tell apart; "
