@@ -6,6 +6,8 @@ split may have its own form.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,14 +90,21 @@ def read_source(root: Path) -> Source:
     )
 
 
-def stamp(root: Path) -> list[list[object]]:
-    """Names, sizes and times of the source's archives and class folders: equal stamps need no second listing."""
+def stamp(root: Path, rejected: Iterable[str] = ()) -> list[list[object]]:
+    """Names, sizes and times of the source's archives and class folders: equal stamps need no second listing.
+
+    A folder's time does not tell of a picture written over in place, and asking for the times of all pictures would be
+    that listing. ``rejected`` names files below ``root`` that are looked at all the same, if they are there.
+    """
     paths: list[Path] = []
     for path in _forms(root).values():
         paths += [path] if path.is_file() else list(folders.class_containers(path).values())
     if (root / ilsvrc.DEVKIT).exists():
         paths.append(root / ilsvrc.DEVKIT)
     status = [(path, path.stat()) for path in paths]
+    for name in rejected:
+        with contextlib.suppress(OSError, ValueError):  # it lies in an archive, is a broken link, or no name at all
+            status.append((root / name, (root / name).stat()))
     return [[str(path.relative_to(root)), s.st_size, s.st_mtime_ns] for path, s in status]
 
 
