@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 from dataclasses import replace
@@ -14,7 +15,9 @@ if importlib.util.find_spec("torch") is None:
         raise RuntimeError("PyTorch is needed to compare with it: pip install '.[bench]'")
     pytest.skip("PyTorch is not installed: pip install '.[bench]'", allow_module_level=True)
 
-from bench import parity
+import torch
+
+from bench import cpu_curves, parity
 
 
 def on_pictures_of(side, config):
@@ -43,6 +46,19 @@ def test_fifty_steps_in_float32(recipe):
     measured = parity.measure(config, "cpu", classes=10, batch=2, steps=50)
     assert len(measured.ours.losses) == 50
     assert parity.broken(measured.parity, measured.start) == []
+
+
+def test_the_curves_of_both_sides_begin_alike(prepared):
+    """``bench.cpu_curves`` in small: the same pictures, crops, masks and updates, so that rounding alone differs."""
+    options = argparse.Namespace(run=prepared, recipe=None, steps=4, batch=4, rate=0.01)
+    threads = torch.get_num_threads()
+    try:
+        ours, theirs = (cpu_curves.curve(side, options) for side in ("hand", "torch-one"))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(theirs) == 4
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert np.ptp(ours) > 1e-2  # the steps do something
 
 
 def test_a_bound_that_does_not_hold_is_named():
