@@ -26,8 +26,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import io
-import itertools
 import math
 import os
 import platform
@@ -39,120 +37,26 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from PIL import Image
-
+from bench.evidence_plan import BASE, How, Planned, configured, folder_of, planned
+from bench.evidence_tables import markdown, picture
 from data.sampling import steps_per_epoch
 from data.shards import read_manifest
 from net.backend import choose
 from pipeline.checkpoint import checkpoints
-from pipeline.config import RECIPES, Config, Schedule, override, to_dict
+from pipeline.config import RECIPES, to_dict
 from pipeline.metrics import read_metrics
 from pipeline.run_dir import RunDir, make_folder, read_json, write_atomic, write_json, write_sealed
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-BASE: Final = "original"  # what the ablations leave something out of, and what PyTorch repeats
-# Left out, settings that leave it out, and what the paper and the authors' own logs say it is worth.
-ABLATIONS: Final = (
-    (
-        "LRN",
-        ("network.lrn_size=0", "network.map_norm=false"),
-        "1.4 / 1.2 points (section 3.3); net 148 beside net 145: 1.4 / 1.2",
-    ),
-    (
-        "overlap in pooling",
-        ("network.pool_size=2",),
-        "0.4 / 0.3 points (section 3.4); net 147 beside net 145: 0.4 / 0.3",
-    ),
-    ("colour jitter", ("input.jitter=0",), "over 1 point top-1 (section 4.1)"),
-    ("dropout", ("network.dropout_keep=1",), '"substantial overfitting" (section 4.2)'),
-    ("flips", ("input.flip=false",), '"substantial overfitting" without crops and flips (section 4.1)'),
-)
 THREADS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 ABOVE_CHANCE: Final = 0.05  # nats below ln(classes) from which on a run has left the plateau
 _SMOOTH: Final = 5  # logged losses whose mean decides that
-LOG_EVERY: Final = 5  # steps
-FIRST_STEPS: Final = 500  # of the training curves, compared apart from the rest
-_CURVE: Final = 10  # logged losses whose mean is a point of a curve that is compared with another
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One training run: a recipe with single settings changed, by hand or by PyTorch."""
-
-    name: str
-    recipe: str
-    seed: int
-    changes: tuple[str, ...] = ()
-    torch: bool = False
-
-
-@dataclass(frozen=True)
-class How:
-    """What is the same for all runs: how long, on which batches, with which settings, and where they are computed."""
-
-    epochs: int
-    batch: int
-    changes: tuple[str, ...] = ()  # the command line's own settings
-    device: str = "cpu"  # resolved: never "auto"
-    precision: str = "fp32"
-    machine: str = ""
-    jobs: int = 1
-
-
-def planned(base: str, seeds: Sequence[int]) -> list[Planned]:
-    """All runs, the ones that say most first, and PyTorch's, which take longest, early enough to be done in time."""
-    recipes: list[tuple[str, str, tuple[str, ...]]] = [
-        ("seed", "seed", ()),
-        ("seed without the last ReLU", "seed", ("network.final_relu=false",)),
-        ("original", "original", ()),
-        ("caffe", "caffe", ()),
-        ("paper", "paper", ()),
-    ]
-    others = [entry for entry in recipes if entry[0] != base]
-    runs = []
-    for seed in seeds:
-        runs += [Planned(base, base, seed), Planned(f"{base} in PyTorch", base, seed, torch=True)]
-    runs += [Planned(name, recipe, seed, changes) for seed in seeds for name, recipe, changes in others]
-    return runs + [
-        Planned(f"{base} without {what}", base, seed, changes) for seed in seeds for what, changes, _ in ABLATIONS
-    ]
-
-
-def scaled(schedule: Schedule, factor: float) -> Schedule:
-    """The schedule with its epochs multiplied and rounded up; of values that meet in one epoch the last counts."""
-    return tuple({math.ceil(epoch * factor): value for epoch, value in schedule}.items())
-
-
-def configured(run: Planned, how: How) -> Config:
-    """The run's complete configuration."""
-    config = override(RECIPES[run.recipe], None, [*run.changes, *how.changes], run.seed)
-    train, inp = config.train, config.input
-    factor = how.epochs / train.epochs
-    train = replace(
-        train,
-        epochs=how.epochs,
-        batch_size=how.batch,
-        lr=scaled(train.lr, factor),
-        bias_lr=scaled(train.bias_lr, factor),
-        conv1_lr=scaled(train.conv1_lr, factor),
-        log_every=LOG_EVERY,
-        keep_checkpoints=1,
-    )
-    if inp.jitter_epochs is not None:
-        inp = replace(inp, jitter_epochs=math.ceil(inp.jitter_epochs * factor))
-    return override(replace(config, train=train, input=inp))
-
-
-def folder_of(out: Path, run: Planned, how: How) -> RunDir:
-    slug = "-".join(run.name.lower().split())
-    suffix = "" if how.precision == "fp32" else f"-{how.precision}"
-    return RunDir(out / f"{slug}-seed{run.seed}-{how.epochs}x{how.batch}{suffix}")
 
 
 # --- running -------------------------------------------------------------------------------------------------------
@@ -367,194 +271,6 @@ def machine(device: str) -> str:
     return f"{cards[0]}; {host}" if cards else host
 
 
-def markdown(results: Sequence[dict[str, Any]], base: str) -> str:
-    """The tables: every run with its seeds side by side, and the ablations beside the paper's figures."""
-    names = list(dict.fromkeys(r["name"] for r in results))
-    groups = {name: [r for r in results if r["name"] == name] for name in names}
-    lines = [
-        "# Evidence that it learns",
-        "",
-        "Accuracy in percent on the validation pictures, a figure a seed; chance is "
-        f"{100 / results[0]['classes']:.3g} %."
-        if results
-        else "No run has begun.",
-        "",
-        "| run | epochs | top-1 centre | top-1 ten views | top-5 ten views | loss centre | leaves chance after | "
-        "images/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, group in groups.items():
-        cells = [
-            name,
-            _each(group, _epochs_done, same=True),
-            _each(group, lambda r: _percent(r, "centre", "top1")),
-            _each(group, lambda r: _percent(r, "ten_views", "top1")),
-            _each(group, lambda r: _percent(r, "ten_views", "top5")),
-            _each(group, lambda r: f"{r['centre']['loss']:.3f}" if "centre" in r else _state(r)),
-            _each(group, _takeoff),
-            _each(group, lambda r: "none" if r["images_per_second"] is None else f"{r['images_per_second']:,.0f}"),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *_curves(groups, base), *_ablations(groups, base), *_failures(results)]
-    if results:
-        last = results[-1]
-        shared = f"; {last['jobs']} runs at a time shared it, so no rate is the machine's" if last["jobs"] > 1 else ""
-        lines += [
-            "",
-            f"Machine: {last['machine']}; {last['date']}; {last['precision']}, batch {last['batch']}{shared}.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def apart(
-    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], first: int, last: int
-) -> tuple[float, ...] | None:
-    """How far two training curves are apart in steps ``first`` to ``last``, each a mean over ten logged losses.
-
-    The mean of a - b, the mean of its absolute value and the largest; None where the curves have no such steps both.
-    """
-    differences = [x[1] - y[1] for x, y in zip(a, b, strict=False)]
-    step = [LOG_EVERY * (end + 1) for end in range(len(differences))]
-    smooth = [
-        statistics.mean(differences[end - _CURVE + 1 : end + 1])
-        for end in range(_CURVE - 1, len(differences))
-        if first <= step[end] - LOG_EVERY * _CURVE + 1 and step[end] <= last
-    ]
-    if not smooth:
-        return None
-    sizes = [abs(d) for d in smooth]
-    return statistics.mean(smooth), statistics.mean(sizes), max(sizes)
-
-
-def _curves(groups: dict[str, list[dict[str, Any]]], base: str) -> list[str]:
-    """The training curve by hand beside PyTorch's, seed by seed, and how far two seeds are apart."""
-    by_seed = [
-        {r["seed"]: r for r in groups.get(name, []) if "failed" not in r} for name in (base, f"{base} in PyTorch")
-    ]
-    hand, torch = by_seed
-    pairs = [(f"by hand - PyTorch, seed {s}", hand[s], torch[s]) for s in hand if s in torch]
-    for who, runs in zip(("by hand", "PyTorch"), by_seed, strict=True):
-        pairs += [(f"seed {s} - seed {t}, {who}", runs[s], runs[t]) for s, t in itertools.combinations(runs, 2)]
-    end = max((LOG_EVERY * len(r["training"]) for runs in by_seed for r in runs.values()), default=0)
-    spans = [(1, min(FIRST_STEPS, end)), *([(FIRST_STEPS + 1, end)] if end > FIRST_STEPS else [])]
-    rows = []
-    for name, one, other in pairs:
-        found = [apart(one["training"], other["training"], *span) for span in spans]
-        if None not in found:
-            rows.append(f"| {name} | " + " | ".join(f"{f[0]:+.3f}, {f[1]:.3f}, {f[2]:.3f}" for f in found) + " |")
-    head = [
-        f"Training loss of {base}, the differences of two curves in nats: their mean, the mean of their size, the "
-        f"largest. A point of a curve is the mean of {_CURVE} logged losses ({_CURVE * LOG_EVERY} steps):",
-        "",
-        f"| curves | {' | '.join(f'steps {first} to {last}' for first, last in spans)} |",
-        f"|---|{'---|' * len(spans)}",
-    ]
-    return [*head, *rows, ""] if rows else []
-
-
-def _ablations(groups: dict[str, list[dict[str, Any]]], base: str) -> list[str]:
-    """Points of error that leaving something out costs, seed by seed, beside what others found on the full set."""
-    whole = {r["seed"]: r for r in groups.get(base, []) if "ten_views" in r}
-    rows = []
-    for what, _, paper in ABLATIONS:
-        group = [r for r in groups.get(f"{base} without {what}", []) if r["seed"] in whole]
-        if not [r for r in group if "failed" in r or "ten_views" in r]:
-            continue
-        cells = [_each(group, partial(_cost, whole, view)) for view in ("centre", "ten_views")]
-        rows.append(f"| {what} | {' | '.join(cells)} | {paper} |")
-    head = [
-        f"What it costs to leave something out of {base}, in points of top-1 error, a figure a seed:",
-        "",
-        "| left out | centre | ten views | paper, authors' logs (ILSVRC, top-1 / top-5) |",
-        "|---|---|---|---|",
-    ]
-    return [*head, *rows] if rows else []
-
-
-def _cost(whole: Mapping[int, dict[str, Any]], view: str, r: dict[str, Any]) -> str:
-    if view not in r:
-        return _state(r)
-    if r["leaves_chance_after"] is None:
-        return "at chance"
-    return f"{100 * (whole[r['seed']][view]['top1'] - r[view]['top1']):+.1f}"
-
-
-def _failures(results: Sequence[dict[str, Any]]) -> list[str]:
-    failed = [r for r in results if "failed" in r]
-    return ["", *(f"- {r['name']}, seed {r['seed']}: {r['failed']}" for r in failed)] if failed else []
-
-
-def _each(group: Sequence[dict[str, Any]], text: Any, *, same: bool = False) -> str:
-    values = [text(r) for r in group]
-    return values[0] if same and len(set(values)) == 1 else " / ".join(values)
-
-
-def _percent(r: dict[str, Any], view: str, key: str) -> str:
-    return f"{100 * r[view][key]:.1f}" if view in r else _state(r)
-
-
-def _epochs_done(r: dict[str, Any]) -> str:
-    done = max((points[-1][0] for points in (r["training"], r["validation"]) if points), default=0)
-    return f"{done:.3g} of {r['epochs']}"
-
-
-def _state(r: dict[str, Any]) -> str:
-    return "failed" if "failed" in r else "unfinished"
-
-
-def _takeoff(r: dict[str, Any]) -> str:
-    after = r["leaves_chance_after"]
-    return "never" if after is None and "centre" in r else "not yet" if after is None else f"{after} epochs"
-
-
-def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Training loss and validation accuracy of every run, the seeds of one in one colour."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    figure = Figure(figsize=(12, 5.2), dpi=120, layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    names = list(dict.fromkeys(r["name"] for r in results))
-    colours = colormaps["tab20"].colors
-    for r in results:
-        look = {"color": colours[names.index(r["name"]) % len(colours)], "linewidth": 1.2}
-        look |= {"linestyle": "--"} if r["by"] == "PyTorch" else {}
-        look |= {"marker": ".", "markersize": 3}
-        smooth = _epoch_means(r["training"])
-        loss.plot([x for x, _ in smooth], [y for _, y in smooth], **look)
-        first = next(other for other in results if other["name"] == r["name"]) is r
-        accuracy.plot(
-            [v[0] for v in r["validation"]],
-            [v[1] for v in r["validation"]],
-            label=r["name"] if first else None,
-            **look,
-        )
-    loss.set(title="Training loss, mean of each epoch", xlabel="epoch", ylabel="nats", xlim=(0, None))
-    # A run that diverges is cut off: the others are to be seen.
-    loss.set_ylim(0, 1.3 * math.log(max((r["classes"] for r in results), default=10)))
-    accuracy.set(title="Validation top-1, centre view", xlabel="epoch", xlim=(0, None), ylim=(0, 1))
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-    for axes in (loss, accuracy):
-        axes.grid(alpha=0.25)
-    if results:
-        figure.legend(fontsize=8, loc="outside lower center", ncols=4)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    # A page of a few colours: a third of the bytes.
-    small = io.BytesIO()
-    Image.open(file).convert("RGB").quantize(128).save(small, format="png", optimize=True)
-    write_atomic(path, lambda out: out.write(small.getvalue()) and None)
-
-
-def _epoch_means(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """A point an epoch, at its end."""
-    epochs: dict[int, list[float]] = {}
-    for x, y in points:
-        epochs.setdefault(math.ceil(x), []).append(y)
-    return [(float(epoch), statistics.mean(values)) for epoch, values in sorted(epochs.items())]
-
-
 def collect(runs: Sequence[Planned], out: Path, how: How) -> list[dict[str, Any]]:
     """The results of all runs that have begun, in the order of the plan."""
     found = []
@@ -582,7 +298,8 @@ def few_threads(jobs: int) -> dict[str, str]:
     return {name: str(max(1, cores // jobs)) for name in THREADS if name not in os.environ}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options, refused where they name unknown runs or leave out what is needed."""
     parser = argparse.ArgumentParser(prog="python -m bench.evidence", description=__doc__.partition("\n")[0])
     parser.add_argument("--source", type=Path, help="the pictures; not needed once they are preprocessed")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="default %(default)s")
@@ -600,56 +317,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="keep the weights of finished runs, 460 MB each")
     parser.add_argument("--list", action="store_true", help="show the plan and what is done of it, and run nothing")
     options = parser.parse_args(arguments)
-    deadline = time.monotonic() + 60 * options.minutes
-    out = options.out.resolve()
-    everything = planned(options.base, options.seeds)
-    names = {run.name for run in everything}
+    names = {run.name for run in planned(options.base, options.seeds)}
     if unknown := {*(options.only or ()), *(options.report or ())} - names:
         parser.error(f"no run is called {', '.join(sorted(unknown))}; --list shows the names")
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
-    how = How(options.epochs, options.batch, tuple(options.set), options.device, options.precision, jobs=options.jobs)
-    places = {run: folder_of(out, run, how) for run in everything}
-
-    def done(run: Planned) -> bool:
-        path = places[run].root / "result.json"
-        return path.exists() and "failed" not in read_json(path, "remove it")
-
-    runs = [run for run in everything if not options.only or run.name in options.only]
-    if options.list:
-        for run in runs:
-            print(f"{'done' if done(run) else 'left':5s} seed {run.seed}  {run.name}")
-        return 0
-    if options.source is None and not (out / "pictures" / "preprocess" / "manifest.json").exists():
+    options.out = options.out.resolve()
+    if not (options.list or options.source or (options.out / "pictures" / "preprocess" / "manifest.json").exists()):
         parser.error("--source is needed the first time")
-    device, why = choose(options.device)
-    how = replace(how, device=device, machine=machine(device))
-    print(f"{how.machine}: {device} ({why}), {how.precision}, {how.jobs} at a time", flush=True)
+    return options
 
-    def reported(run: Planned) -> bool:
-        return options.report is None or (run.name in options.report and run.seed == options.seeds[0])
 
-    def say(what: str) -> None:
-        print(f"{datetime.datetime.now():%H:%M:%S}  {what}", flush=True)
+def say(what: str) -> None:
+    print(f"{datetime.datetime.now():%H:%M:%S}  {what}", flush=True)
 
-    def task(run: Planned) -> Callable[[], None]:
-        def carry() -> None:
-            children.check()
-            say(f"{run.name}, seed {run.seed}: {places[run].root}")
-            carry_out(children, run, how, places[run], keep=options.keep, report=reported(run))
-            say(f"{run.name}, seed {run.seed}: done")
 
-        return carry
+def is_done(run: Planned, out: Path, how: How) -> bool:
+    path = folder_of(out, run, how).root / "result.json"
+    return path.exists() and "failed" not in read_json(path, "remove it")
+
+
+def carry_out_told(children: Children, run: Planned, how: How, options: argparse.Namespace) -> None:
+    """Train and evaluate one run, with a line before and a line after."""
+    children.check()
+    folder = folder_of(options.out, run, how)
+    report = options.report is None or (run.name in options.report and run.seed == options.seeds[0])
+    say(f"{run.name}, seed {run.seed}: {folder.root}")
+    carry_out(children, run, how, folder, keep=options.keep, report=report)
+    say(f"{run.name}, seed {run.seed}: done")
+
+
+def run_all(runs: Sequence[Planned], how: How, options: argparse.Namespace, deadline: float) -> int:
+    """Prepare the pictures, carry out what is not done yet, and write the results; returns the exit status."""
+    out = options.out
+    everything = planned(options.base, options.seeds)
+    children, signals = Children(few_threads(options.jobs)), Signals()
 
     def write() -> None:
         write_results(collect(everything, out, how), out, options.base)
 
-    children, signals = Children(few_threads(options.jobs)), Signals()
     if options.source is not None:
         first = partial(prepare, children, options.source.resolve(), out, options.set)
         if not carry_out_all(children, signals, [first], 1, deadline, lambda: say("the pictures are prepared")):
             raise SystemExit(128 + signals.number if signals.number else 1)
-    tasks = [task(run) for run in runs if not done(run)]
+    tasks = [partial(carry_out_told, children, run, how, options) for run in runs if not is_done(run, out, how)]
     complete = carry_out_all(children, signals, tasks, options.jobs, deadline, write)
     write()
     print((out / "evidence.md").read_text())
@@ -658,6 +369,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not complete:
         print("not everything is finished; the same command goes on where this one stopped", file=sys.stderr)
     return 0 if complete else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
+    how = How(options.epochs, options.batch, tuple(options.set), options.device, options.precision, jobs=options.jobs)
+    runs = [run for run in planned(options.base, options.seeds) if not options.only or run.name in options.only]
+    if options.list:
+        for run in runs:
+            print(f"{'done' if is_done(run, options.out, how) else 'left':5s} seed {run.seed}  {run.name}")
+        return 0
+    device, why = choose(options.device)
+    how = replace(how, device=device, machine=machine(device))
+    print(f"{how.machine}: {device} ({why}), {how.precision}, {how.jobs} at a time", flush=True)
+    return run_all(runs, how, options, deadline)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Pictures sorted into classes by folder or tar: ``train/<class>/*`` or ``train/<class>.tar``, the same for ``val/``.
 
 The class's name is the folder's or the tar's, a WNID where the pictures are ImageNet's. A split may mix both forms.
-Hidden files (``.DS_Store``, ``._x``) and folders inside a class's folder are left out.
+Hidden files (``.DS_Store``, ``._x``) are left out. So are files beside the classes and folders inside a class's folder,
+but these are told.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import stat
 from pathlib import Path
 
 from data import tar
-from data.listing import Listing, Reject, Rows
+from data.listing import Listing, Reject, Rows, text
 from pipeline.errors import PipelineError
 
 
@@ -25,11 +26,8 @@ def class_containers(folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for entry in _entries(folder):
-        if entry.is_dir():
-            name = entry.name
-        elif entry.is_file() and entry.name.endswith(".tar"):
-            name = entry.name.removesuffix(".tar")
-        else:
+        name = _class_name(entry)
+        if name is None:
             continue
         if name in found:
             raise PipelineError(f"{folder} holds the class {name} twice, as a folder and as a tar; remove one of them")
@@ -39,8 +37,8 @@ def class_containers(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def index(folder: Path, split: str, classes: list[str]) -> tuple[Listing, list[Reject]]:
-    """List a split; labels index ``classes``.
+def index(folder: Path, split: str, classes: list[str]) -> tuple[Listing, list[Reject], str | None]:
+    """List a split; labels index ``classes``. With it come the rejects, and a sentence on what was left out unread.
 
     Raises
     ------
@@ -49,18 +47,20 @@ def index(folder: Path, split: str, classes: list[str]) -> tuple[Listing, list[R
     """
     labels = {name: label for label, name in enumerate(classes)}
     rows = Rows(split)
+    loose = [entry.name for entry in _entries(folder) if _class_name(entry) is None]
+    inner: list[str] = []
     for name, path in class_containers(folder).items():
         if name not in labels:
             raise PipelineError(
                 f"{path} is a class that the training pictures do not have; remove it, or add its training pictures"
             )
         if path.is_dir():
-            _index_folder(rows, path, name, labels[name])
+            inner += _index_folder(rows, path, name, labels[name])
         else:
             rows.containers.append(path)
             with tar.opened(path) as (read, stop):
                 add_class_tar(rows, read, 0, stop, str(path), name, labels[name])
-    return rows.listing(), rows.rejects
+    return rows.listing(), rows.rejects, _unread(split, loose, inner)
 
 
 def add_class_tar(rows: Rows, read: tar.Read, start: int, stop: int, where: str, class_name: str, label: int) -> None:
@@ -76,8 +76,10 @@ def add_class_tar(rows: Rows, read: tar.Read, start: int, stop: int, where: str,
             rows.add(full, label, member.size, member.offset)
 
 
-def _index_folder(rows: Rows, folder: Path, class_name: str, label: int) -> None:
+def _index_folder(rows: Rows, folder: Path, class_name: str, label: int) -> list[str]:
+    """Add the pictures of a class's folder; returns the folders inside it, as ``<class>/<folder>``."""
     rows.containers.append(folder)
+    inner = []
     for entry in _entries(folder):
         name = os.fsencode(f"{class_name}/{entry.name}")
         try:
@@ -87,8 +89,32 @@ def _index_folder(rows: Rows, folder: Path, class_name: str, label: int) -> None
             continue
         if stat.S_ISREG(status.st_mode):
             rows.add(name, label, status.st_size)
-        elif not stat.S_ISDIR(status.st_mode):
+        elif stat.S_ISDIR(status.st_mode):
+            inner.append(f"{class_name}/{entry.name}")
+        else:
             rows.reject(name, "it is no regular file")
+    return inner
+
+
+def _unread(split: str, loose: list[str], inner: list[str]) -> str | None:
+    """What ``<split>/`` holds at places where no pictures are looked for, in a sentence; None if nothing."""
+    counts = [
+        f"{len(names)} {what if len(names) == 1 else several}, such as {text(os.fsencode(min(names)))}"
+        for names, what, several in (
+            (loose, "loose file", "loose files"),
+            (inner, "folder inside a class folder", "folders inside class folders"),
+        )
+        if names
+    ]
+    if not counts:
+        return None
+    return f"{split}/ holds {', and '.join(counts)}: {'it is' if len(loose) + len(inner) == 1 else 'they are'} not read"
+
+
+def _class_name(entry: os.DirEntry[str]) -> str | None:
+    if entry.is_dir():
+        return entry.name
+    return entry.name.removesuffix(".tar") if entry.name.endswith(".tar") and entry.is_file() else None
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -6,6 +6,8 @@ split may have its own form.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,7 @@ class Source:
     classes: tuple[ClassEntry, ...]
     splits: dict[str, Listing]
     rejects: tuple[Reject, ...]  # what could not be listed
+    unread: tuple[str, ...]  # sentences on files and folders where no pictures are looked for
 
     def fingerprint(self) -> str:
         """A hash of every picture's name, size and class; where the source lies does not matter."""
@@ -60,9 +63,12 @@ def read_source(root: Path) -> Source:
     number = {name: i for i, name in enumerate(names)}
     splits: dict[str, Listing] = {}
     rejects: list[Reject] = []
+    unread: dict[str, str] = {}
     for split, path in forms.items():
         if path.is_dir():
-            splits[split], left_out = folders.index(path, split, names)
+            splits[split], left_out, note = folders.index(path, split, names)
+            if note is not None:
+                unread[split] = note
         else:
             assert devkit is not None  # _forms refuses an official archive without it
             read = ilsvrc.index_train if split == "train" else ilsvrc.index_val
@@ -76,20 +82,29 @@ def read_source(root: Path) -> Source:
             splits[split] = relabelled(listing, np.array([number.get(name, -1) for name in by_devkit]))
         rejects += left_out
         if len(splits[split]) == 0:
-            raise PipelineError(f"{path} holds no pictures")
+            raise PipelineError(f"{path} holds no pictures{_hint(unread, split)}")
     if forms["train"].is_dir():
-        _refuse_empty_class(forms["train"], names, splits["train"])
-    return Source(root, tuple(_class_entry(name, devkit) for name in names), splits, tuple(rejects))
+        _refuse_empty_class(forms["train"], names, splits["train"], _hint(unread, "train"))
+    return Source(
+        root, tuple(_class_entry(name, devkit) for name in names), splits, tuple(rejects), tuple(unread.values())
+    )
 
 
-def stamp(root: Path) -> list[list[object]]:
-    """Names, sizes and times of the source's archives and class folders: equal stamps need no second listing."""
+def stamp(root: Path, rejected: Iterable[str] = ()) -> list[list[object]]:
+    """Names, sizes and times of the source's archives and class folders: equal stamps need no second listing.
+
+    A folder's time does not tell of a picture written over in place, and asking for the times of all pictures would be
+    that listing. ``rejected`` names files below ``root`` that are looked at all the same, if they are there.
+    """
     paths: list[Path] = []
     for path in _forms(root).values():
         paths += [path] if path.is_file() else list(folders.class_containers(path).values())
     if (root / ilsvrc.DEVKIT).exists():
         paths.append(root / ilsvrc.DEVKIT)
     status = [(path, path.stat()) for path in paths]
+    for name in rejected:
+        with contextlib.suppress(OSError, ValueError):  # it lies in an archive, is a broken link, or no name at all
+            status.append((root / name, (root / name).stat()))
     return [[str(path.relative_to(root)), s.st_size, s.st_mtime_ns] for path, s in status]
 
 
@@ -123,11 +138,16 @@ def _forms(root: Path) -> dict[str, Path]:
     return forms
 
 
-def _refuse_empty_class(folder: Path, names: list[str], listing: Listing) -> None:
+def _hint(unread: dict[str, str], split: str) -> str:
+    """Where pictures are missing, they often lie a folder too deep."""
+    return f" ({unread[split]})" if split in unread else ""
+
+
+def _refuse_empty_class(folder: Path, names: list[str], listing: Listing, hint: str) -> None:
     counts = np.bincount(listing.label, minlength=len(names))
     for name, count in zip(names, counts.tolist(), strict=True):
         if count == 0:
-            raise PipelineError(f"the class {name} in {folder} holds no pictures; add some or remove it")
+            raise PipelineError(f"the class {name} in {folder} holds no pictures; add some or remove it{hint}")
 
 
 def _class_entry(name: str, devkit: ilsvrc.Devkit | None) -> ClassEntry:

@@ -7,7 +7,9 @@ the views of the evaluation.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -58,18 +60,26 @@ def run(
     Raises
     ------
     PipelineError
-        No usable checkpoint; or, after all others have been shown, some pictures could not be read.
+        No usable checkpoint; or, after all others have been shown, some pictures or folders could not be read.
     """
     trained = load_trained(run_dir, checkpoint)
     views = views or trained.config.eval.views
     show = _json_line if as_json else _bars
     total = failed = 0
-    for answer in predict(trained, ops, _expand(files), views):
+    folders: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        folders.append(str(error.filename))
+        show(Answer(folders[-1], [], error.strerror or str(error)), trained)
+
+    for answer in predict(trained, ops, _expand(files, unreadable), views):
         total += 1
         failed += answer.error is not None
         show(answer, trained)
-    if failed:
-        raise PipelineError(f"{failed} of {total} pictures could not be read; the reasons are above")
+    lost = [f"{failed} of {total} pictures"] if failed else []
+    lost += [f"{len(folders)} folder{'s' if len(folders) > 1 else ''}"] if folders else []
+    if lost:
+        raise PipelineError(f"{' and '.join(lost)} could not be read; the reasons are above")
     if not total:
         raise PipelineError(f"there is no picture in {', '.join(files)}")
 
@@ -138,15 +148,19 @@ def _formats() -> tuple[str, ...]:
     return tuple(sorted(set(Image.OPEN) - {"EPS"}))
 
 
-def _expand(files: Sequence[str]) -> Iterator[str]:
-    """Files as named; of folders the files below them that have a picture's name, sorted."""
+def _expand(files: Sequence[str], unreadable: Callable[[OSError], None]) -> Iterator[str]:
+    """Files as named; of folders the files below them that have a picture's name, sorted.
+
+    ``unreadable`` is called with the error of each folder that cannot be read.
+    """
     for name in files:
         folder = Path(name)
         if name == STDIN or not folder.is_dir():
             yield name
             continue
         Image.init()
-        inside = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        below = (Path(place, file) for place, _, names in os.walk(folder, onerror=unreadable) for file in names)
+        inside = sorted(path for path in below if not path.name.startswith(".") and _is_file(path))
         pictures = [path for path in inside if path.suffix.lower() in Image.registered_extensions()]
         yield from map(str, pictures)
         if len(pictures) < len(inside):
@@ -154,6 +168,14 @@ def _expand(files: Sequence[str]) -> Iterator[str]:
             print(
                 f"{folder}: {others} of {len(inside)} files are no pictures by their names; left out", file=sys.stderr
             )
+
+
+def _is_file(path: Path) -> bool:
+    """Whether opening it gives a file's bytes, or the reason why not; a pipe would be waited for."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
 
 
 def _json_line(answer: Answer, trained: Trained) -> None:

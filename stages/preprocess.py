@@ -70,8 +70,8 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, schedule
     root = source if source is not None else _draw_demo(run)
     start = time.perf_counter()
     listed = read_source(root)
-    for shortfall in published.shortfalls(listed):
-        print(f"preprocess: note: {shortfall}")
+    for note in (*listed.unread, *published.shortfalls(listed)):
+        print(f"preprocess: note: {note}")
     if len(listed.classes) == 1:
         print(
             f"preprocess: note: {root} has one class only, {listed.classes[0].wnid}: there is nothing to tell apart; "
@@ -93,7 +93,7 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, schedule
                 progress.advance(len(result.content.labels) + len(result.content.rejects))
         manifest = tally.write(folder)
         forget_damage(folder)
-        log.write(_last_record(tally, {"scheduler": scheduler} if scheduler else {"jobs": jobs}, root, start))
+        log.write(_last_record(tally, {"scheduler": scheduler} if scheduler else {"jobs": jobs}, root, folder, start))
     _summary(tally, manifest, folder, time.perf_counter() - start)
 
 
@@ -155,7 +155,12 @@ def _finished(config: Config, folder: Path, source: Path | None) -> bool:
 
 def _same_stamp(folder: Path, source: Path) -> bool:
     last = [record for record in read_metrics(folder / "metrics.jsonl") if "stamp" in record]
-    return bool(last) and last[-1]["stamp"] == stamp(source)
+    return bool(last) and last[-1]["stamp"] == stamp(source, _rejected(folder))
+
+
+def _rejected(folder: Path) -> list[str]:
+    """The rejects as ``<split>/<name>``. They are what somebody mends, so whether they changed is asked each time."""
+    return [f"{record.get('split')}/{record.get('name')}" for record in read_metrics(folder / "rejects.jsonl")]
 
 
 def _draw_demo(run: RunDir) -> Path:
@@ -264,13 +269,13 @@ def _record(tally: Tally, result: ShardResult, start: float) -> dict[str, Any]:
     }
 
 
-def _last_record(tally: Tally, by: dict[str, Any], root: Path, start: float) -> dict[str, Any]:
+def _last_record(tally: Tally, by: dict[str, Any], root: Path, folder: Path, start: float) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     return {
         "finished": tally.plan.fingerprint,
         "made_with": tally.plan.settings,
         "source": str(root),
-        "stamp": stamp(root),
+        "stamp": stamp(root, _rejected(folder)),
         **by,
         "images_done": tally.images,
         "images_made": tally.made,

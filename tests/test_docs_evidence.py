@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import evidence
+from bench import evidence, evidence_plan
 from pipeline.command_line import parse
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -20,9 +20,9 @@ def test_command_is_taken_and_names_the_runs_of_the_tables(tmp_path: Path, capsy
     assert evidence.main([*shlex.split(command.replace("\\\n", " ")), "--out", str(tmp_path), "--list"]) == 0
     names = set(re.findall(r"^left  seed \d  (.+)$", capsys.readouterr().out, flags=re.MULTILINE))
     rows = re.findall(r"^\| ([\w ]+) \| .+ \|$", TEXT, flags=re.MULTILINE)
-    left_out = {f"{evidence.BASE} without {what}" for what, _, _ in evidence.ABLATIONS}
+    left_out = {f"{evidence_plan.BASE} without {what}" for what, _, _ in evidence_plan.ABLATIONS}
     assert {row for row in rows if row in names} == names - left_out
-    for what, _, paper in evidence.ABLATIONS:
+    for what, _, paper in evidence_plan.ABLATIONS:
         assert re.search(rf"^\| {what} \| .+ \| {re.escape(paper)} \|$", TEXT, flags=re.MULTILINE), what
 
 

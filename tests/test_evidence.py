@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import run_pipeline
-from bench import evidence
+from bench import evidence, evidence_plan, evidence_tables
 from net.reference.dropout import dropout_mask as reference_mask
 from pipeline.config import CAFFE, ORIGINAL
 from pipeline.metrics import read_metrics
@@ -99,20 +99,22 @@ def test_by_hand_and_by_pytorch_through_all_stages(
 
 
 def test_plan_and_schedules(capsys: pytest.CaptureFixture[str]) -> None:
-    runs = evidence.planned("original", [0, 1])
+    runs = evidence_plan.planned("original", [0, 1])
     assert len({(run.name, run.seed) for run in runs}) == len(runs) == 2 * 11
     for run in runs:  # every change is one the configuration takes
-        config = evidence.configured(run, evidence.How(20, 128))
+        config = evidence_plan.configured(run, evidence_plan.How(20, 128))
         assert (config.train.epochs, config.train.batch_size, config.seed) == (20, 128, run.seed)
-    assert evidence.scaled(ORIGINAL.train.lr, 20 / 91) == ((0, 0.01), (6, 0.001), (12, 0.0001), (18, 0.00001))
-    assert evidence.scaled(CAFFE.train.lr, 1 / 72) == ((0, 0.01), (1, 0.00001))
+    assert evidence_plan.scaled(ORIGINAL.train.lr, 20 / 91) == ((0, 0.01), (6, 0.001), (12, 0.0001), (18, 0.00001))
+    assert evidence_plan.scaled(CAFFE.train.lr, 1 / 72) == ((0, 0.01), (1, 0.00001))
     assert runs[0].name == "original"
-    assert evidence.configured(runs[0], evidence.How(20, 128)).input.jitter_epochs == 15
-    rarely = evidence.How(20, 128, ("train.validate_every=5", "train.save_every=20"))
-    assert evidence.configured(runs[0], rarely).train.validate_every == 5
-    half = evidence.How(20, 128, precision="bf16")
-    assert evidence.folder_of(Path("x"), runs[0], half).root == Path("x/original-seed0-20x128-bf16")
-    assert evidence.folder_of(Path("x"), runs[0], evidence.How(20, 128)).root == Path("x/original-seed0-20x128")
+    assert evidence_plan.configured(runs[0], evidence_plan.How(20, 128)).input.jitter_epochs == 15
+    rarely = evidence_plan.How(20, 128, ("train.validate_every=5", "train.save_every=20"))
+    assert evidence_plan.configured(runs[0], rarely).train.validate_every == 5
+    half = evidence_plan.How(20, 128, precision="bf16")
+    assert evidence_plan.folder_of(Path("x"), runs[0], half).root == Path("x/original-seed0-20x128-bf16")
+    assert evidence_plan.folder_of(Path("x"), runs[0], evidence_plan.How(20, 128)).root == Path(
+        "x/original-seed0-20x128"
+    )
     assert evidence.main(["--list", "--only", "paper"]) == 0
     assert capsys.readouterr().out == "left  seed 0  paper\nleft  seed 1  paper\n"
 
@@ -227,7 +229,7 @@ def test_tables_put_seeds_and_ablations_beside_each_other() -> None:
     del results[-1]["centre"], results[-1]["ten_views"]
     results.append({**made("z", 0, 0, 0), "validation": []})
     del results[-1]["centre"], results[-1]["ten_views"]
-    table = evidence.markdown(results, "x")
+    table = evidence_tables.markdown(results, "x")
     assert "| z | 1.5 of 2 | unfinished | unfinished | unfinished | unfinished | not yet | 9 |" in table
     assert "Machine: m; d; bf16, batch 8; 5 runs at a time shared it, so no rate is the machine's." in table
     assert (
@@ -237,7 +239,7 @@ def test_tables_put_seeds_and_ablations_beside_each_other() -> None:
     assert "| dropout | failed / at chance | failed / at chance |" in table  # no figure, so no cost
     assert "- y, seed 0: diverged at step 3" in table
     assert "| y | 2 of 2 | failed | failed |" in table
-    assert evidence.markdown([], "x")
+    assert evidence_tables.markdown([], "x")
 
 
 def test_training_curves_are_compared_seed_by_seed() -> None:
@@ -246,16 +248,16 @@ def test_training_curves_are_compared_seed_by_seed() -> None:
         return {"name": name, "seed": seed, "training": losses}
 
     hand, torch = made("x", 0, 0.0, 0.25), made("x in PyTorch", 0, 0.125, 0.0)
-    assert evidence.apart(hand["training"], torch["training"], 1, 500) == pytest.approx((-0.125, 0.125, 0.125))
+    assert evidence_tables.apart(hand["training"], torch["training"], 1, 500) == pytest.approx((-0.125, 0.125, 0.125))
     # No point reaches across the border, and the noise that both share is not in the difference.
-    assert evidence.apart(hand["training"], torch["training"], 501, 600) == pytest.approx((0.125, 0.125, 0.125))
-    assert evidence.apart(hand["training"][:99], torch["training"], 501, 600) is None
+    assert evidence_tables.apart(hand["training"], torch["training"], 501, 600) == pytest.approx((0.125, 0.125, 0.125))
+    assert evidence_tables.apart(hand["training"][:99], torch["training"], 501, 600) is None
     groups = {"x": [hand, made("x", 1, 0.5, 0.25)], "x in PyTorch": [torch]}
-    assert evidence._curves(groups, "x")[2:] == [
+    assert evidence_tables._curves(groups, "x")[2:] == [
         "| curves | steps 1 to 500 | steps 501 to 600 |",
         "|---|---|---|",
         "| by hand - PyTorch, seed 0 | -0.125, 0.125, 0.125 | +0.125, 0.125, 0.125 |",
         "| seed 0 - seed 1, by hand | -0.500, 0.500, 0.500 | -0.500, 0.500, 0.500 |",
         "",
     ]
-    assert evidence._curves({"x": [hand]}, "x") == []
+    assert evidence_tables._curves({"x": [hand]}, "x") == []

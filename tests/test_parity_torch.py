@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 from dataclasses import replace
@@ -14,7 +15,10 @@ if importlib.util.find_spec("torch") is None:
         raise RuntimeError("PyTorch is needed to compare with it: pip install '.[bench]'")
     pytest.skip("PyTorch is not installed: pip install '.[bench]'", allow_module_level=True)
 
-from bench import parity
+import torch
+
+from bench import cpu_curves, parity
+from net.layers import Linear
 
 
 def on_pictures_of(side, config):
@@ -22,8 +26,22 @@ def on_pictures_of(side, config):
     return replace(config, input=replace(config.input, crop=side - sum(config.input.border)))
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """fc6 and fc7 with few units: what is computed is the same, and 4096 make nine tenths of the time."""
+    layers = parity.network_layers
+
+    def narrowed(config, classes):
+        return tuple(
+            replace(layer, units=64) if isinstance(layer, Linear) and layer.units == 4096 else layer
+            for layer in layers(config, classes)
+        )
+
+    monkeypatch.setattr(parity, "network_layers", narrowed)
+
+
 @pytest.mark.parametrize("recipe", ["seed", "paper", "original", "caffe"])
-def test_in_float64_nothing_but_rounding_differs(recipe):
+def test_in_float64_nothing_but_rounding_differs(recipe, narrow):
     """Every layer, option and rate of the recipes."""
     config = on_pictures_of(67, parity.comparable(recipe))
     measured = parity.measure(config, "reference", classes=7, batch=3, steps=2, precision=np.float64)
@@ -37,12 +55,27 @@ def test_in_float64_nothing_but_rounding_differs(recipe):
         assert value <= 1e-10, name
 
 
-@pytest.mark.parametrize("recipe", ["paper", "caffe"])
-def test_fifty_steps_in_float32(recipe):
+@pytest.mark.parametrize(("recipe", "widths"), [("paper", "own"), ("caffe", "narrow")])
+def test_fifty_steps_in_float32(recipe, widths, request):
+    if widths == "narrow":
+        request.getfixturevalue("narrow")
     config = on_pictures_of(131, parity.comparable(recipe, rate=1e-5))
     measured = parity.measure(config, "cpu", classes=10, batch=2, steps=50)
     assert len(measured.ours.losses) == 50
     assert parity.broken(measured.parity, measured.start) == []
+
+
+def test_the_curves_of_both_sides_begin_alike(prepared):
+    """``bench.cpu_curves`` in small: the same pictures, crops, masks and updates, so that rounding alone differs."""
+    options = argparse.Namespace(run=prepared, recipe=None, steps=4, batch=4, rate=0.01)
+    threads = torch.get_num_threads()
+    try:
+        ours, theirs = (cpu_curves.curve(side, options) for side in ("hand", "torch-one"))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(theirs) == 4
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert np.ptp(ours) > 1e-2  # the steps do something
 
 
 def test_a_bound_that_does_not_hold_is_named():

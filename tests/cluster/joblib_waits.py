@@ -6,6 +6,7 @@ backend is given 90 seconds, in which it says nothing; where it raises one day, 
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -37,7 +38,14 @@ def by_client(client: Client) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) == 1:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.cluster.joblib_waits",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("way", nargs="?", choices=("joblib", "client"), help="this one alone, until it ends")
+    chosen = parser.parse_args().way
+    if chosen is None:
         for way in ("joblib", "client"):
             start = time.monotonic()
             try:
@@ -51,7 +59,7 @@ def main() -> None:
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "host": "127.0.0.1"}
     with LocalCluster(**options) as cluster, Client(cluster) as client:
         try:
-            by_joblib() if sys.argv[1] == "joblib" else by_client(client)
+            by_joblib() if chosen == "joblib" else by_client(client)
         except KilledWorker:
             print("KilledWorker", flush=True)
         else:

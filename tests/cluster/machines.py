@@ -8,6 +8,7 @@ in docs/cluster.md.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -257,6 +258,17 @@ SCENARIOS = {f.__name__: f for f in (curve, broken, dask, rates)}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.cluster.machines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "scenarios", nargs="*", metavar="SCENARIO", help=f"one of {', '.join(SCENARIOS)}; all if left out"
+    )
+    scenarios = parser.parse_args().scenarios
+    if unknown := [name for name in scenarios if name not in SCENARIOS]:
+        parser.error(f"there is no scenario {unknown[0]}, only {', '.join(SCENARIOS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # the machines too are taken down
     if OPEN_MPI:
         sys.exit("MPICH only: other launchers want other options")
@@ -264,7 +276,7 @@ def main() -> None:
         folder = Path(name)
         source, prepared = pictures.draw(folder / "source"), folder / "prepared"
         pipeline("--stage", "preprocess", "--source", source, "--run", prepared, "--jobs", 1, *settings(*QUICK)).done()
-        for scenario in sys.argv[1:] or SCENARIOS:
+        for scenario in scenarios or SCENARIOS:
             print(f"--- {scenario}", flush=True)
             SCENARIOS[scenario](two, folder, prepared)
             sys.stdout.flush()

@@ -8,6 +8,7 @@ showed is in docs/cluster.md.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -229,6 +230,15 @@ SCENARIOS = {f.__name__: f for f in (binding, curve, killed, cancelled, preempte
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.cluster.slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "scenarios", nargs="*", metavar="SCENARIO", help=f"one of {', '.join(SCENARIOS)}; all if left out"
+    )
+    scenarios = parser.parse_args().scenarios
+    if unknown := [name for name in scenarios if name not in SCENARIOS]:
+        parser.error(f"there is no scenario {unknown[0]}, only {', '.join(SCENARIOS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # the daemons too are stopped
     if OPEN_MPI:
         sys.exit("MPICH only: Open MPI's ranks, started by --mpi=pmix, did not start on two slurmds of one machine")
@@ -237,7 +247,7 @@ def main() -> None:
         source, prepared = pictures.draw(folder / "source"), folder / "prepared"
         pipeline("--stage", "preprocess", "--source", source, "--run", prepared, "--jobs", 1, *settings(*QUICK)).done()
         print(said("srun", "--version"), flush=True)
-        for scenario in sys.argv[1:] or SCENARIOS:
+        for scenario in scenarios or SCENARIOS:
             print(f"--- {scenario}", flush=True)
             SCENARIOS[scenario](folder, prepared)
             sys.stdout.flush()

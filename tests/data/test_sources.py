@@ -150,6 +150,39 @@ def test_in_folders_only_regular_files_are_read(tmp_path: Path):
     }
 
 
+def test_what_lies_where_no_pictures_are_looked_for_is_told(tmp_path: Path):
+    for split in ("train", "val"):
+        (tmp_path / split / "n01").mkdir(parents=True)
+        (tmp_path / split / "n01" / "a.JPEG").write_bytes(b"a")
+        (tmp_path / split / ".DS_Store").write_bytes(b"x")
+        (tmp_path / split / "n01" / ".cache").mkdir()
+    before = read_source(tmp_path)
+    assert before.unread == ()
+    train = tmp_path / "train"
+    (train / "x.jpg").write_bytes(b"x")
+    assert read_source(tmp_path).unread == ("train/ holds 1 loose file, such as x.jpg: it is not read",)
+    for name in ("readme.txt", os.fsdecode(b"p\xff")):
+        (train / name).write_bytes(b"x")
+    for name in ("sub", "other"):
+        (train / "n01" / name).mkdir()
+        (train / "n01" / name / "x.jpg").write_bytes(b"x")
+    (tmp_path / "val" / "n01" / "sub").mkdir()
+    source = read_source(tmp_path)
+    assert source.unread == (
+        r"train/ holds 3 loose files, such as p\xff, and 2 folders inside class folders, such as n01/other: "
+        "they are not read",
+        "val/ holds 1 folder inside a class folder, such as n01/sub: it is not read",
+    )
+    assert source.fingerprint() == before.fingerprint()
+    assert source.rejects == ()
+    (train / "n01" / "a.JPEG").rename(train / "n01" / "sub" / "a.JPEG")
+    assert "holds no pictures (train/ holds 3 loose files" in refused(tmp_path)
+    (train / "n02").mkdir()
+    (train / "n02" / "b.JPEG").write_bytes(b"b")
+    assert "the class n01 in" in refused(tmp_path)
+    assert "remove it (train/ holds 3 loose files" in refused(tmp_path)
+
+
 def refused(root: Path) -> str:
     with pytest.raises(PipelineError) as caught:
         read_source(root)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +118,56 @@ def test_bad_pictures_are_named_and_the_others_shown(
     bad, good = answers(capsys)
     assert bad == {"file": str(folder / "b.jpg"), "error": "not a picture in a known format"}
     assert len(good["top"]) == 5
+
+
+@pytest.fixture
+def folder_too_deep(tmp_path: Path) -> Iterator[Path]:
+    """A folder with one below it that cannot be opened, because its path is too long; mode bits would not stop root."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    inside = os.open(folder, os.O_RDONLY)
+    for _ in range(17):
+        os.mkdir("d" * 250, dir_fd=inside)
+        further = os.open("d" * 250, os.O_RDONLY, dir_fd=inside)
+        os.close(inside)
+        inside = further
+    os.close(inside)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("picture_below", [True, False])
+def test_a_folder_below_that_cannot_be_read_is_named(
+    picture_below: bool, trained_run: Path, picture: Path, folder_too_deep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if picture_below:
+        shutil.copyfile(picture, folder_too_deep / "a.png")
+    assert predict(trained_run, folder_too_deep) == 1
+    out, err = capsys.readouterr()
+    assert (str(folder_too_deep / "a.png") in out) == picture_below
+    assert re.search(rf"^{folder_too_deep}/\S+: File name too long$", err, re.MULTILINE)
+    assert err.splitlines()[-1] == "error: 1 folder could not be read; the reasons are above"
+    assert predict(trained_run, "--json", folder_too_deep, "missing.png") == 1
+    out, err = capsys.readouterr()
+    errors = {answer["file"]: answer["error"] for answer in map(json.loads, out.splitlines()) if "error" in answer}
+    assert sorted(errors.values()) == ["File name too long", "No such file or directory"]
+    pictures = 1 + picture_below
+    assert (
+        err.splitlines()[-1] == f"error: 1 of {pictures} pictures and 1 folder could not be read; the reasons are above"
+    )
+
+
+def test_of_what_lies_below_a_folder_links_are_read_and_pipes_are_not(
+    trained_run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.png").symlink_to(picture)
+    os.mkfifo(folder / "pipe.png")
+    assert predict(trained_run, folder) == 0
+    (folder / "broken.png").symlink_to(folder / "nowhere")
+    assert predict(trained_run, folder) == 1
+    assert f"{folder / 'broken.png'}: No such file or directory" in capsys.readouterr().err
 
 
 def test_bars_fit_the_terminal(

@@ -456,3 +456,47 @@ def test_a_single_class_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
         root = pictures.draw(tmp_path / str(classes), {"train": (2,) * classes, "val": (1,) * classes})
         preprocess.run(CONFIG, RunDir(tmp_path / f"run{classes}"), source=root, jobs=1)
         assert (f"{root} has one class only, class0: there is nothing to tell apart" in capsys.readouterr().out) == said
+
+
+def test_files_and_folders_that_are_not_read_are_told_and_change_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = pictures.draw(tmp_path / "source", {"train": (2, 2), "val": (1, 1)})
+    again(RunDir(tmp_path / "one"), root)
+    assert "not read" not in capsys.readouterr().out
+    (root / "train" / "readme.txt").write_text("text")
+    (root / "val" / "class1" / "inner").mkdir()
+    again(RunDir(tmp_path / "one"), root)
+    assert "nothing to do" in capsys.readouterr().out
+    again(RunDir(tmp_path / "other"), root)
+    assert [line for line in capsys.readouterr().out.splitlines() if "not read" in line] == [
+        "preprocess: note: train/ holds 1 loose file, such as readme.txt: it is not read",
+        "preprocess: note: val/ holds 1 folder inside a class folder, such as class1/inner: it is not read",
+    ]
+    assert made(RunDir(tmp_path / "other")) == made(RunDir(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("how", ["cut short", "broken link"])
+def test_a_rejected_picture_that_was_replaced_is_noticed(tmp_path: Path, how: str) -> None:
+    """Written over in place, so that its folder looks as before."""
+    root = pictures.draw(tmp_path / "source", {"train": (2, 2), "val": (1, 1)})
+    path = root / "train" / "class0" / "train0.png"
+    whole, elsewhere = path.read_bytes(), tmp_path / "elsewhere.png"
+    if how == "broken link":
+        path.unlink()
+        path.symlink_to(elsewhere)
+    else:
+        path.write_bytes(whole[:1000])
+    run = RunDir(tmp_path / "run")
+    again(run, root)
+    again(run, root)
+    times = path.parent.stat().st_mtime_ns
+    (elsewhere if how == "broken link" else path).write_bytes(whole)
+    assert path.parent.stat().st_mtime_ns == times
+    with pytest.raises(
+        PipelineError, match=r"from other pictures than .*source holds.*, or remove .*preprocess to make"
+    ):
+        again(run, root)
+    shutil.rmtree(run.preprocess)
+    again(run, root)
+    assert (run.preprocess / "rejects.jsonl").read_text() == ""
