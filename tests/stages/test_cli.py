@@ -188,7 +188,13 @@ def test_a_manifest_that_does_not_say_what_the_shards_were_made_with(run: Path, 
 def test_all_stages_in_one_go_on_the_demo_set(tmp_path: Path) -> None:
     """No flag but the run directory and what makes it quick: the built-in set is drawn, trained on and evaluated."""
     run = tmp_path / "run"
-    changes = ("train.epochs=1", "train.batch_size=480", "train.checkpoint_every=100", "eval.batch_size=240")
+    changes = (
+        "preprocess.shard_images=200",
+        "train.epochs=1",
+        "train.batch_size=480",
+        "train.checkpoint_every=100",
+        "eval.batch_size=240",
+    )
     result = pipeline("--run", run, *settings(*QUICK[:4], *changes)).done()
     assert "built-in demo set is drawn" in result.out
     assert "All stages are done" in result.out
