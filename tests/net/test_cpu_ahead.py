@@ -18,8 +18,8 @@ _KERNELS = """
 import json, os, sys
 from numba.core.dispatcher import Dispatcher
 import net.cpu
-from bench.cpu_sides import sides
 from net.cpu import ahead
+from tests.net.test_cpu import Training
 
 def called():
     modules = [module for name, module in sys.modules.items() if name.startswith("net.cpu.")]
@@ -36,8 +36,7 @@ for part in ahead.PARTS:
 for part in ahead.PARTS:
     part()
 before = called()
-inputs, functions = sides(net.cpu, 5)
-functions["train"](inputs)
+Training(net.cpu).step()
 print(json.dumps(sorted(set(called()) - set(before))))
 """
 
