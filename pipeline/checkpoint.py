@@ -25,7 +25,6 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import PipelineError
 from pipeline.run_dir import (
-    RunDir,
     make_folder,
     read_sealed,
     remove,
@@ -171,13 +170,6 @@ def newest_sound(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         except PipelineError as error:
             complaints.append(str(error))
     return None, complaints
-
-
-def remedy_of_config(run: RunDir) -> str:
-    """How to go on where a run's ``config.json`` is damaged: the end of a sentence."""
-    if checkpoints(run.train):
-        return "remove config.json, and the settings are taken from the newest checkpoint"
-    return "name the recipe with --recipe and changes with --set, which writes config.json anew"
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:

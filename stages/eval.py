@@ -25,6 +25,7 @@ from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir, make_folder, write_atomic, write_json
+from pipeline.settings import Request
 from stages.setup import (
     MEAN,
     Dataset,
@@ -70,18 +71,23 @@ def run(
     *,
     checkpoint: str,
     views: int | None,
-    change: Callable[[Config], Config],
+    request: Request,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on the validation split, shared by ``ranks``, and write ``<run>/eval/``.
 
-    The settings are the checkpoint's; ``change`` applies the command line's to them, of which those of ``eval`` and
-    ``loader`` have an effect. ``views`` is None for what ``eval.views`` then says.
+    The settings are the checkpoint's; of what the ``request`` makes of them, those of ``eval`` and ``loader`` have an
+    effect. ``views`` is None for what ``eval.views`` then says.
+
+    Raises
+    ------
+    PipelineError
+        There is no usable checkpoint, it does not fit the shards, or the device has no memory for a batch.
     """
     dataset = open_dataset(run_dir)
     saved = load_checkpoint(find_checkpoint(run_dir.train, checkpoint))
     own = checkpoint_config(saved, dataset)
-    asked = change(own)
+    asked = request.applied_to(own)
     config = replace(own, eval=asked.eval, loader=asked.loader)
     require_size(config, dataset, run_dir)
     ignored = difference(own, replace(own, recipe=asked.recipe, input=asked.input, network=asked.network))

@@ -18,12 +18,13 @@ from typing import Any, Final
 
 from data.listing import SPLITS
 from data.shards import is_manifest, note_damage
-from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint, remedy_of_config
+from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint
 from pipeline.config import from_dict
 from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
 from pipeline.progress import Progress
 from pipeline.run_dir import RunDir, read_sealed
+from pipeline.settings import remedy_of_config
 
 _CHUNK: Final = 4 << 20  # bytes read at a time
 _MB: Final = 1_000_000
