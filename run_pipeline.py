@@ -122,7 +122,7 @@ def _refuse(options: argparse.Namespace, run: RunDir, ranks: Ranks) -> None:
 
 
 def _settled(run: RunDir, request: Request, stages: list[str], *, demo: bool) -> Settled:
-    from data.shards import made_with
+    from data.manifest import made_with
 
     default = "demo" if demo else "seed"
     return settle(run, request, made_with(run), default=default, preprocess="preprocess" in stages)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from bench import parity
 from data.loader import load
-from data.shards import data_fingerprint
+from data.manifest import data_fingerprint
 from net import reference
 from net.network import initial_parameters
 from net.reference import philox

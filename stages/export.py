@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from data.shards import open_split, read_manifest
+from data.manifest import read_manifest
+from data.shards import open_split
 from net.layers import Run, fuse
 from net.network import forward, prepare
 from net.weights.layout import to_torch

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from data.manifest import read_manifest
 from data.readahead import Piece, reading_ahead, total_memory
 from data.sampling import (
     BLOCK,
@@ -24,7 +25,7 @@ from data.sampling import (
     steps_per_epoch,
     training_crops,
 )
-from data.shards import Split, open_split, read_manifest
+from data.shards import Split, open_split
 from net.alexnet import alexnet
 from net.layers import Layer, Shape
 from net.network import Preparation, parameter_shapes

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from data.shards import data_fingerprint
+from data.manifest import data_fingerprint
 from net.layers import Layer, Shape
 from net.network import Reduce, drawing, initial_parameters, zeros
 from pipeline.checkpoint import (

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from data.shards import require_sound_description
+from data.manifest import require_sound_description
 from net.layers import Layer
 from net.network import Preparation
 from pipeline.checkpoint import Arrays, find_checkpoint, load_checkpoint

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from data.listing import SPLITS
-from data.shards import is_manifest, note_damage
+from data.manifest import is_manifest, note_damage
 from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint
 from pipeline.config import from_dict
 from pipeline.errors import PipelineError

@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from data.manifest import read_manifest
 from data.sampling import steps_per_epoch
-from data.shards import read_manifest
 from net.backend import DEVICES
 from pipeline.config import RECIPES, Config, with_values
 from pipeline.errors import PipelineError

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from data import loader
-from data.shards import Split, open_split, read_manifest
+from data.manifest import read_manifest
+from data.shards import Split, open_split
 from pipeline.checkpoint import checkpoints
 from pipeline.config import DEMO, Config
 from pipeline.run_dir import RunDir, read_sealed
