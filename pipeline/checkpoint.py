@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -30,7 +29,6 @@ from pipeline.run_dir import (
     remove,
     sync_folder,
     write_atomic,
-    write_error,
     write_sealed,
 )
 
@@ -267,16 +265,3 @@ def _add(digest: hashlib._Hash, name: str, array: np.ndarray) -> memoryview:
     digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
     digest.update(content)
     return content
-
-
-def move_aside(folder: Path) -> Path:
-    """Rename a folder to the first free ``<name>.old-N`` beside it and return that path."""
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    try:
-        os.rename(folder, target)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise write_error(target, error) from error
-    return target

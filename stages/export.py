@@ -18,7 +18,7 @@ from net.weights.layout import to_torch
 from net.weights.tensors import to_bytes
 from pipeline.config import to_dict
 from pipeline.errors import PipelineError
-from pipeline.run_dir import RunDir, make_folder, write_atomic
+from pipeline.run_dir import RunDir, make_folder, write_bytes
 from stages.setup import MEAN, input_shape
 from stages.trained import Trained, load_trained
 
@@ -54,7 +54,7 @@ def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str, format: str) -> Pa
         mean = {} if trained.mean is None else {MEAN: trained.mean}
         data = to_bytes({**trained.parameters, **mean}, metadata)
     path = make_folder(run_dir.root / "export") / FILES[format]
-    write_atomic(path, lambda file: file.write(data) and None)
+    write_bytes(path, data)
     print(f"exported {trained.path.name} to {path} ({len(data) / 1e6:.0f} MB){note}")
     return path
 

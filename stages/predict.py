@@ -23,17 +23,17 @@ import numpy as np
 from PIL import Image
 
 from data.images import UnreadableError, read_square
+from data.listing import LARGEST_FILE
 from data.sampling import view_crops
 from net.layers import fuse
 from net.network import prediction
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
+from stages.eval import most_probable
 from stages.trained import Trained, load_trained
 
-TOP: Final = 5
 STDIN: Final = "-"
-LARGEST_FILE: Final = 256 << 20  # bytes
 _CROPS: Final = 40  # computed at a time
 
 
@@ -96,8 +96,8 @@ def predict(trained: Trained, ops: ModuleType, names: Iterator[str], views: int)
                 yield Answer(name, [], errors[place])
                 continue
             p = next(rows)
-            top = np.argsort(-p, kind="stable")[:TOP]
-            yield Answer(name, [(int(number), float(p[number])) for number in top])
+            top = most_probable(p[np.newaxis])[0].tolist()
+            yield Answer(name, [(number, float(p[number])) for number in top])
 
 
 def _probabilities(

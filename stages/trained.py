@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +20,16 @@ from pipeline.checkpoint import Arrays, find_checkpoint, load_checkpoint
 from pipeline.config import Config, from_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
-from stages.setup import MEAN, network_layers, preparation, read_classes, read_mean, shapes
-
-_MOMENTUM: Final = "momentum/"
+from stages.setup import (
+    MEAN,
+    MOMENTUM,
+    network_layers,
+    parameter_names,
+    preparation,
+    read_classes,
+    read_mean,
+    shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,10 @@ def load_trained(run_dir: RunDir, checkpoint: str) -> Trained:
         raise PipelineError(f"{saved.path} holds no configuration; choose a checkpoint written by --stage train")
     config = from_dict(values, str(saved.path))
     layers = network_layers(config, count)
-    parameters = {n: a for n, a in saved.arrays.items() if n != MEAN and not n.startswith(_MOMENTUM)}
+    parameters = {name: saved.arrays[name] for name in parameter_names(saved.arrays)}
     if {name: array.shape for name, array in parameters.items()} != shapes(layers, config):
         raise PipelineError(f"{saved.path} holds other arrays than its configuration says; choose another checkpoint")
-    momenta = {n.removeprefix(_MOMENTUM): a for n, a in saved.arrays.items() if n.startswith(_MOMENTUM)}
+    momenta = {n.removeprefix(MOMENTUM): a for n, a in saved.arrays.items() if n.startswith(MOMENTUM)}
     return Trained(
         path=saved.path,
         step=saved.header["step"],
