@@ -49,7 +49,7 @@ def _sealed_manifest(run: RunDir) -> dict[str, Any]:
 
 
 def made_with(run: RunDir) -> dict[str, Any]:
-    """The settings that a run's shards were made with; empty where nothing says so, as in manifests of before.
+    """The settings that a run's shards were made with; empty where nothing says so, as in older manifests.
 
     The manifest says so; where it is lost or damaged, the last line of metrics.jsonl does.
     """
@@ -65,7 +65,7 @@ def made_with(run: RunDir) -> dict[str, Any]:
 def data_fingerprint(manifest: dict[str, Any]) -> str:
     """A hash of a run's data, by which a checkpoint remembers what it was trained on.
 
-    Without ``made_with``: ``settings`` is its hash, and manifests of before lack it.
+    Without ``made_with``: ``settings`` is its hash, and older manifests lack it.
     """
     return fingerprint({key: value for key, value in manifest.items() if key != "made_with"})
 
