@@ -35,6 +35,7 @@ from pipeline.run_dir import (
 Arrays = dict[str, np.ndarray]
 _SEAL = "sha256"
 _NAME = re.compile(r"step-(\d{8,})\.ckpt")
+_OTHER: Final = "choose another with --checkpoint, or let --stage train --resume go on from an older one"
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,6 @@ def _head(header: dict[str, Any], arrays: Mapping[str, Any]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of 8
     return struct.pack("<Q", len(text)) + text
-
-
-_OTHER: Final = "choose another with --checkpoint, or let --stage train --resume go on from an older one"
 
 
 def load_checkpoint(path: Path, remedy: str = _OTHER) -> Checkpoint:

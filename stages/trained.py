@@ -6,6 +6,7 @@ removed, can still predict and be exported.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from data.manifest import require_sound_description
-from net.layers import Layer
+from data.sampling import view_crops
+from net.layers import Layer, Parameters
 from net.network import Preparation
 from pipeline.checkpoint import Arrays, find_checkpoint, load_checkpoint
 from pipeline.config import Config, from_dict
@@ -56,6 +58,20 @@ class Trained:
         """How crops become input outside of training."""
         mean = np.zeros((0, 0, 3), np.float32) if self.mean is None else self.mean  # not looked at when it is None
         return preparation(self.config, mean, ops, jittered=False)
+
+    def on_device(self, ops: ModuleType) -> Parameters:
+        """The parameters as arrays of the backend."""
+        return {name: ops.asarray(value) for name, value in self.parameters.items()}
+
+    def inputs(self, squares: Sequence[np.ndarray], views: int) -> dict[str, np.ndarray]:
+        """The views of stored squares, uint8 (size, size, 3), as host arrays for ``net.network.prepare``."""
+        crop = self.config.input.crop
+        crops = view_crops(0, len(squares), views, squares[0].shape[0], crop)
+        cut = [
+            squares[index][row : row + crop, column : column + crop]
+            for index, (row, column) in zip(crops.index.tolist(), crops.corner.tolist(), strict=True)
+        ]
+        return {"images": np.stack(cut), "corner": crops.corner, "flip": crops.flip, "shift": crops.shift}
 
     def label(self, number: int) -> str:
         """The class as a person knows it: its first word, else its WordNet ID, else its number."""

@@ -216,9 +216,8 @@ def _sample(trained: Trained, dataset: Dataset, ops: ModuleType) -> dict[str, An
     count = min(SAMPLE, len(dataset.train))
     rows = np.arange(count) * len(dataset.train) // count
     config = trained.config
-    parameters = {name: ops.asarray(value) for name, value in trained.parameters.items()}
     mean = dataset.mean if trained.mean is None else trained.mean
-    predict = predictor(config, len(trained.classes), mean, ops, parameters, views=1)
+    predict = predictor(config, len(trained.classes), mean, ops, trained.on_device(ops), views=1)
     part = _Part(dataset.train, rows)
     result = evaluate(ops, predict, part, config, min(config.eval.batch_size, 64), 1)
     return {"images": count, "top1": result.top1, "loss": float(result.loss.mean())}
