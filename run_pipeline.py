@@ -19,23 +19,37 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.checkpoint import checkpoints, newest_sound, remedy_of_config
+from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
-from pipeline.config import Config, changes, from_dict, load_config, to_dict, with_values
+from pipeline.config import changes, to_dict
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.ranks import Ranks, joined
-from pipeline.run_dir import RunDir, locked, read_sealed, write_sealed
+from pipeline.run_dir import RunDir, locked, write_sealed
+from pipeline.settings import Request, Settled, settle
 from pipeline.signals import Interruption
 
-_CONFIGURED = frozenset(("preprocess", "train"))
-_READING = frozenset(("predict", "watch"))
-_BESIDE = frozenset(("export", "report"))
+_SETTLED = frozenset(("preprocess", "train"))  # these need settings of their own; the others find them in a checkpoint
 _BEGINNING = frozenset((None, "preprocess", "import"))  # these make a run where there is none
-_SHARED = frozenset(("train", "eval"))  # stages that several processes can share
+_SHARED = frozenset(("train", "eval"))  # several processes can share these
+_READING = frozenset(("predict", "watch"))  # these write nothing, and need no lock
+_BESIDE = frozenset(("export", "report"))  # these write to a folder of their own, and lock that
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the command line asks for, checked, with the paths and settings it stands for."""
+
+    options: argparse.Namespace
+    run: RunDir
+    source: Path | None  # the pictures' folder, None for the demo set
+    request: Request
+    settled: Settled | None  # None where no stage of the job needs settings of its own
+    ranks: Ranks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,39 +89,43 @@ def _unread() -> bool:
 
 
 def _run(options: argparse.Namespace, ranks: Ranks) -> None:
+    """From flags to settings, then the stages in order."""
+    run, stages = RunDir(Path(options.run)), [options.stage] if options.stage else list(IN_ORDER)
+    _refuse(options, run, ranks)
+    source = _source(options.source, must_exist="preprocess" in stages)
+    request = Request(options.recipe, changes(options.config, options.set, options.seed))
+    settled = _settled(run, request, stages, demo=source is None) if _SETTLED.intersection(stages) else None
+    job = _Job(options, run, source, request, settled, ranks)
+    with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
+        for stage in stages:
+            _stage(stage, job)
+    if not options.stage and settled is not None:
+        _summary(run, settled.train.recipe)
+
+
+def _refuse(options: argparse.Namespace, run: RunDir, ranks: Ranks) -> None:
+    """Refuse what can be seen to fail from the command line alone."""
     if ranks.size > 1 and options.stage not in _SHARED:
         raise PipelineError(
             f"{ranks.size} ranks can share --stage {' and --stage '.join(sorted(_SHARED))} only; run the other stages "
             "without mpiexec or srun (--stage preprocess has --jobs and --scheduler)"
         )
-    run = RunDir(Path(options.run))
     if options.stage not in _BEGINNING and not run.root.is_dir():  # a mistyped --run leaves no folder behind
         raise PipelineError(
             f"there is no run {run.root}; name one with --run, or begin it: "
             f"python run_pipeline.py --stage preprocess --run {run.root}"
         )
-    stages = [options.stage] if options.stage else list(IN_ORDER)
     if options.stage == "import":
         for file in (Path(options.files[0]), options.mean):
             if file is not None and not file.is_file():
                 raise PipelineError(f"there is no file {file}; check the path")
-    source = _source(options.source, must_exist="preprocess" in stages)
-    change = changes(options.config, options.set, options.seed)
-    # The other stages find their configuration in a checkpoint.
-    config = making = None
-    if _CONFIGURED.intersection(stages):
-        recipe = _recipe(options, run, demo=source is None)
-        config = change(_as_made(recipe, run, seeded=False))
-        if "preprocess" in stages:  # a recipe named for it asks for shards of its own
-            making = change(recipe if options.recipe else _as_made(recipe, run, seeded=True))
-    with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
-        for stage in stages:
-            if stage == "preprocess":
-                _preprocess(options, making, config, run, source)
-            else:
-                _stage(stage, options, change, config, run, ranks)
-    if not options.stage and config is not None:
-        _summary(run, config)
+
+
+def _settled(run: RunDir, request: Request, stages: list[str], *, demo: bool) -> Settled:
+    from data.manifest import made_with
+
+    default = "demo" if demo else "seed"
+    return settle(run, request, made_with(run), default=default, preprocess="preprocess" in stages)
 
 
 def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[None]:
@@ -119,116 +137,116 @@ def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[N
     return locked(RunDir(run.root / stage) if stage in _BESIDE else run)
 
 
-def _stage(
-    stage: str,
-    options: argparse.Namespace,
-    change: Callable[[Config], Config],
-    config: Config | None,
-    run: RunDir,
-    ranks: Ranks,
-) -> None:
+def _stage(stage: str, job: _Job) -> None:
     # Each stage is imported when it runs: preprocessing needs no network, and none should wait for the others' imports.
-    if stage == "import":
-        from stages import import_weights
+    options, run = job.options, job.run
+    match stage:
+        case "preprocess":
+            _preprocess(job)
+        case "train":
+            _train(job)
+        case "watch":
+            from stages import watch
 
-        import_weights.run(run, Path(options.files[0]), mean=options.mean, recipe=options.recipe, change=change)
-    elif stage == "verify":
-        from stages import verify
+            watch.run(run)
+        case "eval":
+            from stages import eval as evaluation
 
-        verify.run(run)
-    elif stage == "watch":
-        from stages import watch
+            evaluation.run(
+                run,
+                _backend(options),
+                checkpoint=options.checkpoint,
+                views=options.views,
+                request=job.request,
+                ranks=job.ranks,
+            )
+        case "verify":
+            from stages import verify
 
-        watch.run(run)
-    elif stage == "report" and options.compare:
-        from stages import report
+            verify.run(run)
+        case "predict":
+            from stages import predict
 
-        report.compare([run, *(RunDir(Path(other)) for other in options.compare)])
-    else:
-        _computing_stage(stage, options, change, config, run, ranks)
+            predict.run(
+                run,
+                _backend(options),
+                files=options.files,
+                checkpoint=options.checkpoint,
+                views=options.views,
+                as_json=options.json,
+            )
+        case "report" if options.compare:
+            from stages import report
+
+            report.compare([run, *(RunDir(Path(other)) for other in options.compare)])
+        case "report":
+            from stages import report
+
+            report.run(run, _backend(options), checkpoint=options.checkpoint)
+        case "export":
+            from stages import export
+
+            export.run(run, _backend(options), checkpoint=options.checkpoint, format=options.format)
+        case "import":
+            from stages import import_weights
+
+            import_weights.run(run, Path(options.files[0]), mean=options.mean, request=job.request)
 
 
-def _preprocess(
-    options: argparse.Namespace, making: Config | None, config: Config | None, run: RunDir, source: Path | None
-) -> None:
+def _preprocess(job: _Job) -> None:
     import joblib
 
     from stages import preprocess
 
+    options, settled = job.options, job.settled
+    assert settled is not None  # see _SETTLED
+    assert settled.preprocess is not None
     if options.check_archives:
-        preprocess.check_archives(source)
+        preprocess.check_archives(job.source)
     jobs = options.jobs or joblib.cpu_count()  # the cores this process may use, not all there are
-    preprocess.run(making, run, source=source, jobs=jobs, scheduler=options.scheduler)
-    if not checkpoints(run.train):  # what a network was trained with stays
-        write_sealed(run.config, to_dict(config))
+    preprocess.run(settled.preprocess, job.run, source=job.source, jobs=jobs, scheduler=options.scheduler)
+    if not checkpoints(job.run.train):  # what a network was trained with stays
+        write_sealed(job.run.config, to_dict(settled.train))
 
 
-def _computing_stage(
-    stage: str,
-    options: argparse.Namespace,
-    change: Callable[[Config], Config],
-    config: Config | None,
-    run: RunDir,
-    ranks: Ranks,
-) -> None:
-    """A stage that puts a network to work, on the device asked for."""
-    from net.backend import choose, load
+def _train(job: _Job) -> None:
+    from net.backend import choose
+    from stages import train
 
+    options, settled = job.options, job.settled
+    assert settled is not None  # see _SETTLED
     device, why = choose(options.device)
+    train.run(
+        settled.train,
+        job.run,
+        partial(_loaded, options, device, why),
+        resume=options.resume,
+        restart=options.restart,
+        goal=train.Goal(options.steps, options.epochs),
+        device=device,
+        precision=options.precision,
+        tensorboard=options.tensorboard,
+        ranks=job.ranks,
+    )
 
-    def load_backend() -> ModuleType:
-        ops = load(device, options.precision)
-        name = device.upper() if device != "reference" else device
-        # predict's standard output belongs to its results
-        where = sys.stderr if stage == "predict" else sys.stdout
-        print(f"computing on the {name} in {options.precision} ({why})", file=where)
-        return ops
 
-    if stage == "train":
-        from stages import train
+def _backend(options: argparse.Namespace) -> ModuleType:
+    """The backend of the device asked for."""
+    from net.backend import choose
 
-        train.run(
-            config,
-            run,
-            load_backend,
-            resume=options.resume,
-            restart=options.restart,
-            goal=train.Goal(options.steps, options.epochs),
-            device=device,
-            precision=options.precision,
-            tensorboard=options.tensorboard,
-            ranks=ranks,
-        )
-    elif stage == "eval":
-        from stages import eval as evaluation
+    return _loaded(options, *choose(options.device))
 
-        evaluation.run(
-            run,
-            load_backend(),
-            checkpoint=options.checkpoint,
-            views=options.views,
-            change=lambda own: change(load_config(options.recipe) if options.recipe else own),
-            ranks=ranks,
-        )
-    elif stage == "predict":
-        from stages import predict
 
-        predict.run(
-            run,
-            load_backend(),
-            files=options.files,
-            checkpoint=options.checkpoint,
-            views=options.views,
-            as_json=options.json,
-        )
-    elif stage == "report":
-        from stages import report
+def _loaded(options: argparse.Namespace, device: str, why: str) -> ModuleType:
+    """The device's backend, with a line that says what computes, in which precision and why."""
+    from net.backend import load
 
-        report.run(run, load_backend(), checkpoint=options.checkpoint)
-    elif stage == "export":
-        from stages import export
-
-        export.run(run, load_backend(), checkpoint=options.checkpoint, format=options.format)
+    ops = load(device, options.precision)
+    name = device.upper() if device != "reference" else device
+    # predict's standard output belongs to its results
+    where = sys.stderr if options.stage == "predict" else sys.stdout
+    print(f"computing on the {name} in {options.precision} ({why})", file=where)
+    return ops
 
 
 def _source(named: str | None, *, must_exist: bool) -> Path | None:
@@ -245,52 +263,13 @@ def _source(named: str | None, *, must_exist: bool) -> Path | None:
     return path
 
 
-def _recipe(options: argparse.Namespace, run: RunDir, *, demo: bool) -> Config:
-    """What the changes are made to: the recipe named, else the run's own settings, else the default for its data."""
-    if options.recipe is not None:
-        return load_config(options.recipe)
-    if run.config.exists():
-        return from_dict(read_sealed(run.config, remedy_of_config(run)), str(run.config))
-    if checkpoints(run.train):
-        return _saved_config(run)
-    return load_config("demo" if demo else "seed")
-
-
-def _saved_config(run: RunDir) -> Config:
-    """The settings of the newest sound checkpoint, for a run that has lost its own."""
-    saved, complaints = newest_sound(run.train)
-    if saved is None:
-        for complaint in complaints:
-            print(f"warning: {complaint}")
-        raise PipelineError(
-            f"{run.config} is missing, and no checkpoint in {run.train} can be read to take the settings from; "
-            "name the recipe with --recipe and changes with --set, and start over with --restart"
-        )
-    print(f"{run.config} is missing: the settings are those of {saved.path}")
-    values = saved.header.get("config")
-    return from_dict(values if isinstance(values, dict) else {}, str(saved.path))
-
-
-def _as_made(config: Config, run: RunDir, *, seeded: bool) -> Config:
-    """The configuration with the ``preprocess`` settings of the run's shards, where there are any.
-
-    ``seeded`` is with their seed too: whoever mends them needs it, while training may have another.
-    """
-    from data.shards import made_with
-
-    made = made_with(run)
-    if not seeded:
-        made.pop("seed", None)
-    return with_values(config, made, str(run.preprocess))
-
-
-def _summary(run: RunDir, config: Config) -> None:
+def _summary(run: RunDir, recipe: str) -> None:
     metrics = json.loads((run.eval / "metrics.json").read_text())
     views = "centre view" if metrics["views"] == 1 else f"{metrics['views']} views"
     print(
         f"\nAll stages are done. In {run.root}:\n"
         f"  preprocess/  the pictures as HDF5 shards, their colour statistics and what was rejected\n"
-        f"  train/       checkpoints and metrics.jsonl, {metrics['step']} steps of recipe {config.recipe}\n"
+        f"  train/       checkpoints and metrics.jsonl, {metrics['step']} steps of recipe {recipe}\n"
         f"  eval/        metrics.json, per_class.csv, predictions.npz\n"
         f"  report/      index.html, a page about this run to open in a browser\n"
         f"The network names {metrics['top1']:.1%} of {metrics['images']} pictures it never saw correctly "

@@ -34,17 +34,8 @@ from net.layers import fuse
 from net.network import Descent, initial_parameters, training_step
 from pipeline.config import RECIPES, Config, from_dict
 from pipeline.run_dir import RunDir, read_sealed
-from stages.setup import (
-    Dataset,
-    TrainingPlan,
-    decays,
-    learning_rates,
-    network_layers,
-    open_dataset,
-    preparation,
-    shapes,
-    with_order,
-)
+from stages.batches import TrainingPlan, with_order
+from stages.setup import Dataset, decays, learning_rates, network_layers, open_dataset, preparation, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("hand", "hand-one", "torch", "torch-one")  # with all cores, and with one

@@ -66,7 +66,8 @@ from pipeline.config import SEED, Preprocess
 from pipeline.metrics import read_metrics
 from pipeline.run_dir import RunDir
 from stages import preprocess
-from stages.setup import TrainingPlan, open_dataset, with_order
+from stages.batches import TrainingPlan, with_order
+from stages.setup import open_dataset
 
 try:
     import cv2

@@ -45,8 +45,8 @@ from typing import Any, Final
 
 from bench.evidence_plan import BASE, How, Planned, configured, folder_of, planned
 from bench.evidence_tables import markdown, picture
+from data.manifest import read_manifest
 from data.sampling import steps_per_epoch
-from data.shards import read_manifest
 from net.backend import choose
 from pipeline.checkpoint import checkpoints
 from pipeline.config import RECIPES, to_dict

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from bench import parity
 from data.loader import load
-from data.shards import data_fingerprint
+from data.manifest import data_fingerprint
 from net import reference
 from net.network import initial_parameters
 from net.reference import philox
@@ -36,18 +36,9 @@ from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, cut_back
 from pipeline.run_dir import RunDir, read_sealed
 from pipeline.signals import StopRequest
+from stages.batches import TrainingPlan
 from stages.eval import evaluate
-from stages.setup import (
-    Dataset,
-    TrainingPlan,
-    decays,
-    jittered,
-    learning_rates,
-    loader_slots,
-    network_layers,
-    open_dataset,
-    shapes,
-)
+from stages.setup import Dataset, decays, jittered, learning_rates, loader_slots, network_layers, open_dataset, shapes
 
 PRECISIONS: Final = ("fp32", "tf32", "bf16")
 Dropout = Callable[[torch.Tensor, int], torch.Tensor]

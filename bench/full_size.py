@@ -31,6 +31,7 @@ from PIL import Image
 from data import ilsvrc, shards
 from data.convert import ShardResult, ShardTask
 from data.listing import text
+from data.manifest import read_manifest
 from data.plan import make_plan, shard_tasks
 from data.sampling import block_order, epoch_order
 from data.shards import Content, shard_bytes
@@ -160,7 +161,7 @@ def rehearse(folder: Path, train: int, val: int, timed: Timed) -> tuple[int, int
 
     timed("the shards without their pictures", made)
     timed("colours, classes, rejects and manifest", lambda: tally.write(run.preprocess))
-    splits = timed("reading the manifest", lambda: shards.read_manifest(run))["splits"]
+    splits = timed("reading the manifest", lambda: read_manifest(run))["splits"]
     assert sum(len(splits[split]["shards"]) for split in ("train", "val")) == len(tasks)
     assert sum(splits[split]["images"] + splits[split]["rejects"] for split in ("train", "val")) == train + val
     dataset = timed("opening all shards, as training does", lambda: open_dataset(run))

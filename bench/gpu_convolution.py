@@ -23,8 +23,8 @@ import numpy as np
 from net.alexnet import alexnet
 from net.backend import load
 from net.gpu import convolution, implicit
-from net.gpu.convolution import Shape
 from net.gpu.device import current
+from net.gpu.shape import Shape
 from net.layers import Conv
 
 Run = Callable[[], Any]

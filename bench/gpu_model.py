@@ -27,7 +27,7 @@ import net.gpu as gpu
 from net.alexnet import alexnet
 from net.gpu import implicit
 from net.gpu.blocks import tile
-from net.gpu.convolution import Shape
+from net.gpu.shape import Shape
 from net.layers import Conv, ConvBlock, Dropout, Flatten, Layer, Linear, LinearBlock, fuse
 
 REACHED_BANDWIDTH: Final = 0.85

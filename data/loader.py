@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -27,12 +27,15 @@ _LINE: Final = 64  # bytes of a cache line; crops are copied fastest into a buff
 
 
 class Pictures(Protocol):
-    """What the loader needs of a split: its labels and one stored picture at a time.
+    """What is needed of a split to use its pictures: their number and labels, and one stored picture at a time.
 
     Pictures are uint8 (size, size, 3), contiguous, all of one size.
     """
 
-    labels: np.ndarray
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
 
     def row(self, index: int) -> np.ndarray: ...
 
@@ -61,7 +64,7 @@ def load(
     slots: int,
     threads: int,
     allocate: Callable[[tuple[int, ...], type], np.ndarray] = np.empty,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the batches numbered ``batches``, in order, reading ahead by up to ``slots`` batches.
 
     Parameters

@@ -13,7 +13,8 @@ import numpy as np
 from data.convert import ShardTask
 from data.images import decoder
 from data.listing import SPLITS, shuffled
-from data.shards import LABEL_ORDER, RULE, SCHEMA, Layout, is_manifest, shard_name
+from data.manifest import is_manifest
+from data.shards import LABEL_ORDER, RULE, SCHEMA, Layout, shard_name
 from data.sources import Source
 from pipeline.config import Config
 from pipeline.errors import PipelineError

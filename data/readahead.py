@@ -22,9 +22,7 @@ Piece = tuple[Path, int, int]  # file, offset, bytes
 
 _READ: Final = 4 << 20  # bytes a read
 _AHEAD: Final = 1  # groups read ahead of the one in use
-_ANNOUNCED: Final = (
-    3  # blocks the kernel is told of before they are read; with none the disk waits at every block's end
-)
+_ANNOUNCED: Final = 3  # blocks the kernel is told of ahead; with none the disk waits at every block's end
 
 
 def total_memory(root: Path = Path("/")) -> int:

@@ -18,7 +18,7 @@ from data.listing import SPLITS, Reject
 from data.plan import Plan
 from data.shards import LABEL_ORDER, RULE, SCHEMA, index_hash
 from pipeline.errors import PipelineError
-from pipeline.run_dir import hash_file, write_atomic, write_json, write_sealed
+from pipeline.run_dir import hash_file, write_bytes, write_json, write_sealed
 
 _DESCRIPTIONS: Final = ("color.json", "classes.json", "mean.npy", "rejects.jsonl")
 
@@ -80,13 +80,13 @@ class Tally:
         for file in sorted(self.rejects):
             rejects += [Reject(file.partition("-")[0], *entry) for entry in self.rejects[file]]
         lines = "".join(json.dumps(dataclasses.asdict(reject)) + "\n" for reject in rejects)
-        write_atomic(folder / "rejects.jsonl", lambda file: file.write(lines.encode()) and None)
+        write_bytes(folder / "rejects.jsonl", lines.encode())
         self._refuse_unreadable(folder)
         images = int(self._readable["train"].sum())
         write_json(folder / "color.json", statistics(self._moments, images))
         mean = io.BytesIO()
         np.save(mean, mean_picture(self._total, images))
-        write_atomic(folder / "mean.npy", lambda file: file.write(mean.getbuffer()) and None)
+        write_bytes(folder / "mean.npy", mean.getbuffer())
         classes = [dataclasses.asdict(entry) for entry in self.plan.source.classes]
         write_json(folder / "classes.json", {"classes": classes})
         manifest = self._manifest(folder, rejects)

@@ -18,6 +18,7 @@ connected layers see all. 60,965,224 parameters at 1000 classes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from net.layers import Conv, Dropout, Flatten, Layer, Linear, Lrn, MapNorm, MaxPool, Relu, Shape
@@ -42,7 +43,28 @@ def alexnet(
     """The network as a list of layers, from the picture to the classes' scores (before the softmax).
 
     The options are the points in which the paper, its authors' code and its reimplementations differ; the defaults
-    are the paper's text. ``lrn_size`` 0 leaves LRN out, ``dropout_keep`` 1 leaves dropout out.
+    are the paper's text.
+
+    Parameters
+    ----------
+    classes : int
+        Scores a picture gets; 1000 for ILSVRC.
+    lrn_size, lrn_k, lrn_alpha, lrn_beta : int, float, float, float
+        n, k, alpha and beta of local response normalisation (section 3.3); size 0 leaves it out.
+    lrn_alpha_over_n : bool
+        Divide alpha by n, as every released code does and the paper does not.
+    relu_before_lrn : bool
+        False: block 1 is convolution, LRN, pool, ReLU, as in the authors' code.
+    map_norm : bool
+        A second normalisation in block 2, over 5x5 pixels of the same map, as in the authors' code.
+    pool_size, pool_stride : int
+        Of all three pools; they overlap where the stride is smaller than the size (section 3.4).
+    final_relu : bool
+        A ReLU after fc8.
+    dropout_keep : float
+        Probability that a unit of fc6 or fc7 survives (section 4.2); 1 leaves dropout out.
+    dropout_scale_in_training : bool
+        True: divide by ``dropout_keep`` in training (Caffe); False: multiply by it in test (the paper).
     """
     relu = Relu()
     pool = MaxPool(pool_size, pool_stride)
@@ -98,15 +120,8 @@ def table(layers: tuple[Layer, ...], shape: Shape = (227, 227, 3)) -> list[Row]:
     for layer in layers:
         output = layer.output_shape(shape)
         if isinstance(layer, Conv | Linear):
-            sizes = {name[-1]: _product(s) for name, s in layer.parameter_shapes(shape).items()}
-            pixels = _product(output[:-1])
+            sizes = {name[-1]: math.prod(s) for name, s in layer.parameter_shapes(shape).items()}
+            pixels = math.prod(output[:-1])
             rows.append(Row(layer.name, output, sizes["w"] + sizes["b"], pixels * sizes["w"]))
         shape = output
     return rows
-
-
-def _product(values: Shape) -> int:
-    total = 1
-    for value in values:
-        total *= value
-    return total

@@ -42,6 +42,8 @@ class Run:
 
 
 class Layer(Protocol):
+    """What every layer can do; see the head of this file."""
+
     def output_shape(self, shape: Shape) -> Shape: ...
 
     def parameter_shapes(self, shape: Shape) -> dict[str, Shape]: ...
@@ -54,7 +56,7 @@ class Layer(Protocol):
 
 
 class _WithoutParameters:
-    """Shared by the layers without parameters; the shape stays unless a layer says otherwise."""
+    """Shared by the layers without parameters; the output has the input's shape unless a layer says otherwise."""
 
     def output_shape(self, shape: Shape) -> Shape:
         return shape
@@ -65,7 +67,10 @@ class _WithoutParameters:
 
 @dataclass(frozen=True)
 class Conv:
-    """Convolution (paper, section 3.5); ``groups`` splits the channels as the paper's two GPUs did."""
+    """Convolution (paper, sections 3.2 and 3.5): ``maps`` kernels of ``size`` x ``size`` pixels.
+
+    ``groups`` splits the channels as the paper's two GPUs did.
+    """
 
     name: str
     maps: int
@@ -101,7 +106,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Linear:
-    """Fully connected layer: y = x w + b."""
+    """Fully connected layer (paper, section 3.5): y = x w + b."""
 
     name: str
     units: int

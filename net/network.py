@@ -115,7 +115,11 @@ def drawing(
 def forward(
     ops: ModuleType, layers: Sequence[Layer], parameters: Parameters, x: Array, run: Run
 ) -> tuple[Array, list[Any]]:
-    """Scores of a batch, and what each layer keeps for the backward pass (nothing unless ``run.training``)."""
+    """The network's output for the batch x, and what each layer keeps for the backward pass, in the layers' order.
+
+    For AlexNet x is (N, 227, 227, 3) and the output the scores (N, classes), both float32. Nothing is kept unless
+    ``run.training``.
+    """
     tape = []
     for layer in layers:
         x, kept = layer.forward(ops, parameters, x, run)
@@ -127,10 +131,11 @@ def forward(
 def backward(
     ops: ModuleType, layers: Sequence[Layer], parameters: Parameters, dz: Array, tape: list[Any]
 ) -> Iterator[tuple[str, Array]]:
-    """From the gradient of the scores to the gradients of all parameters, last layer first.
+    """From dz (N, classes), the gradient of the scores, to the gradients of all parameters, last layer first.
 
-    A generator: each gradient is handed out as soon as it is known, with the gradient of the layer's input already
-    computed, so the receiver may update that parameter at once. ``tape`` is emptied on the way, which frees memory.
+    A generator of (name, gradient of the parameter's shape). Each is handed out as soon as it is known, with the
+    gradient of the layer's input already computed, so the receiver may update that parameter at once. ``tape`` is
+    emptied on the way, which frees memory.
     """
     dy = dz
     for number in reversed(range(len(layers))):

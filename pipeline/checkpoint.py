@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -25,19 +24,18 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import PipelineError
 from pipeline.run_dir import (
-    RunDir,
     make_folder,
     read_sealed,
     remove,
     sync_folder,
     write_atomic,
-    write_error,
     write_sealed,
 )
 
 Arrays = dict[str, np.ndarray]
 _SEAL = "sha256"
 _NAME = re.compile(r"step-(\d{8,})\.ckpt")
+_OTHER: Final = "choose another with --checkpoint, or let --stage train --resume go on from an older one"
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,6 @@ def _head(header: dict[str, Any], arrays: Mapping[str, Any]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of 8
     return struct.pack("<Q", len(text)) + text
-
-
-_OTHER: Final = "choose another with --checkpoint, or let --stage train --resume go on from an older one"
 
 
 def load_checkpoint(path: Path, remedy: str = _OTHER) -> Checkpoint:
@@ -171,13 +166,6 @@ def newest_sound(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         except PipelineError as error:
             complaints.append(str(error))
     return None, complaints
-
-
-def remedy_of_config(run: RunDir) -> str:
-    """How to go on where a run's ``config.json`` is damaged: the end of a sentence."""
-    if checkpoints(run.train):
-        return "remove config.json, and the settings are taken from the newest checkpoint"
-    return "name the recipe with --recipe and changes with --set, which writes config.json anew"
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:
@@ -275,16 +263,3 @@ def _add(digest: hashlib._Hash, name: str, array: np.ndarray) -> memoryview:
     digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
     digest.update(content)
     return content
-
-
-def move_aside(folder: Path) -> Path:
-    """Rename a folder to the first free ``<name>.old-N`` beside it and return that path."""
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    try:
-        os.rename(folder, target)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise write_error(target, error) from error
-    return target

@@ -16,7 +16,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -98,20 +98,25 @@ class Train:
 
 @dataclass(frozen=True)
 class Eval:
+    """How a checkpoint is evaluated, and in part how each epoch is validated."""
+
     batch_size: int = 256  # pictures; with 10 views so many crops are computed at a time
     views: int = 1  # 1: centre; 10: four corners and centre, mirrored, softmax averaged (paper, section 4.1)
 
 
 @dataclass(frozen=True)
 class Loader:
-    # None is what suits the device: one worker beside a network on the CPU, more where a GPU computes.
+    """The threads that cut crops; None is what suits the device: one beside a network on the CPU, more beside a GPU."""
+
     slots: int | None = None  # batches in the ring
-    threads: int | None = None  # workers filling them
+    threads: int | None = None  # that fill them
 
 
 @dataclass(frozen=True)
 class Config:
-    recipe: str
+    """All settings of a run."""
+
+    recipe: str  # name of the recipe they began as
     seed: int = 0
     preprocess: Preprocess = field(default_factory=Preprocess)
     input: Input = field(default_factory=Input)
@@ -263,19 +268,19 @@ def with_values(config: Config, values: dict[str, Any], where: str) -> Config:
     PipelineError
         Unknown key, value of the wrong type.
     """
-    for key, value in _flatten(values):
+    for key, value in flatten(values):
         config = _with_value(config, key, value, where=where)
     return config
 
 
 def keys() -> list[str]:
     """All configuration keys that can be set, such as ``train.batch_size``."""
-    return [key for key, _ in _flatten(dataclasses.asdict(SEED)) if key != "recipe"]
+    return [key for key, _ in flatten(dataclasses.asdict(SEED)) if key != "recipe"]
 
 
-def difference(a: Any, b: Any) -> list[str]:
-    """The keys in which two configurations (or sections) differ, each with both values."""
-    left, right = dict(_flatten(dataclasses.asdict(a))), dict(_flatten(dataclasses.asdict(b)))
+def difference(a: Config, b: Config) -> list[str]:
+    """The keys in which two configurations differ, each with both values: ``a``'s "there", ``b``'s "here"."""
+    left, right = dict(flatten(dataclasses.asdict(a))), dict(flatten(dataclasses.asdict(b)))
     return [f"{key} ({left[key]} there, {right[key]} here)" for key in left if left[key] != right[key]]
 
 
@@ -291,7 +296,7 @@ def at_epoch(schedule: Schedule, epoch: int) -> float | None:
 def _read_toml(path: Path) -> list[tuple[str, Any]]:
     try:
         with open(path, "rb") as file:
-            return list(_flatten(tomllib.load(file)))
+            return list(flatten(tomllib.load(file)))
     except OSError as error:
         raise PipelineError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -305,15 +310,16 @@ def _parse(text: str) -> Any:
         return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested dictionaries as pairs of a key, such as ``train.batch_size``, and a value."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _nearest(word: str, words: Any) -> str:
+def _nearest(word: str, words: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.run_dir import make_folder, write_atomic, write_error
+from pipeline.run_dir import make_folder, write_bytes, write_error
 
 
 class MetricsLog:
@@ -72,4 +72,4 @@ def cut_back(path: Path, step: int) -> None:
     kept = [r for r in read_metrics(path) if isinstance(r.get("step"), int) and r["step"] <= step]
     text = "".join(json.dumps(record) + "\n" for record in kept)
     make_folder(path.parent)
-    write_atomic(path, lambda file: file.write(text.encode()) and None)
+    write_bytes(path, text.encode())

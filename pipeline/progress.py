@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Final
 
 from tqdm import tqdm
 
+MB: Final = 1_000_000
 LINE_SECONDS: Final = 5.0  # at most one plain line so often
 
 
@@ -65,6 +67,27 @@ class Progress:
         left = (self._total - self._done) / rate if rate > 0 else 0.0
         text = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:.3g}/s, {duration(left)} left"
         print(f"{text}, {self._fields}" if self._fields else text, file=sys.stderr, flush=True)
+
+
+class Megabytes:
+    """Bytes read, by several threads perhaps, shown as a progress in whole megabytes of 10^6 bytes."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._lock = progress, threading.Lock()
+        self._bytes = self._shown = 0
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._bytes += count
+            more = megabytes(self._bytes) - self._shown
+            if more:
+                self._progress.advance(more)
+                self._shown += more
+
+
+def megabytes(size: int) -> int:
+    """Megabytes, the last begun one counted whole."""
+    return -(-size // MB)
 
 
 def volume(size: int) -> str:

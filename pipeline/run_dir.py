@@ -142,6 +142,19 @@ def remove(path: Path) -> None:
         raise write_error(path, error) from error
 
 
+def move_aside(folder: Path) -> Path:
+    """Rename a folder to the first free ``<name>.old-N`` beside it and return that path."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    try:
+        os.rename(folder, target)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise write_error(target, error) from error
+    return target
+
+
 def sync_folder(folder: Path) -> None:
     """Make the folder's entries (a rename, a removal) durable."""
     try:
@@ -154,10 +167,19 @@ def sync_folder(folder: Path) -> None:
         raise write_error(folder, error) from error
 
 
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a whole file, atomically."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    write_atomic(path, write)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()) and None)
+    write_bytes(path, text.encode())
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

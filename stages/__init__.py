@@ -1,1 +1,1 @@
-"""One file a stage, each with ``run(config, run_dir, ...)``."""
+"""One file a stage, each with a function ``run``, and what several share: setup, batches, start, trained."""

@@ -6,38 +6,41 @@ import contextlib
 import csv
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from data.loader import Batch, load
-from data.sampling import steps_per_epoch, view_crops
-from data.shards import Split
-from net.layers import fuse
+from data.loader import Batch, Pictures, load
+from data.sampling import Crops, steps_per_epoch, view_crops
+from net.layers import Array, Parameters, fuse
 from net.network import prediction
 from pipeline.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from pipeline.config import Config, difference, from_dict
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.ranks import ALONE, Ranks
-from pipeline.run_dir import RunDir, make_folder, write_atomic, write_json
+from pipeline.run_dir import RunDir, make_folder, write_bytes, write_json
+from pipeline.settings import Request
 from stages.setup import (
     MEAN,
     Dataset,
     loader_threads,
     network_layers,
     open_dataset,
+    parameter_names,
     preparation,
     require_memory,
     require_size,
     shapes,
 )
 
-TOP = 5
+TOP: Final = 5
+
+Predict = Callable[[dict[str, Array]], Array]  # see net.network.prediction
 
 
 @dataclass(frozen=True)
@@ -70,25 +73,30 @@ def run(
     *,
     checkpoint: str,
     views: int | None,
-    change: Callable[[Config], Config],
+    request: Request,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on the validation split, shared by ``ranks``, and write ``<run>/eval/``.
 
-    The settings are the checkpoint's; ``change`` applies the command line's to them, of which those of ``eval`` and
-    ``loader`` have an effect. ``views`` is None for what ``eval.views`` then says.
+    The settings are the checkpoint's; of what the ``request`` makes of them, those of ``eval`` and ``loader`` have an
+    effect. ``views`` is None for what ``eval.views`` then says.
+
+    Raises
+    ------
+    PipelineError
+        There is no usable checkpoint, it does not fit the shards, or the device has no memory for a batch.
     """
     dataset = open_dataset(run_dir)
     saved = load_checkpoint(find_checkpoint(run_dir.train, checkpoint))
     own = checkpoint_config(saved, dataset)
-    asked = change(own)
+    asked = request.applied_to(own)
     config = replace(own, eval=asked.eval, loader=asked.loader)
     require_size(config, dataset, run_dir)
     ignored = difference(own, replace(own, recipe=asked.recipe, input=asked.input, network=asked.network))
     if ignored:
         print(f"note: the network and its input are the checkpoint's own; not used: {'; '.join(ignored)}")
     views = views or config.eval.views
-    parameters = {name: ops.asarray(saved.arrays[name]) for name in parameter_names(saved)}
+    parameters = {name: ops.asarray(saved.arrays[name]) for name in parameter_names(saved.arrays)}
     mean = saved.arrays.get(MEAN, dataset.mean)
     # Ten views of 256 pictures would take 19 GB of a host's memory; a device's is asked for below.
     pictures = config.eval.batch_size if hasattr(ops, "check_memory") else max(1, config.eval.batch_size // views)
@@ -120,8 +128,8 @@ def run(
 
 
 def predictor(
-    config: Config, classes: int, mean: np.ndarray, ops: ModuleType, parameters: dict[str, Any], views: int
-) -> Callable[[dict[str, Any]], Any]:
+    config: Config, classes: int, mean: np.ndarray, ops: ModuleType, parameters: Parameters, views: int
+) -> Predict:
     """The network of a configuration as a function from crops to class probabilities."""
     layers = fuse(network_layers(config, classes), ops)
     return prediction(ops, layers, parameters, preparation(config, mean, ops, jittered=False), views)
@@ -129,55 +137,43 @@ def predictor(
 
 def evaluate(
     ops: ModuleType,
-    predict: Callable[[dict[str, Any]], Any],
-    split: Split,
+    predict: Predict,
+    pictures: Pictures,
     config: Config,
     batch_size: int,
     views: int,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Run ``predict`` over a whole split, each picture once, the last partial batch included.
+    """Run ``predict`` over all pictures of a split, each once, the last partial batch included.
 
     Of several ranks each takes every so-many-th batch, whole, so that their number changes no bit; all of them get
     the result.
+
+    Raises
+    ------
+    PipelineError
+        A probability is not finite, or a picture is damaged.
     """
-    count = len(split)
-    batches = range(ranks.rank, steps_per_epoch(count, batch_size), ranks.size)
+    count = len(pictures)
+    numbers = range(ranks.rank, steps_per_epoch(count, batch_size), ranks.size)
     tops, probabilities, losses = [], [], []
     done = 0
-
-    def plan(batch: int) -> Any:
-        first = batch * batch_size
-        return view_crops(first, min(first + batch_size, count), views, config.preprocess.size, config.input.crop)
-
     start = time.perf_counter()
-    largest = min(batch_size, count) * views
-    threads = loader_threads(config, ops, largest)
-    batches_of = load(
-        split,
-        plan,
-        batches,
-        crop=config.input.crop,
-        largest=largest,
-        slots=threads + 1,  # one is being computed on
-        threads=threads,
-        allocate=ops.host_empty,
-    )
-    with contextlib.closing(batches_of) as loader:
-        for number, p in _probabilities(ops, predict, loader):
+    with contextlib.closing(_batches(ops, pictures, config, numbers, batch_size, views)) as batches:
+        for number, p in _probabilities(ops, predict, batches):
             if not np.all(np.isfinite(p)):
                 raise PipelineError("the network's output is not finite; this checkpoint cannot be used")
             tops.append(most_probable(p))
             probabilities.append(np.take_along_axis(p, tops[-1], axis=1))
-            labels = split.labels[number * batch_size : number * batch_size + len(p)]
+            labels = pictures.labels[number * batch_size : number * batch_size + len(p)]
             true = p[np.arange(len(p)), labels].astype(np.float64)
             losses.append(-np.log(np.maximum(true, np.finfo(np.float32).tiny)))
             everywhere = min(len(p) * ranks.size, count - done)  # the other ranks are about as far
             done += everywhere
             if progress is not None:
                 progress.advance(everywhere)
-    mine = [row for b in batches for row in range(b * batch_size, min((b + 1) * batch_size, count))]
+    mine = [row for b in numbers for row in range(b * batch_size, min((b + 1) * batch_size, count))]
     ranks.meet(time.perf_counter() - start)
     columns = ranks.largest(tops[0].shape[1] if tops else 0)  # a rank may have had no batch
 
@@ -190,12 +186,34 @@ def evaluate(
 
     top, probability = whole(tops, np.int32, columns), whole(probabilities, np.float32, columns)
     loss = whole(losses, np.float64)
-    return Evaluation(split.labels, top, probability, loss, time.perf_counter() - start)
+    return Evaluation(pictures.labels, top, probability, loss, time.perf_counter() - start)
 
 
-def _probabilities(
-    ops: ModuleType, predict: Callable[[dict[str, Any]], Any], batches: Iterable[Batch]
-) -> Iterator[tuple[int, np.ndarray]]:
+def _batches(
+    ops: ModuleType, pictures: Pictures, config: Config, numbers: range, batch_size: int, views: int
+) -> Generator[Batch, None, None]:
+    """The views of ``batch_size`` pictures at a time, for the batches of these numbers."""
+    largest = min(batch_size, len(pictures)) * views
+    threads = loader_threads(config, ops, largest)
+
+    def plan(number: int) -> Crops:
+        first = number * batch_size
+        last = min(first + batch_size, len(pictures))
+        return view_crops(first, last, views, config.preprocess.size, config.input.crop)
+
+    return load(
+        pictures,
+        plan,
+        numbers,
+        crop=config.input.crop,
+        largest=largest,
+        slots=threads + 1,  # one is being computed on
+        threads=threads,
+        allocate=ops.host_empty,
+    )
+
+
+def _probabilities(ops: ModuleType, predict: Predict, batches: Iterable[Batch]) -> Iterator[tuple[int, np.ndarray]]:
     """The number of each batch and its class probabilities, read when the batch after it has been started.
 
     A device of its own computes on while the host looks at the results.
@@ -223,10 +241,6 @@ def most_probable(p: np.ndarray) -> np.ndarray:
     return top
 
 
-def parameter_names(saved: Checkpoint) -> list[str]:
-    return [name for name in saved.arrays if name != MEAN and not name.startswith("momentum/")]
-
-
 def checkpoint_config(saved: Checkpoint, dataset: Dataset) -> Config:
     """The configuration a checkpoint was trained with, after checking that it fits the data and itself."""
     values = saved.header.get("config")
@@ -246,7 +260,7 @@ def checkpoint_config(saved: Checkpoint, dataset: Dataset) -> Config:
             "choose the run directory it belongs to with --run"
         )
     expected = shapes(network_layers(config, classes), config)
-    found = {name: saved.arrays[name].shape for name in parameter_names(saved)}
+    found = {name: saved.arrays[name].shape for name in parameter_names(saved.arrays)}
     if found != expected:
         raise PipelineError(f"{saved.path} holds other arrays than its configuration says; choose another checkpoint")
     return config
@@ -255,7 +269,7 @@ def checkpoint_config(saved: Checkpoint, dataset: Dataset) -> Config:
 def _write(folder: Path, dataset: Dataset, result: Evaluation, metrics: dict[str, Any]) -> None:
     predictions = io.BytesIO()
     np.savez(predictions, labels=result.labels, top=result.top, probability=result.probability, loss=result.loss)
-    write_atomic(folder / "predictions.npz", lambda file: file.write(predictions.getbuffer()) and None)
+    write_bytes(folder / "predictions.npz", predictions.getbuffer())
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["class", "wnid", "words", "images", "top1", "top5"])
@@ -266,5 +280,5 @@ def _write(folder: Path, dataset: Dataset, result: Evaluation, metrics: dict[str
         images = int(mine.sum())
         rates = [f"{hit[mine].mean():.6f}" if images else "" for hit in (hit1, hit5)]
         writer.writerow([number, entry["wnid"], entry["words"], images, *rates])
-    write_atomic(folder / "per_class.csv", lambda file: file.write(table.getvalue().encode()) and None)
+    write_bytes(folder / "per_class.csv", table.getvalue().encode())
     write_json(folder / "metrics.json", metrics)

@@ -6,18 +6,19 @@ import json
 import math
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
-from data.shards import open_split, read_manifest
+from data.manifest import read_manifest
+from data.shards import open_split
 from net.layers import Run, fuse
 from net.network import forward, prepare
 from net.weights.layout import to_torch
 from net.weights.tensors import to_bytes
 from pipeline.config import to_dict
 from pipeline.errors import PipelineError
-from pipeline.run_dir import RunDir, make_folder, write_atomic
+from pipeline.run_dir import RunDir, make_folder, write_bytes
 from stages.setup import MEAN, input_shape
 from stages.trained import Trained, load_trained
 
@@ -53,7 +54,7 @@ def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str, format: str) -> Pa
         mean = {} if trained.mean is None else {MEAN: trained.mean}
         data = to_bytes({**trained.parameters, **mean}, metadata)
     path = make_folder(run_dir.root / "export") / FILES[format]
-    write_atomic(path, lambda file: file.write(data) and None)
+    write_bytes(path, data)
     print(f"exported {trained.path.name} to {path} ({len(data) / 1e6:.0f} MB){note}")
     return path
 
@@ -86,10 +87,10 @@ def _onnx(trained: Trained, run_dir: RunDir, ops: ModuleType, metadata: dict[str
     data = onnx_model(
         trained.layers, trained.parameters, trained.preparation(reference), crop, metadata
     ).SerializeToString()
-    crops, which = _crops(run_dir, trained)
+    inputs, which = _inputs(run_dir, trained)
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    scores, _ = session.run(None, {"crops": crops})
-    difference, largest = agreement(scores, _scores(trained, ops, crops))
+    scores, _ = session.run(None, {"crops": inputs["images"]})
+    difference, largest = agreement(scores, _scores(trained, ops, inputs))
     return data, f"; onnxruntime's scores of {which} differ by at most {difference:.1e} (largest {largest:.3g})"
 
 
@@ -110,29 +111,21 @@ def agreement(scores: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
     return difference, largest
 
 
-def _crops(run_dir: RunDir, trained: Trained) -> tuple[np.ndarray, str]:
-    """Centre crops to compare on, uint8: of validation pictures, or noise where there are no shards."""
-    crop = trained.config.input.crop
+def _inputs(run_dir: RunDir, trained: Trained) -> tuple[dict[str, np.ndarray], str]:
+    """Centre views to compare on: of validation pictures, or noise where there are no shards."""
+    size, crop = trained.config.preprocess.size, trained.config.input.crop
     if not (run_dir.preprocess / "manifest.json").exists():
         noise = np.random.default_rng(0).integers(0, 256, (2, crop, crop, 3), dtype=np.uint8)
-        return noise, "2 pictures of noise"
+        nothing = np.zeros((2, size, size, 3), np.uint8)
+        return {**trained.inputs(nothing, views=1), "images": noise}, "2 pictures of noise"
     split = open_split(run_dir.preprocess, read_manifest(run_dir), "val")
-    first = (trained.config.preprocess.size - crop) // 2
     count = min(_PICTURES, len(split))
-    crops = [split.row(index)[first : first + crop, first : first + crop] for index in range(count)]
-    return np.stack(crops), f"{count} validation pictures"
+    squares = [split.row(index) for index in range(count)]
+    return trained.inputs(squares, views=1), f"{count} validation pictures"
 
 
-def _scores(trained: Trained, ops: ModuleType, crops: np.ndarray) -> np.ndarray:
-    """This network's scores of centre crops, float32 (N, classes)."""
-    count = len(crops)
-    corner = (trained.config.preprocess.size - trained.config.input.crop) // 2
-    inputs: dict[str, Any] = {
-        "images": np.ascontiguousarray(crops),
-        "corner": np.full((count, 2), corner, np.int32),
-        "flip": np.zeros(count, np.uint8),
-        "shift": np.zeros((count, 3), np.float32),
-    }
-    parameters = {name: ops.asarray(value) for name, value in trained.parameters.items()}
+def _scores(trained: Trained, ops: ModuleType, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """This network's scores of prepared views, float32 (N, classes)."""
     x = prepare(ops, trained.preparation(ops), ops.upload(inputs))
-    return ops.to_host(forward(ops, fuse(trained.layers, ops), parameters, x, Run(training=False))[0])
+    scores, _ = forward(ops, fuse(trained.layers, ops), trained.on_device(ops), x, Run(training=False))
+    return ops.to_host(scores)

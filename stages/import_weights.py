@@ -18,23 +18,21 @@ from pipeline.checkpoint import checkpoints, save_checkpoint
 from pipeline.config import Config, from_dict, load_config, to_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file, read_sealed, write_sealed
+from pipeline.settings import Request
 from stages.setup import MEAN, input_shape, network_layers, shapes
 
 CAFFE_SUFFIX: Final = ".caffemodel"
 MOST_CLASSES: Final = 100_000
 
 
-def run(
-    run_dir: RunDir, file: Path, *, mean: Path | None, recipe: str | None, change: Callable[[Config], Config]
-) -> Path:
+def run(run_dir: RunDir, file: Path, *, mean: Path | None, request: Request) -> Path:
     """Write the weights in ``file`` as checkpoint 0 of the run and return its path.
 
     Parameters
     ----------
     file : a safetensors file in this project's or PyTorch's layout, or a ``.caffemodel``
     mean : Caffe's mean image (``.binaryproto``), to be subtracted instead of the run's own
-    recipe : the network's recipe; None is what the file says, or ``caffe`` for a caffemodel
-    change : applies the command line's settings to the recipe
+    request : the network's recipe, where None is what the file says, or ``caffe`` for a caffemodel; and changes to it
 
     Raises
     ------
@@ -45,7 +43,9 @@ def run(
         raise PipelineError(f"{run_dir.train} has checkpoints already; import into a new run with --run")
     try:
         read = _read_caffemodel if file.suffix == CAFFE_SUFFIX else _read_safetensors
-        config, arrays, classes = read(file, recipe, lambda config: change(_with_stored_pictures(config, run_dir)))
+        config, arrays, classes = read(
+            file, request.recipe, lambda config: request.change(_with_stored_pictures(config, run_dir))
+        )
         if mean is not None:
             arrays[MEAN] = _read_mean(mean)
         _check_mean(arrays.get(MEAN), config)

@@ -17,23 +17,22 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from PIL import Image
 
 from data.images import UnreadableError, read_square
-from data.sampling import view_crops
+from data.listing import LARGEST_FILE
 from net.layers import fuse
 from net.network import prediction
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
+from stages.eval import Predict, most_probable
 from stages.trained import Trained, load_trained
 
-TOP: Final = 5
 STDIN: Final = "-"
-LARGEST_FILE: Final = 256 << 20  # bytes
 _CROPS: Final = 40  # computed at a time
 
 
@@ -86,30 +85,21 @@ def run(
 
 def predict(trained: Trained, ops: ModuleType, names: Iterator[str], views: int) -> Iterator[Answer]:
     """The answers for pictures, in their order; some at a time go through the network."""
-    parameters = {name: ops.asarray(value) for name, value in trained.parameters.items()}
-    network = prediction(ops, fuse(trained.layers, ops), parameters, trained.preparation(ops), views)
+    network = prediction(ops, fuse(trained.layers, ops), trained.on_device(ops), trained.preparation(ops), views)
     while chunk := list(islice(names, max(1, _CROPS // views))):
         squares, errors = _read_all(chunk, trained.config)
-        rows = iter(_probabilities(network, ops, squares, views, trained.config.input.crop) if squares else ())
+        rows = iter(_probabilities(network, ops, trained.inputs(squares, views)) if squares else ())
         for place, name in enumerate(chunk):
             if place in errors:
                 yield Answer(name, [], errors[place])
                 continue
             p = next(rows)
-            top = np.argsort(-p, kind="stable")[:TOP]
-            yield Answer(name, [(int(number), float(p[number])) for number in top])
+            top = most_probable(p[np.newaxis])[0].tolist()
+            yield Answer(name, [(number, float(p[number])) for number in top])
 
 
-def _probabilities(
-    network: Callable[[dict[str, Any]], Any], ops: ModuleType, squares: list[np.ndarray], views: int, crop: int
-) -> np.ndarray:
+def _probabilities(network: Predict, ops: ModuleType, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """float32 (pictures, classes), averaged over the views."""
-    crops = view_crops(0, len(squares), views, squares[0].shape[0], crop)
-    cut = [
-        squares[index][row : row + crop, column : column + crop]
-        for index, (row, column) in zip(crops.index.tolist(), crops.corner.tolist(), strict=True)
-    ]
-    inputs = {"images": np.stack(cut), "corner": crops.corner, "flip": crops.flip, "shift": crops.shift}
     p = ops.to_host(network(ops.upload(inputs)))
     if not np.all(np.isfinite(p)):
         raise PipelineError("the network's output is not finite; this checkpoint cannot be used")

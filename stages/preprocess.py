@@ -26,18 +26,18 @@ from data import demo, published
 from data.cluster import on_cluster
 from data.convert import ShardResult, ShardTask, make_shard
 from data.listing import SPLITS
+from data.manifest import defects, forget_damage, is_damage_noted, is_manifest
 from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
-from data.shards import defects, forget_damage, is_damage_noted, is_manifest, read_layout, shard_bytes, shard_name
+from data.shards import read_layout, shard_bytes, shard_name
 from data.sources import read_source, stamp
 from data.tally import Tally
 from pipeline.config import Config, difference, with_values
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, read_metrics
-from pipeline.progress import Progress, volume
+from pipeline.progress import Megabytes, Progress, megabytes, volume
 from pipeline.run_dir import RunDir, make_folder, put_in_place, read_sealed
 from pipeline.signals import StopRequest
 
-_MB: Final = 1_000_000
 _WORDS: Final = {"train": "training", "val": "validation"}
 
 
@@ -112,17 +112,10 @@ def check_archives(source: Path | None) -> None:
             "leave it out, or name their folder with --source"
         )
     total = sum(path.stat().st_size for path in paths)
-    with Progress("check", -(-total // _MB), "MB") as progress:
-        done = shown = 0
-
-        def count(read: int) -> None:
-            nonlocal done, shown
-            done += read
-            progress.advance(-(-done // _MB) - shown)
-            shown = -(-done // _MB)
-
+    with Progress("check", megabytes(total), "MB") as progress:
+        counter = Megabytes(progress)
         for path in paths:
-            published.check(path, count)
+            published.check(path, counter.add)
     print(f"preprocess: {', '.join(path.name for path in paths)} are the published archives, by their MD5 sums")
 
 

@@ -1,42 +1,31 @@
-"""From a configuration and a preprocessed run to what training, evaluation and prediction work with."""
+"""From a configuration and a preprocessed run to what training and evaluation work with: data, network, rates."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
 
-from data.readahead import Piece, reading_ahead, total_memory
-from data.sampling import (
-    BLOCK,
-    OPEN_BLOCKS,
-    Augmentation,
-    Crops,
-    block_groups,
-    block_order,
-    epoch_order,
-    steps_per_epoch,
-    training_crops,
-)
-from data.shards import Split, open_split, read_manifest
+from data.manifest import read_manifest
+from data.shards import Split, open_split
 from net.alexnet import alexnet
 from net.layers import Layer, Shape
 from net.network import Preparation, parameter_shapes
 from pipeline.config import Config, at_epoch, difference, with_values
 from pipeline.errors import PipelineError
-from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir, read_json
 
-_FITS: Final = 0.75  # of the memory; the rest is for the network and for others
 _MOST_THREADS: Final = 12  # of the loader, unless asked for: more than one GPU can use
 _RING: Final = 4 << 30  # bytes of batches that the loader's threads may fill at a time, unless asked for
-MEAN: Final = "mean"  # name of a mean picture among a checkpoint's arrays: only imported weights bring their own
+
+# Names among a checkpoint's arrays; the others are the parameters'.
+MEAN: Final = "mean"  # a mean picture: only imported weights bring their own
+MOMENTUM: Final = "momentum/"  # before a parameter's name: its momentum
 
 
 @dataclass(frozen=True)
@@ -140,6 +129,11 @@ def network_layers(config: Config, classes: int) -> tuple[Layer, ...]:
     return layers
 
 
+def parameter_names(arrays: Iterable[str]) -> list[str]:
+    """Of the names of a checkpoint's arrays those of parameters."""
+    return [name for name in arrays if name != MEAN and not name.startswith(MOMENTUM)]
+
+
 def shapes(layers: Sequence[Layer], config: Config) -> dict[str, Shape]:
     """The shapes of all parameters."""
     return parameter_shapes(layers, input_shape(config))
@@ -200,124 +194,6 @@ def jittered(config: Config, epoch: int) -> bool:
     """Whether training in this epoch draws colour shifts."""
     inp = config.input
     return inp.jitter > 0 and (inp.jitter_epochs is None or epoch < inp.jitter_epochs)
-
-
-def with_order(config: Config, dataset: Dataset) -> Config:
-    """The configuration with ``train.order`` settled: block-wise where the training pictures do not fit into memory.
-
-    What was settled is part of the run from then on: a resumed run keeps its order on a machine with other memory.
-    """
-    if config.train.order != "auto":
-        return config
-    size, memory = sum(images.nbytes for images in dataset.train.images), total_memory()
-    fits = size <= _FITS * memory
-    if not fits:
-        print(
-            f"train: {size / 1e9:.1f} GB of training pictures do not fit into {memory / 1e9:.1f} GB of memory: they "
-            "are used block by block (train.order=blocks; --set train.order=uniform would draw from the whole set)"
-        )
-    return replace(config, train=replace(config.train, order="uniform" if fits else "blocks"))
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one rank computes of a batch of ``total`` pictures: those at the places ``first`` to ``last - 1``.
-
-    ``counted`` of them count. A rank for which the batch has no picture computes a neighbour's with the weight 0,
-    so that it takes the same way through the network as the others.
-    """
-
-    first: int
-    last: int
-    counted: int
-    total: int
-
-
-class TrainingPlan:
-    """Which crops a rank takes of the training batch of a given step; safe to ask from several loader threads."""
-
-    def __init__(self, config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> None:
-        self._config, self._ranks = config, ranks
-        self._pictures = len(dataset.train)
-        self.steps_per_epoch = steps_per_epoch(self._pictures, config.train.batch_size)
-        inp = config.input
-        self._how = Augmentation(
-            config.preprocess.size, inp.crop, inp.random_crop, inp.flip, inp.jitter, dataset.directions
-        )
-        self._orders: dict[int, np.ndarray] = {}
-        self._split = dataset.train
-        self._ends: dict[int, np.ndarray] = {}
-
-    def __call__(self, step: int) -> Crops:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        start, part = place * self._config.train.batch_size, self.part(step)
-        how = self._how if jittered(self._config, epoch) else replace(self._how, jitter=0.0)
-        order, seed = self._order(epoch), self._config.seed
-        return training_crops(order, start + part.first, start + part.last, seed, epoch, how)
-
-    def part(self, step: int) -> Part:
-        """This rank's part of the batch."""
-        size = self._config.train.batch_size
-        total = min(size, self._pictures - step % self.steps_per_epoch * size)
-        first, last = self._ranks.part(total)
-        if first < last:
-            return Part(first, last, last - first, total)
-        first = min(first, total - 1)
-        return Part(first, first + 1, 0, total)
-
-    @property
-    def largest(self) -> int:
-        """Pictures in the largest part of a batch."""
-        return -(-self._config.train.batch_size // self._ranks.size)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        order = self._orders.get(epoch)
-        if order is None:
-            seed = self._config.seed
-            if self._config.train.order == "blocks":
-                order = block_order(self._pictures, seed, epoch, BLOCK, OPEN_BLOCKS)
-            else:
-                order = epoch_order(self._pictures, seed, epoch)
-            # Two epochs at most are under way at a time. Replacing the dictionary is one atomic assignment; two
-            # threads that both come here compute the same order.
-            self._orders = {epoch: order, **{e: o for e, o in self._orders.items() if e == epoch - 1}}
-        return order
-
-    @contextmanager
-    def read_ahead(self, first: int, last: int) -> Iterator[Callable[[int], Crops]]:
-        """This plan for the steps ``first`` to ``last - 1``, with the disk read ahead where the order is block-wise."""
-        if self._config.train.order != "blocks":
-            yield self
-            return
-        with reading_ahead(self, self._groups_of, self._pieces, first, last) as plan:
-            yield plan
-
-    def _groups_of(self, step: int) -> range:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        size = self._config.train.batch_size
-        ends = self._group_ends(epoch)
-        first, last = np.searchsorted(ends, [place * size, min((place + 1) * size, self._pictures) - 1], side="right")
-        return range(epoch * len(ends) + int(first), epoch * len(ends) + int(last) + 1)
-
-    def _pieces(self, group: int) -> list[Piece]:
-        blocks = -(-self._pictures // BLOCK)
-        epoch, place = divmod(group, -(-blocks // OPEN_BLOCKS))
-        chosen = np.flatnonzero(self._groups(epoch) == place).tolist()
-        rows = [(block * BLOCK, min((block + 1) * BLOCK, self._pictures)) for block in chosen]
-        return [piece for first, last in rows for piece in self._split.pieces(first, last)]
-
-    def _groups(self, epoch: int) -> np.ndarray:
-        return block_groups(self._pictures, self._config.seed, epoch, BLOCK, OPEN_BLOCKS)
-
-    def _group_ends(self, epoch: int) -> np.ndarray:
-        """The position in the epoch at which each group ends."""
-        ends = self._ends.get(epoch)
-        if ends is None:
-            sizes = np.full(-(-self._pictures // BLOCK), BLOCK)
-            sizes[-1] = self._pictures - BLOCK * (len(sizes) - 1)
-            ends = np.cumsum(np.bincount(self._groups(epoch), weights=sizes))
-            self._ends = {epoch: ends, **{e: old for e, old in self._ends.items() if e == epoch - 1}}
-        return ends
 
 
 def learning_rates(config: Config, names: Sequence[str], epoch: int) -> np.ndarray:

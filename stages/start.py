@@ -20,13 +20,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from data.shards import data_fingerprint
+from data.manifest import data_fingerprint
 from net.layers import Layer, Shape
 from net.network import Reduce, drawing, initial_parameters, zeros
 from pipeline.checkpoint import (
     Checkpoint,
     checkpoints,
-    move_aside,
     newest_sound,
     note_best,
     note_latest,
@@ -40,17 +39,9 @@ from pipeline.errors import PipelineError
 from pipeline.metrics import cut_back
 from pipeline.progress import volume
 from pipeline.ranks import Ranks
-from pipeline.run_dir import RunDir, fingerprint, make_folder, remove, write_sealed
-from stages.setup import (
-    Dataset,
-    TrainingPlan,
-    network_layers,
-    open_dataset,
-    require_memory,
-    require_stored,
-    shapes,
-    with_order,
-)
+from pipeline.run_dir import RunDir, fingerprint, make_folder, move_aside, remove, write_sealed
+from stages.batches import TrainingPlan, with_order
+from stages.setup import MOMENTUM, Dataset, network_layers, open_dataset, require_memory, require_stored, shapes
 
 # Settings that may differ between the run so far and its continuation: they change no weight.
 _FREE: Final = (
@@ -192,7 +183,7 @@ def _require_same_run(training: Training, saved: Checkpoint) -> None:
             "Resume with the settings of the run (leave out --recipe, --config, --set and --seed), "
             "or start a new run with --run"
         )
-    names = {f"{prefix}{name}": shape for prefix in ("", "momentum/") for name, shape in training.shapes.items()}
+    names = {f"{prefix}{name}": shape for prefix in ("", MOMENTUM) for name, shape in training.shapes.items()}
     if {name: array.shape for name, array in saved.arrays.items()} != names:
         raise PipelineError(f"{saved.path} holds other arrays than this network has; start a new run with --run")
 
@@ -224,7 +215,7 @@ def _require_room(training: Training, saved: Checkpoint | None) -> None:
 def _saved_state(saved: Checkpoint, expected: dict[str, Shape]) -> State:
     """The checkpoint's state, whose arrays it gives up."""
     parameters = {name: saved.arrays.pop(name) for name in expected}
-    momenta = {name: saved.arrays.pop(f"momentum/{name}") for name in expected}
+    momenta = {name: saved.arrays.pop(f"{MOMENTUM}{name}") for name in expected}
     return State(saved.header["step"], parameters, momenta)
 
 

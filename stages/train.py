@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from data.loader import Batch, load
-from net.layers import fuse
+from net.layers import Layer, fuse
 from net.network import Descent, Reduce, prediction, training_step
 from pipeline.checkpoint import note_best, prune, save_checkpoint
 from pipeline.config import Config, at_epoch
@@ -26,8 +26,9 @@ from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir
 from pipeline.signals import StopRequest
 from pipeline.tensorboard import events, require_tensorboard
+from stages.batches import Part
 from stages.eval import evaluate
-from stages.setup import Part, decays, jittered, learning_rates, loader_slots, loader_threads, preparation
+from stages.setup import MOMENTUM, decays, jittered, learning_rates, loader_slots, loader_threads, preparation
 from stages.start import State, Training, begin, open_training, require_way_on
 
 
@@ -168,7 +169,7 @@ class _Trainer:
         self,
         training: Training,
         ops: ModuleType,
-        layers: tuple[Any, ...],
+        layers: tuple[Layer, ...],
         reduce: Reduce | None,
         state: State,
         records: Records,
@@ -349,7 +350,7 @@ def _place(part: Part, ranks: Ranks) -> dict[str, np.ndarray]:
 
 
 def _save(run_dir: RunDir, ops: ModuleType, log: MetricsLog, keep: int, state: State, header: dict[str, Any]) -> None:
-    arrays = state.parameters | {f"momentum/{name}": value for name, value in state.momenta.items()}
+    arrays = state.parameters | {f"{MOMENTUM}{name}": value for name, value in state.momenta.items()}
 
     def to_host(name: str, value: Any) -> np.ndarray:
         array = np.asarray(ops.to_host(value))

@@ -6,23 +6,32 @@ removed, can still predict and be exported.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
-from data.shards import require_sound_description
-from net.layers import Layer
+from data.manifest import require_sound_description
+from data.sampling import view_crops
+from net.layers import Layer, Parameters
 from net.network import Preparation
 from pipeline.checkpoint import Arrays, find_checkpoint, load_checkpoint
 from pipeline.config import Config, from_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
-from stages.setup import MEAN, network_layers, preparation, read_classes, read_mean, shapes
-
-_MOMENTUM: Final = "momentum/"
+from stages.setup import (
+    MEAN,
+    MOMENTUM,
+    network_layers,
+    parameter_names,
+    preparation,
+    read_classes,
+    read_mean,
+    shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,20 @@ class Trained:
         mean = np.zeros((0, 0, 3), np.float32) if self.mean is None else self.mean  # not looked at when it is None
         return preparation(self.config, mean, ops, jittered=False)
 
+    def on_device(self, ops: ModuleType) -> Parameters:
+        """The parameters as arrays of the backend."""
+        return {name: ops.asarray(value) for name, value in self.parameters.items()}
+
+    def inputs(self, squares: Sequence[np.ndarray], views: int) -> dict[str, np.ndarray]:
+        """The views of stored squares, uint8 (size, size, 3), as host arrays for ``net.network.prepare``."""
+        crop = self.config.input.crop
+        crops = view_crops(0, len(squares), views, squares[0].shape[0], crop)
+        cut = [
+            squares[index][row : row + crop, column : column + crop]
+            for index, (row, column) in zip(crops.index.tolist(), crops.corner.tolist(), strict=True)
+        ]
+        return {"images": np.stack(cut), "corner": crops.corner, "flip": crops.flip, "shift": crops.shift}
+
     def label(self, number: int) -> str:
         """The class as a person knows it: its first word, else its WordNet ID, else its number."""
         return label(self.classes[number], number)
@@ -74,10 +97,10 @@ def load_trained(run_dir: RunDir, checkpoint: str) -> Trained:
         raise PipelineError(f"{saved.path} holds no configuration; choose a checkpoint written by --stage train")
     config = from_dict(values, str(saved.path))
     layers = network_layers(config, count)
-    parameters = {n: a for n, a in saved.arrays.items() if n != MEAN and not n.startswith(_MOMENTUM)}
+    parameters = {name: saved.arrays[name] for name in parameter_names(saved.arrays)}
     if {name: array.shape for name, array in parameters.items()} != shapes(layers, config):
         raise PipelineError(f"{saved.path} holds other arrays than its configuration says; choose another checkpoint")
-    momenta = {n.removeprefix(_MOMENTUM): a for n, a in saved.arrays.items() if n.startswith(_MOMENTUM)}
+    momenta = {n.removeprefix(MOMENTUM): a for n, a in saved.arrays.items() if n.startswith(MOMENTUM)}
     return Trained(
         path=saved.path,
         step=saved.header["step"],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,16 +16,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from data.listing import SPLITS
-from data.shards import is_manifest, note_damage
-from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint, remedy_of_config
+from data.manifest import is_manifest, note_damage
+from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint
 from pipeline.config import from_dict
 from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
-from pipeline.progress import Progress
+from pipeline.progress import MB, Megabytes, Progress, megabytes
 from pipeline.run_dir import RunDir, read_sealed
+from pipeline.settings import remedy_of_config
 
 _CHUNK: Final = 4 << 20  # bytes read at a time
-_MB: Final = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ def run(run_dir: RunDir) -> None:
     if not (indexes or made or saved):
         raise PipelineError(f"there is nothing to verify in {run_dir.root}; name a run with --run")
     total = sum(item.bytes for item in made + saved)
-    with Progress("verify", -(-total // _MB), "MB") as progress:
-        counter = _Counter(progress)
+    with Progress("verify", megabytes(total), "MB") as progress:
+        counter = Megabytes(progress)
         wrong = {path: text for path, text in indexes.items() if text is not None}
         wrong |= _checked_in_threads(made, counter)
         # One after another: each is read into memory as a whole.
@@ -74,7 +73,7 @@ def run(run_dir: RunDir) -> None:
         raise PipelineError(f"{len(wrong)} of {files} files are damaged ({damaged}); {_remedy(run_dir, wrong)}")
     print(
         f"verify: all {files} files of {run_dir.root} are sound "
-        f"({total / _MB:.0f} MB, {total / _MB / max(seconds, 1e-9):.0f} MB/s)"
+        f"({total / MB:.0f} MB, {total / MB / max(seconds, 1e-9):.0f} MB/s)"
     )
 
 
@@ -160,7 +159,7 @@ def _checkpoint(path: Path) -> Callable[[Callable[[int], None]], str | None]:
     return check
 
 
-def _checked_in_threads(items: list[_Item], counter: _Counter) -> dict[Path, str]:
+def _checked_in_threads(items: list[_Item], counter: Megabytes) -> dict[Path, str]:
     """What is wrong with each item. Hashing lets go of Python's lock, so threads keep a fast disk busy."""
     pool = ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8))
     try:
@@ -168,22 +167,6 @@ def _checked_in_threads(items: list[_Item], counter: _Counter) -> dict[Path, str
         return {item.path: text for item, text in zip(items, results, strict=True) if text is not None}
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-class _Counter:
-    """Bytes read by all threads, shown in whole megabytes."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._lock = progress, threading.Lock()
-        self._bytes = self._shown = 0
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self._bytes += count
-            whole = -(-self._bytes // _MB) - self._shown
-            if whole:
-                self._progress.advance(whole)
-                self._shown += whole
 
 
 def _remedy(run_dir: RunDir, wrong: dict[Path, str]) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from data.manifest import read_manifest
 from data.sampling import steps_per_epoch
-from data.shards import read_manifest
 from pipeline.config import Config, from_dict
 from pipeline.errors import PipelineError
 from pipeline.metrics import has_numbers, read_metrics

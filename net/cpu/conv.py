@@ -80,7 +80,7 @@ def _forward(
     n, height, width, _ = x.shape
     kh, kw, _, maps = w.shape
     outputs = (n, _windows(height, kh, stride, pad), _windows(width, kw, stride, pad), maps)
-    if plan.forward(x.shape, w.shape, stride, groups) == "winograd":
+    if plan.forward(w.shape, stride, groups) == "winograd":
         to = results(outputs, finish, keep)
         s = winograd.shape(x.shape, w.shape, stride, pad, groups, *outputs[1:3])
         _convolve(x, filters(w, s), b, s, finish, to)
@@ -95,7 +95,7 @@ def _backward(
     dy: np.ndarray, x: np.ndarray, w: np.ndarray, stride: int, pad: int, groups: int, need_dx: bool
 ) -> tuple[np.ndarray | None, np.ndarray]:
     dw = empty(w.shape)
-    if plan.backward_weights(x.shape, w.shape, stride, groups) == "winograd":
+    if plan.backward_weights(w.shape, stride, groups) == "winograd":
         # A product here is of many mosaics, so that they may be small.
         s = winograd.shape(x.shape, w.shape, stride, pad, groups, *dy.shape[1:3], least=1)
         winograd_gradient.gradient(dy, x, dw, s)
@@ -103,7 +103,7 @@ def _backward(
         im2col.backward_weights(dy, x, dw, stride, pad, groups)
     if not need_dx:
         return None, dw
-    if plan.backward_input(x.shape, w.shape, stride, pad, groups) == "winograd":
+    if plan.backward_input(w.shape, stride, pad, groups) == "winograd":
         # dx is a convolution of dy; its padding makes the output as large as x.
         other, none = winograd.turned(w, groups), np.zeros(x.shape[3], np.float32)
         s = winograd.shape(dy.shape, other.shape, 1, w.shape[0] - 1 - pad, groups, *x.shape[1:3])

@@ -14,6 +14,7 @@ leaves the cache's neighbourhood. Correct for every shape, stride, padding and n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -59,7 +60,9 @@ def _matrix(w: np.ndarray, outs: slice) -> np.ndarray:
     return w.reshape(-1, w.shape[3])[:, outs]
 
 
-def _slabs(x: np.ndarray, w: np.ndarray, y: np.ndarray, groups: int):  # noqa: ANN202
+def _slabs(
+    x: np.ndarray, w: np.ndarray, y: np.ndarray, groups: int
+) -> Iterator[tuple[slice, np.ndarray, slice, slice]]:
     """Images, their columns (not filled), input and output channels, for every slab and group."""
     kh, kw, depth, maps = w.shape
     n, oh, ow, _ = y.shape

@@ -13,20 +13,19 @@ from typing import Any, Final
 
 from net.gpu.arrays import cast, empty, floats, pictures
 from net.gpu.convolution import (
-    Shape,
     add_bias,
     column_sum,
     input_gradient,
     operands,
     product,
     rectified,
-    shape_of,
     sum_parts,
     weight_gradient,
 )
 from net.gpu.kernels import THREADS, launch
 from net.gpu.layers import relu_backward
 from net.gpu.linear import matrices, multiply, weight_and_input_gradient
+from net.gpu.shape import Shape, shape_of
 
 Array = Any
 Lrn = tuple[int, float, float, float]  # size, k, alpha, beta

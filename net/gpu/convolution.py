@@ -6,81 +6,23 @@ multiplies by the weights, which are a matrix (KH*KW*Cin/groups, Cout) as they l
     dw = columns(x)' dy          db = sum of dy over all pixels          dx = gather(dy w')
 
 Groups are a batch of products whose operands lie a fixed distance apart, so no array is split or copied for them.
-``LARGEST_COLUMNS`` bounds the memory of one layer's columns: larger batches go through in pieces.
+``shape.py`` bounds the memory of one layer's columns: larger batches go through in pieces.
 
 In bfloat16 most layers take kernels that need no columns in memory instead (``implicit.py``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import replace
+from typing import Any
 
 from net.gpu import cublas, implicit
 from net.gpu.arrays import blocks, dense, empty, floats, pictures
 from net.gpu.device import current
 from net.gpu.kernels import THREADS, launch
+from net.gpu.shape import Shape, shape_of
 
 Array = Any
-LARGEST_COLUMNS: Final = 2**31 - 1  # elements; the kernels count those of a piece in 32 bits
-COLUMNS_SHARE: Final = 1 / 16  # of the device's memory, for the columns of one layer
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one convolution."""
-
-    images: int
-    height: int
-    width: int
-    channels: int
-    kernel_h: int
-    kernel_w: int
-    maps: int
-    stride: int
-    pad: int
-    groups: int
-
-    @property
-    def out_height(self) -> int:
-        return (self.height + 2 * self.pad - self.kernel_h) // self.stride + 1
-
-    @property
-    def out_width(self) -> int:
-        return (self.width + 2 * self.pad - self.kernel_w) // self.stride + 1
-
-    @property
-    def pixels(self) -> int:
-        """Output pixels of one image."""
-        return self.out_height * self.out_width
-
-    @property
-    def depth(self) -> int:
-        """Values one group's window covers."""
-        return self.kernel_h * self.kernel_w * (self.channels // self.groups)
-
-    @property
-    def padded(self) -> int:
-        """``depth`` filled up to a multiple of 8, for 16-byte boundaries in either type."""
-        return -(-self.depth // 8) * 8
-
-    @property
-    def row(self) -> int:
-        """Elements of one output pixel's columns, all groups."""
-        return self.groups * self.padded
-
-    def images_at_once(self, memory: int, itemsize: int) -> int:
-        """How many images' columns are made at a time on a device with so much memory."""
-        each = self.pixels * self.row
-        return max(1, min(self.images, LARGEST_COLUMNS // each, int(memory * COLUMNS_SHARE) // (each * itemsize)))
-
-
-def shape_of(x: Array, w: Array, stride: int, pad: int, groups: int) -> Shape:
-    """Sizes of the convolution of x (N, H, W, Cin) with w (KH, KW, Cin/groups, Cout)."""
-    shape = Shape(*x.shape, w.shape[0], w.shape[1], w.shape[3], stride, pad, groups)
-    if w.shape[2] * groups != shape.channels or shape.maps % groups:
-        raise ValueError(f"weights {w.shape} in {groups} groups do not fit a picture of {shape.channels} channels")
-    return shape
 
 
 def conv2d_forward(x: Array, w: Array, b: Array, *, stride: int, pad: int, groups: int) -> Array:

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
 from net.gpu.arrays import BFLOAT16, blocks, empty
 from net.gpu.device import current
 from net.gpu.kernels import launch
-
-if TYPE_CHECKING:
-    from net.gpu.convolution import Shape
+from net.gpu.shape import Shape
 
 Array = Any
 BLOCK: Final = 128  # threads, as in implicit.cu

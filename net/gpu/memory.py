@@ -7,9 +7,9 @@ from math import prod
 from typing import Final
 
 from net.gpu import graph, implicit
-from net.gpu.convolution import Shape
 from net.gpu.cublas import WORKSPACE
 from net.gpu.device import Device, current
+from net.gpu.shape import Shape
 from net.layers import Conv, ConvBlock, Dropout, Flatten, Layer, Linear, LinearBlock, fuse
 
 CONTEXT: Final = 600 * 2**20  # bytes: CUDA context, libraries and kernels

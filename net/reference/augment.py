@@ -14,11 +14,11 @@ Formula
 
         y[n, r, c] = (images[n, r, c'] - m + shift[n]) * scale
 
-    m is 0 without a mean. A mean as large as the crop (M = H) stays where it is, mean[r, c], whichever way the
-    picture is turned, as in the authors' code. A larger one is the mean of whole pictures: it is cropped and
+    m is 0 without a mean. A mean as large as the crop (M = H) stays where it is, mean[r, c], whether the
+    picture is mirrored or not, as in the authors' code. A larger one is the mean of whole pictures: it is cropped and
     mirrored with the picture, mean[corner row + r, corner column + c'].
 
-    ``bgr`` turns the order of the channels round at the end. The border is exactly 0, outside the formula: it stands
+    ``bgr`` reverses the order of the channels at the end. The border is exactly 0, outside the formula: it stands
     for "no signal", like the padding of a convolution. A 224 crop with border (2, 1) is what a 227 x 227 network sees
     of the paper's 224 x 224 pictures.
 

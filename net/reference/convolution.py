@@ -9,7 +9,7 @@ Forward
 
         y[n, r, c, o] = b[o] + sum_{i < KH} sum_{j < KW} sum_a p[n, r stride + i, c stride + j, a] w[i, j, a, o]
 
-    (strictly a cross-correlation: the kernel is not turned round). For one kernel offset (i, j) the sum over a is a
+    (strictly a cross-correlation: the kernel is not flipped). For one kernel offset (i, j) the sum over a is a
     matrix product: the pixels (r stride + i, c stride + j) of all images and all (r, c), one a row, times the
     Cin x Cout matrix w[i, j]. So a convolution is KH KW matrix products, added up.
 
@@ -59,7 +59,7 @@ def conv2d_forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, *, stride: int, 
 def conv2d_backward(
     dy: np.ndarray, x: np.ndarray, w: np.ndarray, *, stride: int, pad: int, groups: int, need_dx: bool = True
 ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """dy (N, OH, OW, Cout) -> dx like x or None, dw like w, db (Cout,)."""
+    """dy (N, OH, OW, Cout) and the forward pass's x and w -> dx like x or None, dw like w, db (Cout,)."""
     kh, kw, _, maps = w.shape
     _, oh, ow, _ = dy.shape
     p = _pad(x, pad)

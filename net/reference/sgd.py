@@ -1,7 +1,8 @@
 """Stochastic gradient descent with momentum and weight decay (paper, section 5).
 
 Shapes
-    w (a parameter), v (its velocity) and dw (its gradient g) of any one shape, float32, or float64 in checks
+    w (a parameter), v (its velocity, elsewhere called momentum) and dw (its gradient g) of any one shape, float32, or
+    float64 in checks
 
 Formula
     With the batch's mean gradient g::

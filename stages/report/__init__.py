@@ -19,7 +19,7 @@ from PIL import Image
 
 from data.shards import Split
 from net.backend import DEVICES
-from pipeline.run_dir import RunDir, make_folder, write_atomic
+from pipeline.run_dir import RunDir, make_folder, write_bytes
 from stages.eval import evaluate, predictor
 from stages.report import charts, facts, pictures
 from stages.report.facts import Facts
@@ -70,7 +70,7 @@ def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str) -> Path:
     if curves:
         files["curves.png"] = charts.curves_png(curves)
     for name, data in files.items():
-        _write(folder / name, data)
+        write_bytes(folder / name, data)
     print(f"report: {folder / 'index.html'} ({len(page) / 1e6:.1f} MB) and {len(files) - 1} PNG files beside it")
     return folder / "index.html"
 
@@ -103,9 +103,9 @@ def compare(run_dirs: list[RunDir]) -> Path:
         same_pictures=len({run.manifest["source"] for run in runs}) == 1,
     )
     folder = make_folder(run_dirs[0].report)
-    _write(folder / "compare.html", page.encode())
+    write_bytes(folder / "compare.html", page.encode())
     if curves:
-        _write(folder / "compare.png", charts.curves_png(curves))
+        write_bytes(folder / "compare.png", charts.curves_png(curves))
     print(f"report: {folder / 'compare.html'} shows {', '.join(str(run_dir.root) for run_dir in run_dirs)}")
     return folder / "compare.html"
 
@@ -195,7 +195,7 @@ def _for_activations(known: Facts, split: Split) -> list[int]:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some pictures of a split, as the evaluation wants a split."""
+    """Some pictures of a split (``data.loader.Pictures``)."""
 
     split: Split
     rows: np.ndarray
@@ -216,9 +216,8 @@ def _sample(trained: Trained, dataset: Dataset, ops: ModuleType) -> dict[str, An
     count = min(SAMPLE, len(dataset.train))
     rows = np.arange(count) * len(dataset.train) // count
     config = trained.config
-    parameters = {name: ops.asarray(value) for name, value in trained.parameters.items()}
     mean = dataset.mean if trained.mean is None else trained.mean
-    predict = predictor(config, len(trained.classes), mean, ops, parameters, views=1)
+    predict = predictor(config, len(trained.classes), mean, ops, trained.on_device(ops), views=1)
     part = _Part(dataset.train, rows)
     result = evaluate(ops, predict, part, config, min(config.eval.batch_size, 64), 1)
     return {"images": count, "top1": result.top1, "loss": float(result.loss.mean())}
@@ -288,7 +287,3 @@ def _short(value: float | None) -> str:
 
 def _now() -> str:
     return datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-
-
-def _write(path: Path, data: bytes) -> None:
-    write_atomic(path, lambda file: file.write(data) and None)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Final
 
 import numpy as np
 
+from data.manifest import read_manifest
 from data.sampling import steps_per_epoch
-from data.shards import read_manifest
 from net.backend import DEVICES
-from pipeline.config import RECIPES, Config, with_values
+from pipeline.config import RECIPES, Config, flatten, to_dict, with_values
 from pipeline.errors import PipelineError
 from pipeline.metrics import has_numbers, read_metrics
 from pipeline.run_dir import RunDir, hash_file, read_json
@@ -227,7 +225,7 @@ def settings(config: Config) -> list[dict[str, Any]]:
 
     An order that the recipe leaves open ("auto") was settled when training began, and is no change.
     """
-    standard = dict(_flat(dataclasses.asdict(RECIPES[config.recipe]))) if config.recipe in RECIPES else {}
+    standard = dict(flatten(to_dict(RECIPES[config.recipe]))) if config.recipe in RECIPES else {}
     return [
         {
             "key": key,
@@ -235,7 +233,7 @@ def settings(config: Config) -> list[dict[str, Any]]:
             "recipe": standard.get(key),
             "changed": key in standard and standard[key] not in (value, "auto"),
         }
-        for key, value in _flat(dataclasses.asdict(config))
+        for key, value in flatten(to_dict(config))
     ]
 
 
@@ -295,11 +293,3 @@ def hashes(facts: Facts, trained: Trained) -> list[tuple[str, str]]:
         ("shards (pictures, settings, decoder)", manifest["plan"]),
         (f"{trained.path.name} (SHA-256 of the file)", hash_file(trained.path)),
     ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value

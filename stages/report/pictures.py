@@ -56,18 +56,8 @@ def activations(trained: Trained, ops: ModuleType, squares: Sequence[np.ndarray]
 
     The plain layers are computed one by one, not fused, so that everything between them can be seen.
     """
-    crop = trained.config.input.crop
-    first = (trained.config.preprocess.size - crop) // 2
-    crops = np.stack([square[first : first + crop, first : first + crop] for square in squares])
-    count = len(crops)
-    inputs = {
-        "images": np.ascontiguousarray(crops),
-        "corner": np.full((count, 2), first, np.int32),
-        "flip": np.zeros(count, np.uint8),
-        "shift": np.zeros((count, 3), np.float32),
-    }
-    parameters = {name: ops.asarray(value) for name, value in trained.parameters.items()}
-    x = prepare(ops, trained.preparation(ops), ops.upload(inputs))
+    parameters = trained.on_device(ops)
+    x = prepare(ops, trained.preparation(ops), ops.upload(trained.inputs(squares, views=1)))
     shown: list[list[Maps]] = [[] for _ in squares]
     name, done = "", []
     for layer in trained.layers:

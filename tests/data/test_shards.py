@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from data.color import ColorSum
+from data.manifest import read_manifest
 from data.shards import (
     LABEL_ORDER,
     RULE,
@@ -23,7 +24,6 @@ from data.shards import (
     index_hash,
     open_split,
     read_layout,
-    read_manifest,
     read_shard,
     shard_name,
     write_shard,
@@ -151,7 +151,8 @@ import resource
 from pathlib import Path
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
-from data.shards import open_split, read_manifest
+from data.manifest import read_manifest
+from data.shards import open_split
 from pipeline.run_dir import RunDir
 run = RunDir(Path({str(tmp_path / "run")!r}))
 print(len(open_split(run.preprocess, read_manifest(run), "train")))

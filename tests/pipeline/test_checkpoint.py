@@ -18,7 +18,7 @@ from safetensors.numpy import save, save_file
 
 from pipeline import checkpoint as k
 from pipeline.errors import PipelineError
-from pipeline.run_dir import read_json, write_sealed
+from pipeline.run_dir import move_aside, read_json, write_sealed
 
 
 def arrays(seed: int = 0) -> k.Arrays:
@@ -348,7 +348,7 @@ def test_every_flipped_bit_of_an_index_is_refused_or_harmless(folder: Path) -> N
 def test_move_aside_takes_the_first_free_name(folder: Path) -> None:
     for number in (1, 2):
         k.save_checkpoint(folder, number, {}, arrays())
-        assert k.move_aside(folder) == folder.with_name(f"train.old-{number}")
+        assert move_aside(folder) == folder.with_name(f"train.old-{number}")
         assert not folder.exists()
     assert [k.step_of(k.checkpoints(folder.with_name(f"train.old-{n}"))[0]) for n in (1, 2)] == [1, 2]
 

@@ -123,11 +123,11 @@ def test_onnx_is_compared_with_this_network(
     path = trained_run / "export" / "alexnet.onnx"
     session = onnxruntime.InferenceSession(path)
     trained = load_trained(RunDir(trained_run), "latest")
-    crops = np.random.default_rng(1).integers(0, 256, (3, 67, 67, 3), dtype=np.uint8)
+    inputs = trained.inputs(np.random.default_rng(1).integers(0, 256, (3, 72, 72, 3), dtype=np.uint8), views=1)
     from net import reference
 
-    scores, probabilities = session.run(None, {"crops": crops})
-    wanted = export._scores(trained, reference, crops)
+    scores, probabilities = session.run(None, {"crops": inputs["images"]})
+    wanted = export._scores(trained, reference, inputs)
     np.testing.assert_allclose(scores, wanted, atol=1e-5 * max(1, np.abs(wanted).max()))
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     path.unlink()

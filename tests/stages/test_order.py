@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from data import loader
-from data.shards import Split, open_split, read_manifest
+from data.manifest import read_manifest
+from data.shards import Split, open_split
 from pipeline.checkpoint import checkpoints
 from pipeline.config import DEMO, Config
 from pipeline.run_dir import RunDir, read_sealed
+from stages import batches as batches_of
 from stages import setup
 from tests.command_line import pipeline
 
@@ -37,12 +39,12 @@ def dataset(prepared: Path) -> setup.Dataset:
 @pytest.fixture
 def small_blocks(monkeypatch) -> None:
     """Blocks of three pictures, two open at a time: the 22 pictures in three shards make four groups."""
-    monkeypatch.setattr(setup, "BLOCK", 3)
-    monkeypatch.setattr(setup, "OPEN_BLOCKS", 2)
+    monkeypatch.setattr(batches_of, "BLOCK", 3)
+    monkeypatch.setattr(batches_of, "OPEN_BLOCKS", 2)
 
 
 def batches(dataset: setup.Dataset, first: int, last: int) -> list[dict[str, bytes]]:
-    plan = setup.TrainingPlan(settings(DEMO, order="blocks"), dataset)
+    plan = batches_of.TrainingPlan(settings(DEMO, order="blocks"), dataset)
     with plan.read_ahead(first, last) as ready:
         loaded = loader.load(dataset.train, ready, range(first, last), crop=67, largest=4, slots=3, threads=2)
         return [{name: array.tobytes() for name, array in batch.arrays.items()} for batch in loaded]
@@ -55,7 +57,7 @@ def test_a_resumed_run_in_block_order_gets_the_batches_of_the_undisturbed_one(da
 
 
 def test_each_epoch_reads_and_uses_every_picture_once(dataset, small_blocks, monkeypatch):
-    plan = setup.TrainingPlan(settings(DEMO, order="blocks"), dataset)
+    plan = batches_of.TrainingPlan(settings(DEMO, order="blocks"), dataset)
     for epoch in range(3):
         steps = range(6 * epoch, 6 * epoch + 6)
         assert sorted(np.concatenate([plan(step).index for step in steps]).tolist()) == list(range(22))
@@ -70,7 +72,7 @@ def test_each_epoch_reads_and_uses_every_picture_once(dataset, small_blocks, mon
 
 
 def test_a_step_waits_for_the_groups_its_pictures_lie_in(dataset, small_blocks):
-    plan = setup.TrainingPlan(settings(DEMO, order="blocks"), dataset)
+    plan = batches_of.TrainingPlan(settings(DEMO, order="blocks"), dataset)
     for step in range(12):
         places = {
             (path.name, byte)
@@ -91,13 +93,13 @@ def test_pieces_are_the_bytes_of_the_pictures(prepared: Path):
 
 
 def test_the_order_follows_from_size_and_memory_and_can_be_overridden(dataset, monkeypatch, capsys):
-    assert setup.with_order(settings(DEMO), dataset).train.order == "uniform"
+    assert batches_of.with_order(settings(DEMO), dataset).train.order == "uniform"
     assert capsys.readouterr().out == ""
     size = sum(images.nbytes for images in dataset.train.images)
-    monkeypatch.setattr(setup, "total_memory", lambda: size)
-    assert setup.with_order(settings(DEMO), dataset).train.order == "blocks"
+    monkeypatch.setattr(batches_of, "total_memory", lambda: size)
+    assert batches_of.with_order(settings(DEMO), dataset).train.order == "blocks"
     assert "do not fit into" in capsys.readouterr().out
-    assert setup.with_order(settings(DEMO, order="uniform"), dataset).train.order == "uniform"
+    assert batches_of.with_order(settings(DEMO, order="uniform"), dataset).train.order == "uniform"
 
 
 def test_training_in_block_order_resumes_to_the_same_bytes(run: Path, tmp_path: Path):

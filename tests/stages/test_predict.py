@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 import run_pipeline
-from data.shards import open_split, read_manifest
+from data.manifest import read_manifest
+from data.shards import open_split
 from pipeline.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.run_dir import RunDir
 from stages.predict import bar

@@ -19,7 +19,8 @@ from joblib.externals.loky import get_reusable_executor
 from data import demo, ilsvrc
 from data.images import read_square
 from data.listing import shuffled
-from data.shards import Split, open_split, read_manifest
+from data.manifest import read_manifest
+from data.shards import Split, open_split
 from data.sources import read_source
 from pipeline.config import DEMO, Config, Preprocess
 from pipeline.errors import PipelineError, StoppedError
