@@ -18,7 +18,7 @@ from safetensors.numpy import save, save_file
 
 from pipeline import checkpoint as k
 from pipeline.errors import PipelineError
-from pipeline.run_dir import read_json, write_sealed
+from pipeline.run_dir import RunDir, read_json, write_sealed
 
 
 def arrays(seed: int = 0) -> k.Arrays:
@@ -355,6 +355,23 @@ def test_move_aside_takes_the_first_free_name(folder: Path) -> None:
         assert k.move_aside(folder) == folder.with_name(f"train.old-{number}")
         assert not folder.exists()
     assert [k.step_of(k.checkpoints(folder.with_name(f"train.old-{n}"))[0]) for n in (1, 2)] == [1, 2]
+
+
+def test_arrays_of_another_shape_are_refused(folder: Path) -> None:
+    """The same bytes read in another way are other weights."""
+    path = k.save_checkpoint(folder, 1, {}, arrays())
+    data = path.read_bytes()
+    assert data.count(b"[3,3,2,5]") == 2
+    path.write_bytes(data.replace(b"[3,3,2,5]", b"[3,3,5,2]"))
+    with pytest.raises(PipelineError, match="do not match its checksum"):
+        k.load_checkpoint(path)
+
+
+def test_a_lost_configuration_is_that_of_a_checkpoint_where_there_is_one(folder: Path) -> None:
+    run = RunDir(folder.parent)
+    assert "name the recipe with --recipe" in k.remedy_of_config(run)
+    k.save_checkpoint(folder, 1, {}, arrays())
+    assert "newest checkpoint" in k.remedy_of_config(run)
 
 
 def test_the_step_is_the_files_own(folder: Path) -> None:
