@@ -126,6 +126,8 @@ def test_the_bytes_depend_on_the_content_alone(tmp_path: Path):
     write_shard(tmp_path / "c.h5", layout(), 0, content(5, seed=1))
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
     assert (tmp_path / "a.h5").read_bytes() != (tmp_path / "c.h5").read_bytes()
+    with h5py.File(tmp_path / "a.h5") as file:  # two files of one second have the same times
+        assert {h5py.h5g.get_objinfo(file.id, name.encode()).mtime for name in file} == {0}
 
 
 def test_a_split_serves_all_shards_as_one(run: RunDir):
@@ -303,7 +305,18 @@ def test_a_link_in_place_of_the_small_arrays_is_refused(run: RunDir, tmp_path: P
         read_shard(path)
 
 
-@pytest.mark.parametrize(("name", "value"), [("size", 16), ("plan", "x"), ("split", "val"), ("filter", "box")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("schema", 2),
+        ("size", 16),
+        ("plan", "x"),
+        ("split", "val"),
+        ("filter", "box"),
+        ("resize", "other"),
+        ("label_order", "other"),
+    ],
+)
 def test_a_shard_of_another_kind_is_refused(run: RunDir, name, value):
     manifest = read_manifest(run)
     with h5py.File(run.preprocess / "train-00000.h5", "r+") as file:
@@ -335,6 +348,8 @@ def test_a_picture_that_the_disk_cannot_read_is_told(run: RunDir, monkeypatch: p
         split.row(4)
     monkeypatch.undo()
     assert split.row(4).shape == (SIZE, SIZE, 3)
+    monkeypatch.setattr(os, "pread", fail)
+    assert split.row(4).shape == (SIZE, SIZE, 3), "it is read once"
 
 
 def test_a_changed_pixel_is_told_when_the_picture_is_first_used(run: RunDir):

@@ -145,13 +145,25 @@ def test_a_damaged_pax_record_is_refused(record):
 def test_a_pax_size_replaces_the_headers():
     record = b"10 size=3\n"
     data = with_size(b"%011o\0" % len(record), b"x")[:512] + record.ljust(512, b"\0")
-    data += with_size(b"00000000777\0")[:512] + b"abc".ljust(512, b"\0") + bytes(1024)
-    assert [(m.size, data[m.offset : m.offset + m.size]) for m in listed(data)] == [(3, b"abc")]
+    data += with_size(b"00000000777\0")[:512] + b"abc".ljust(512, b"\0")
+    data += with_size(b"00000000001\0")[:512] + b"z".ljust(512, b"\0") + bytes(1024)
+    found = [(m.size, data[m.offset : m.offset + m.size]) for m in listed(data)]
+    assert found == [(3, b"abc"), (1, b"z")], "it holds for one member"
 
 
 def test_sparse_members_are_refused():
-    with pytest.raises(PipelineError, match="sparse"):
-        listed(with_size(b"00000000000\0", b"S"))
+    for kind in (b"S", b"M"):
+        with pytest.raises(PipelineError, match="sparse"):
+            listed(with_size(b"00000000000\0", kind))
+    record = b"22 GNU.sparse.major=1\n"
+    with pytest.raises(PipelineError, match="a pax record that is none"):
+        listed(with_size(b"%011o\0" % len(record), b"x")[:512] + record.ljust(512, b"\0") + bytes(1024))
+
+
+def test_an_archive_that_shrinks_while_it_is_read_is_refused():
+    data = packed({"a": b"1"})
+    with pytest.raises(PipelineError, match="is damaged near byte"):
+        listed(data, stop=len(data) + 512)
 
 
 def harmless(data: bytes) -> Iterator[Member]:

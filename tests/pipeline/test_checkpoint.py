@@ -17,8 +17,10 @@ from safetensors import safe_open
 from safetensors.numpy import save, save_file
 
 from pipeline import checkpoint as k
+from pipeline import run_dir
 from pipeline.errors import PipelineError
-from pipeline.run_dir import move_aside, read_json, write_sealed
+from pipeline.run_dir import RunDir, move_aside, read_json, write_sealed
+from pipeline.settings import remedy_of_config
 
 
 def arrays(seed: int = 0) -> k.Arrays:
@@ -273,6 +275,10 @@ def test_best_is_kept_ties_go_to_the_earlier_and_later_steps_are_void(folder: Pa
     # Taken up again from step 1: what was best at step 3 has not happened yet.
     assert note(2, 0.6) == 2
     assert k.find_checkpoint(folder, "best") == folder / "step-00000002.ckpt"
+    # And from there once more, on a device that rounds differently.
+    assert note(1, 0.4) == 1
+    assert note(1, 0.3) == 1
+    assert note(2, 0.35) == 2
 
 
 def test_prune_keeps_the_newest_and_the_best_and_clears_temporaries(folder: Path) -> None:
@@ -351,6 +357,36 @@ def test_move_aside_takes_the_first_free_name(folder: Path) -> None:
         assert move_aside(folder) == folder.with_name(f"train.old-{number}")
         assert not folder.exists()
     assert [k.step_of(k.checkpoints(folder.with_name(f"train.old-{n}"))[0]) for n in (1, 2)] == [1, 2]
+
+
+def test_arrays_of_another_shape_are_refused(folder: Path) -> None:
+    """The same bytes read in another way are other weights."""
+    path = k.save_checkpoint(folder, 1, {}, arrays())
+    data = path.read_bytes()
+    assert data.count(b"[3,3,2,5]") == 2
+    path.write_bytes(data.replace(b"[3,3,2,5]", b"[3,3,5,2]"))
+    with pytest.raises(PipelineError, match="do not match its checksum"):
+        k.load_checkpoint(path)
+
+
+def test_a_lost_configuration_is_that_of_a_checkpoint_where_there_is_one(folder: Path) -> None:
+    run = RunDir(folder.parent)
+    assert "name the recipe with --recipe" in remedy_of_config(run)
+    k.save_checkpoint(folder, 1, {}, arrays())
+    assert "newest checkpoint" in remedy_of_config(run)
+
+
+def test_the_step_is_the_files_own(folder: Path) -> None:
+    """Whatever step the header given has, as one read from an older checkpoint."""
+    assert k.load_checkpoint(k.save_checkpoint(folder, 7, {"step": 3}, arrays())).header["step"] == 7
+
+
+def test_what_was_moved_aside_stays_there_without_power(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    k.save_checkpoint(folder, 1, {}, arrays())
+    flushed = []
+    monkeypatch.setattr(run_dir, "sync_folder", flushed.append)
+    move_aside(folder)
+    assert flushed == [folder.parent]
 
 
 def test_latest_follows_the_newest_saved(folder: Path) -> None:

@@ -30,7 +30,7 @@ def test_recipes_hold_the_published_numbers() -> None:
     assert not original.train.bias_decay
     assert original.network.weight_std[2:5] == (0.03,) * 3
     assert original.input.jitter_epochs == 67
-    assert (original.train.epochs, original.train.lr[-1]) == (91, (79, 0.00001))
+    assert (original.train.epochs, original.train.lr) == (91, ((0, 0.01), (25, 0.001), (51, 0.0001), (79, 0.00001)))
     assert paper.network.bias == (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)
     assert set(paper.network.weight_std) == {0.01}
     assert seed.network.lrn_size == 4
@@ -40,6 +40,8 @@ def test_recipes_hold_the_published_numbers() -> None:
     assert caffe.network.lrn_k == 1.0
     assert caffe.input.bgr
     assert caffe.train.bias_lr_factor == 2.0
+    assert caffe.network.bias == (0.0, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0)
+    assert {(recipe.train.momentum, recipe.train.weight_decay) for recipe in c.RECIPES.values()} == {(0.9, 5e-4)}
     assert (paper.input.crop, paper.input.border, caffe.input.crop, caffe.input.border) == (224, (2, 1), 227, (0, 0))
 
 
@@ -209,6 +211,7 @@ def test_toml_file_then_settings_then_seed(tmp_path: Path) -> None:
     changed = c.override(c.SEED, file, ["train.batch_size=8"], seed=6)
     assert (changed.seed, changed.train.batch_size, changed.train.lr) == (6, 8, ((0, 0.5),))
     assert changed.input.mean == "center"
+    assert c.override(c.SEED, file, seed=0).seed == 0
 
 
 @pytest.mark.parametrize(
@@ -289,9 +292,16 @@ def test_a_recipe_is_not_a_setting(tmp_path: Path) -> None:
     """It would change the label and none of the numbers."""
     toml = tmp_path / "mine.toml"
     toml.write_text('recipe = "original"\n')
-    for how in ({"settings": ["recipe=original"]}, {"toml": toml}):
+    for how in ({"settings": ["recipe=original"]}, {"settings": [" recipe = original"]}, {"toml": toml}):
         with pytest.raises(PipelineError, match="name it with --recipe"):
             c.override(c.SEED, **how)
+
+
+def test_a_saved_configuration_that_cannot_work_is_refused_by_its_files_name() -> None:
+    saved = c.to_dict(c.SEED)
+    saved["eval"]["views"] = 3
+    with pytest.raises(PipelineError, match=r"^config\.json: eval\.views must be 1 or 10"):
+        c.from_dict(saved, "config.json")
 
 
 def test_a_file_of_changes_is_read_once(tmp_path: Path) -> None:

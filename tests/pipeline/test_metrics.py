@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +25,24 @@ def test_lines_are_readable_while_the_log_is_open_and_appended_later(tmp_path: P
         log.write({"step": 3})
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3]
     assert path.read_text() == '{"step": 1, "loss": 0.1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_a_line_that_the_system_takes_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MetricsLog(tmp_path / "m.jsonl") as log:
+        write = log._file.write
+        monkeypatch.setattr(log, "_file", SimpleNamespace(write=lambda data: write(data[:5]), close=log._file.close))
+        log.write({"step": 1, "loss": 0.1})
+    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1, "loss": 0.1}]
+
+
+def test_lines_are_durable_when_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.readlink(f"/proc/self/fd/{handle}")))
+    with MetricsLog(tmp_path / "m.jsonl") as log:
+        log.write({"step": 1})
+        assert flushed == []
+        log.sync()
+    assert flushed == [str(tmp_path / "m.jsonl")]
 
 
 def test_nan_is_not_written(tmp_path: Path) -> None:

@@ -41,6 +41,14 @@ def test_nothing_done_prints_nothing(clock: list[float], capsys: pytest.CaptureF
     assert capsys.readouterr().err == ""
 
 
+def test_what_was_told_last_stays_shown(clock: list[float], capsys: pytest.CaptureFixture) -> None:
+    with p.Progress("train", 10, "steps") as progress:
+        clock[0] += 1
+        progress.advance(1, "loss 2.5")
+        progress.advance(1)
+    assert capsys.readouterr().err == "train: 2/10 steps, 2/s, 0:00:04 left, loss 2.5\n"
+
+
 def test_messages_stand_on_lines_of_their_own(clock: list[float], capsys: pytest.CaptureFixture) -> None:
     with p.Progress("train", 10, "steps") as progress:
         progress.advance(1)
@@ -66,3 +74,7 @@ def test_on_a_terminal_a_bar_with_rate_and_rest(monkeypatch: pytest.MonkeyPatch,
 )
 def test_duration(seconds: float, text: str) -> None:
     assert p.duration(seconds) == text
+
+
+def test_volume() -> None:
+    assert [p.volume(n) for n in (0, 1_500_000, 999_000_000, 1_000_000_000)] == ["0 MB", "2 MB", "999 MB", "1.0 GB"]

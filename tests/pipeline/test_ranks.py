@@ -58,6 +58,8 @@ def test_what_launchers_say() -> None:
     assert ranks.launched({"OMPI_COMM_WORLD_SIZE": "2"}) == 2
     assert ranks.launched({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "8"}) == 8
     assert ranks.launched({"SLURM_NTASKS": "8"}) == 1, "inside sbatch, but not started by srun"
+    assert ranks.launched({"SLURM_STEP_NUM_TASKS": "8"}) == 1, "started by srun, but without MPI"
+    assert ranks.launched({"PMI_SIZE": "many"}) == 1
 
 
 def test_how_long_a_rank_waits_for_the_others() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -59,8 +60,9 @@ def test_a_file_system_without_locks_is_told_plainly(tmp_path: Path, monkeypatch
 def test_lock_of_a_killed_process_is_free(tmp_path: Path, holder: subprocess.Popen) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
+    (tmp_path / "lock").write_text("process 4194304 on a machine with a very long name\n")
     with r.locked(r.RunDir(tmp_path)):
-        assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
+        assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
 def test_lock_is_released_after_an_error(tmp_path: Path) -> None:
@@ -119,7 +121,9 @@ def test_file_is_flushed_before_it_is_renamed_and_its_folder_after(
     fsync, replace = os.fsync, os.replace
 
     def note_fsync(handle: int) -> None:
-        done.append(("fsync", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        assert path.is_dir() or path.stat().st_size, "what Python still holds back is not flushed"
+        done.append(("fsync", path.name))
         fsync(handle)
 
     def note_replace(old: Path, new: Path) -> None:
@@ -134,6 +138,26 @@ def test_file_is_flushed_before_it_is_renamed_and_its_folder_after(
     (tmp_path / "b.tmp").write_bytes(b"shard")
     r.put_in_place(tmp_path / "b.tmp", tmp_path / "b.h5")
     assert done == [("fsync", "b.tmp"), ("replace", "b.h5"), ("fsync", tmp_path.name)]
+
+
+def test_no_file_and_no_folder_stays_open(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    r.write_json(tmp_path / "a.json", {})
+    (tmp_path / "b.tmp").write_bytes(b"shard")
+    r.put_in_place(tmp_path / "b.tmp", tmp_path / "b.h5")
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
+        (OSError(errno.EPERM, "Operation not permitted"), "no permission to write"),
+        (OSError("unsaid by the system"), "cannot write a: unsaid by the system"),
+    ],
+)
+def test_what_the_disk_refuses_is_told_by_its_kind(error: OSError, told: str) -> None:
+    assert str(r.write_error(Path("a"), error)).startswith(told)
 
 
 def test_disk_full_is_told_plainly(small_disk: Path) -> None:

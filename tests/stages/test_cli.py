@@ -53,6 +53,10 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> It
         (["--stage", "eval", "--views", "5"], "argument --views: invalid choice: 5"),
         (["--stage", "train", "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--stage", "train", "--seed", "x"], "argument --seed: invalid int value"),
+        (["--stage", "preprocess", "--jobs", "2", "--scheduler", "tcp://a:1"], "not allowed with argument --jobs"),
+        (["--stage", "train", "cat.jpg"], "unrecognized arguments: cat.jpg"),
+        (["--stage", "predict"], "--stage predict needs IMAGE..."),
+        (["--stage", "import", "a", "b"], "--stage import takes one file, not 2"),
     ],
 )
 def test_wrong_usage_is_status_2(
@@ -64,6 +68,14 @@ def test_wrong_usage_is_status_2(
     assert caught.value.code == 2
     assert told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_of_a_stage_has_its_own_flags_only(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run_pipeline.main(["--stage", "eval", "--help"])
+    shown = capsys.readouterr().out
+    assert "--views" in shown
+    assert "--resume" not in shown
 
 
 def test_wrong_usage_of_the_real_process() -> None:
