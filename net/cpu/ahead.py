@@ -65,7 +65,10 @@ def _compile_parts() -> bool:
 def _helper(parts: range) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
     """A process that compiles these parts and ends with the with-block at the latest, and what it says."""
     command = [sys.executable, "-c", f"from net.cpu import ahead; ahead.help_out({list(parts)})"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    root = str(Path(__file__).resolve().parents[2])
+    # Packages may come from there, as on clusters; an empty entry would be the current folder.
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         try:

@@ -86,3 +86,11 @@ def test_compiling_ahead_is_no_update() -> None:
     for part in ahead.PARTS:
         part()
     assert update.count() == before, "what was derived from fixed weights would be computed again"
+
+
+def test_a_helper_finds_packages_where_its_parent_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import pathlib; pathlib.Path(__file__).with_name('seen').touch()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with ahead._helper(range(0)) as helper:
+        assert ahead._ended_well(*helper)
+    assert (tmp_path / "seen").exists()
