@@ -130,7 +130,7 @@ def test_the_head_of_each_file_is_enough(name):
 def test_the_walk_with_the_debugger(run: Path):
     """The lines of the page, typed into the page's command, on small pictures."""
     (lines,) = re.findall(r"<!-- debugger -->\n```\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
-    (command,) = re.findall(r"^python (-m pdb run_pipeline\.py .*)$", TEXT, flags=re.MULTILINE)
+    (command,) = re.findall(r"^python (-m pdb -- run_pipeline\.py .*)$", TEXT, flags=re.MULTILINE)
     typed = "".join(line.partition("#")[0].strip() + "\n" for line in lines.splitlines())
     arguments = shlex.split(command.replace("runs/debug", shlex.quote(str(run))))
     result = subprocess.run(
