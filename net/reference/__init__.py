@@ -1,4 +1,4 @@
-"""The textbook backend: every operation of AlexNet in plain NumPy, one a file, and the oracle of every test.
+"""The textbook backend: every operation of AlexNet in plain NumPy, one per file. Every test compares with it.
 
 Each file opens with the formula, the shapes and the section of the paper (A. Krizhevsky, I. Sutskever, G. Hinton,
 "ImageNet Classification with Deep Convolutional Neural Networks", NIPS 2012), derives the backward pass, gives an

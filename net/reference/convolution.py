@@ -12,7 +12,7 @@ Forward
         y[n, r, c, o] = b[o] + sum_{i < KH} sum_{j < KW} sum_a p[n, r stride + i, c stride + j, a] w[i, j, a, o]
 
     (strictly a cross-correlation: the kernel is not flipped). For one kernel offset (i, j) the sum over a is a
-    matrix product: the pixels (r stride + i, c stride + j) of all images and all (r, c), one a row, so an
+    matrix product: the pixels (r stride + i, c stride + j) of all images and all (r, c), one per row, an
     N OH OW x Cin matrix, times the Cin x Cout matrix w[i, j]. So a convolution is KH KW matrix products, added up.
 
 Groups
