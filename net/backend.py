@@ -1,7 +1,7 @@
 """The operations a backend must offer, and how one is chosen.
 
-A backend is a module of plain functions over its own arrays: ``net.reference`` (NumPy, the textbook, which every test
-compares with), ``net.cpu`` (Numba and BLAS), ``net.gpu`` (CuPy, CUDA and cuBLAS). All three have the same functions
+A backend is a module of plain functions over its own arrays: ``net.reference`` (NumPy, the textbook that the others are
+tested against), ``net.cpu`` (Numba and BLAS), ``net.gpu`` (CuPy, CUDA and cuBLAS). All three have the same functions
 with the same parameters; :func:`load` refuses a module that lacks one. No backend is silently replaced by another.
 
 Arrays are float32 in NHWC order (image, row, column, channel); convolution weights are (KH, KW, Cin/groups, Cout),

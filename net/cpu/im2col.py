@@ -11,8 +11,8 @@ output as matrices: X is N OH OW x KH KW Cin, W is KH KW Cin x Cout, Y is N OH O
 Then Y = X W, dW = Xᵀ dY, and dX = dY Wᵀ, whose entries are added to the pixels they were copied from ("col2im"). conv1,
 for one image: 3,025 x 363 times 363 x 96.
 
-X repeats each pixel up to KH KW times, so it is made for a few images at a time (``_SLAB``). Correct for every shape,
-stride, padding and number of groups: what ``net/cpu/plan.py`` falls back on.
+With a stride of 1, X repeats each pixel up to KH KW times, so it is made for a few images at a time (``_SLAB``).
+Correct for every shape, stride, padding and number of groups: what ``net/cpu/plan.py`` falls back on.
 """
 
 from __future__ import annotations

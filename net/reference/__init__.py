@@ -1,4 +1,4 @@
-"""The textbook backend: every operation of AlexNet in plain NumPy, one per file. Every test compares with it.
+"""The textbook backend: every operation of AlexNet in plain NumPy, one per file; the others are tested against it.
 
 Each file opens with the formula, the shapes and the section of the paper (A. Krizhevsky, I. Sutskever, G. Hinton,
 "ImageNet Classification with Deep Convolutional Neural Networks", NIPS 2012), derives the backward pass, gives an
