@@ -24,13 +24,11 @@ from PIL import Image
 
 from data.images import UnreadableError, read_square
 from data.listing import LARGEST_FILE
-from net.layers import fuse
-from net.network import prediction
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
-from stages.eval import Predict, most_probable
-from stages.trained import Trained, load_trained
+from stages.eval import most_probable
+from stages.trained import Predict, Trained, load_trained
 
 STDIN: Final = "-"
 _CROPS: Final = 40  # computed at a time
@@ -85,7 +83,7 @@ def run(
 
 def predict(trained: Trained, ops: ModuleType, names: Iterator[str], views: int) -> Iterator[Answer]:
     """The answers for pictures, in their order; some at a time go through the network."""
-    network = prediction(ops, fuse(trained.layers, ops), trained.on_device(ops), trained.preparation(ops), views)
+    network = trained.predictor(ops, views)
     while chunk := list(islice(names, max(1, _CROPS // views))):
         squares, errors = _read_all(chunk, trained.config)
         rows = iter(_probabilities(network, ops, trained.inputs(squares, views)) if squares else ())

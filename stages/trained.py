@@ -6,7 +6,7 @@ removed, can still predict and be exported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,22 +16,26 @@ import numpy as np
 
 from data.manifest import require_sound_description
 from data.sampling import view_crops
-from net.layers import Layer, Parameters
-from net.network import Preparation
-from pipeline.checkpoint import Arrays, find_checkpoint, load_checkpoint
+from net.layers import Array, Layer, Parameters, fuse
+from net.network import Preparation, prediction
+from pipeline.checkpoint import Arrays, Checkpoint, find_checkpoint, load_checkpoint
 from pipeline.config import Config, from_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
 from stages.setup import (
     MEAN,
     MOMENTUM,
+    Dataset,
     network_layers,
     parameter_names,
     preparation,
     read_classes,
     read_mean,
+    require_size,
     shapes,
 )
+
+Predict = Callable[[dict[str, Array]], Array]  # see net.network.prediction
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,10 @@ class Trained:
         """The parameters as arrays of the backend."""
         return {name: ops.asarray(value) for name, value in self.parameters.items()}
 
+    def predictor(self, ops: ModuleType, views: int) -> Predict:
+        """The network as a function from crops to class probabilities."""
+        return prediction(ops, fuse(self.layers, ops), self.on_device(ops), self.preparation(ops), views)
+
     def inputs(self, squares: Sequence[np.ndarray], views: int) -> dict[str, np.ndarray]:
         """The views of stored squares, uint8 (size, size, 3), as host arrays for ``net.network.prepare``."""
         crop = self.config.input.crop
@@ -83,19 +91,25 @@ def label(entry: dict[str, Any], number: int) -> str:
     return words or str(entry.get("wnid") or f"class {number}")
 
 
-def load_trained(run_dir: RunDir, checkpoint: str) -> Trained:
+def load_trained(run_dir: RunDir, checkpoint: str, dataset: Dataset | None = None) -> Trained:
     """Read the checkpoint that ``latest``, ``best`` or a path stands for.
+
+    ``dataset`` are the run's pictures where the network is to be used on them.
 
     Raises
     ------
     PipelineError
-        It is missing or damaged, does not fit its own configuration, or belongs to other classes than the run's.
+        It is missing or damaged, does not fit its own configuration, or belongs to other classes or to pictures of
+        another size than the run's.
     """
     saved = load_checkpoint(find_checkpoint(run_dir.train, checkpoint))
     values, count = saved.header.get("config"), saved.header.get("classes")
     if not isinstance(values, dict) or not isinstance(count, int):
         raise PipelineError(f"{saved.path} holds no configuration; choose a checkpoint written by --stage train")
     config = from_dict(values, str(saved.path))
+    classes = _classes(run_dir, saved, count)
+    if dataset is not None:
+        require_size(config, dataset, run_dir)
     layers = network_layers(config, count)
     parameters = {name: saved.arrays[name] for name in parameter_names(saved.arrays)}
     if {name: array.shape for name, array in parameters.items()} != shapes(layers, config):
@@ -107,7 +121,7 @@ def load_trained(run_dir: RunDir, checkpoint: str) -> Trained:
         seal=saved.seal,
         header=saved.header,
         config=config,
-        classes=_classes(run_dir, saved.path, saved.header, count),
+        classes=classes,
         layers=layers,
         parameters=parameters,
         momenta=momenta,
@@ -115,20 +129,22 @@ def load_trained(run_dir: RunDir, checkpoint: str) -> Trained:
     )
 
 
-def _classes(run_dir: RunDir, path: Path, header: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The run's class names, where they are those of the checkpoint; else what the checkpoint itself knows."""
-    wnids = header.get("wnids")
+def _classes(run_dir: RunDir, saved: Checkpoint, count: int) -> list[dict[str, Any]]:
+    """The run's classes, which must be those of the checkpoint; without any what the checkpoint itself knows."""
+    wnids = saved.header.get("wnids")
     listed = run_dir.preprocess / "classes.json"
     if listed.exists():
         require_sound_description(run_dir, listed.name)
         classes = read_classes(listed, None, f"make it again: {_again(run_dir)}")
-        if len(classes) == count and wnids in (None, [entry["wnid"] for entry in classes]):
-            return classes
-        raise PipelineError(
-            f"{path} was trained on other classes than {listed} names; "
-            "choose the run directory it belongs to with --run"
-        )
-    words = header.get("words") or [""] * count
+        elsewhere = f"({listed}); choose the run directory it belongs to with --run"
+        if len(classes) != count:
+            raise PipelineError(
+                f"{saved.path} was trained on {count} classes, but the data have {len(classes)} {elsewhere}"
+            )
+        if wnids not in (None, [entry["wnid"] for entry in classes]):
+            raise PipelineError(f"{saved.path} was trained on other classes than the data have {elsewhere}")
+        return classes
+    words = saved.header.get("words") or [""] * count
     return [{"wnid": wnid, "words": text} for wnid, text in zip(wnids or [""] * count, words, strict=True)]
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from data.shards import Split
 from net.backend import DEVICES
 from pipeline.run_dir import RunDir, make_folder, write_bytes
-from stages.eval import evaluate, predictor
+from stages.eval import evaluate
 from stages.report import charts, facts, pictures
 from stages.report.facts import Facts
 from stages.setup import Dataset, open_dataset
@@ -40,8 +40,8 @@ def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str) -> Path:
     PipelineError
         There is no usable checkpoint or no shards, or files of the run do not fit together.
     """
-    trained = load_trained(run_dir, checkpoint)
     dataset = open_dataset(run_dir)
+    trained = load_trained(run_dir, checkpoint, dataset)
     known = facts.read_facts(run_dir, trained)
     folder = make_folder(run_dir.report)
     sample = _sample(trained, dataset, ops)
@@ -215,11 +215,8 @@ def _sample(trained: Trained, dataset: Dataset, ops: ModuleType) -> dict[str, An
     """How the checkpoint does on pictures it was trained on, evenly spread over the shards; centre view."""
     count = min(SAMPLE, len(dataset.train))
     rows = np.arange(count) * len(dataset.train) // count
-    config = trained.config
-    mean = dataset.mean if trained.mean is None else trained.mean
-    predict = predictor(config, len(trained.classes), mean, ops, trained.on_device(ops), views=1)
-    part = _Part(dataset.train, rows)
-    result = evaluate(ops, predict, part, config, min(config.eval.batch_size, 64), 1)
+    predict, config = trained.predictor(ops, views=1), trained.config
+    result = evaluate(ops, predict, _Part(dataset.train, rows), config, min(config.eval.batch_size, 64), 1)
     return {"images": count, "top1": result.top1, "loss": float(result.loss.mean())}
 
 
