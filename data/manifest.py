@@ -7,7 +7,6 @@ damaged since is noted beside it.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -48,18 +47,40 @@ def _sealed_manifest(run: RunDir) -> dict[str, Any]:
     return manifest
 
 
+def sound_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a ``preprocess`` folder, None where there is none that can be used."""
+    try:
+        manifest = read_sealed(folder / "manifest.json", "")
+    except PipelineError:
+        return None
+    return manifest if is_manifest(manifest) else None
+
+
 def made_with(run: RunDir) -> dict[str, Any]:
     """The settings that a run's shards were made with; empty where nothing says so, as in older manifests.
 
     The manifest says so; where it is lost or damaged, the last line of metrics.jsonl does.
     """
     said = [record.get("made_with") for record in read_metrics(run.preprocess / "metrics.jsonl")]
-    with contextlib.suppress(PipelineError):
-        manifest = read_sealed(run.preprocess / "manifest.json", "")
-        if is_manifest(manifest):
-            said.append(manifest.get("made_with", {}))
+    manifest = sound_manifest(run.preprocess)
+    if manifest is not None:
+        said.append(manifest.get("made_with", {}))
     made = next((entry for entry in reversed(said) if isinstance(entry, dict)), {})
     return {key: made[key] for key in ("seed", "preprocess") if key in made}
+
+
+def made_from(run: RunDir) -> str | None:
+    """The folder of the pictures that a run's shards were last made from; None for the run's own demo set."""
+    said = [record.get("source") for record in read_metrics(run.preprocess / "metrics.jsonl")]
+    sources = [source for source in said if isinstance(source, str)]
+    if not sources or Path(sources[-1]).absolute() == demo_folder(run).absolute():
+        return None
+    return sources[-1]
+
+
+def demo_folder(run: RunDir) -> Path:
+    """Where a run keeps the built-in demo set, if it was made from that."""
+    return run.root / "demo"
 
 
 def data_fingerprint(manifest: dict[str, Any]) -> str:
@@ -120,7 +141,7 @@ def forget_damage(folder: Path) -> None:
 def is_manifest(manifest: dict[str, Any]) -> bool:
     """Whether all that later stages rely on is there, with the right types."""
     try:
-        sound = (
+        return (
             manifest["schema"] == SCHEMA
             and manifest["label_order"] == LABEL_ORDER
             and manifest["resize"] == RULE
@@ -130,15 +151,23 @@ def is_manifest(manifest: dict[str, Any]) -> bool:
             and type(manifest["size"]) is int
             and all(isinstance(digest, str) and "/" not in name for name, digest in manifest["files"].items())
             and sorted(manifest["splits"]) == sorted(SPLITS)
+            and all(_is_part(manifest["splits"][split], split) for split in SPLITS)
         )
-        for split in SPLITS:
-            part = manifest["splits"][split]
-            for entry in part["shards"]:
-                sound = sound and _SHARD_NAME.fullmatch(entry["file"]) is not None
-                sound = sound and entry["file"].startswith(split) and isinstance(entry["sha256"], str)
-                sound = sound and isinstance(entry["index"], str)
-                sound = sound and type(entry["images"]) is int and type(entry["bytes"]) is int
-            sound = sound and part["images"] == sum(entry["images"] for entry in part["shards"]) > 0
     except (KeyError, TypeError, AttributeError):
         return False
-    return bool(sound)
+
+
+def _is_part(part: dict[str, Any], split: str) -> bool:
+    """Whether this is a manifest's entry of a split."""
+    return (
+        all(
+            _SHARD_NAME.fullmatch(entry["file"]) is not None
+            and entry["file"].startswith(split)
+            and isinstance(entry["sha256"], str)
+            and isinstance(entry["index"], str)
+            and type(entry["images"]) is int
+            and type(entry["bytes"]) is int
+            for entry in part["shards"]
+        )
+        and part["images"] == sum(entry["images"] for entry in part["shards"]) > 0
+    )

@@ -26,7 +26,7 @@ from data import demo, published
 from data.cluster import on_cluster
 from data.convert import ShardResult, ShardTask, make_shard
 from data.listing import SPLITS
-from data.manifest import defects, forget_damage, is_damage_noted, is_manifest
+from data.manifest import defects, demo_folder, forget_damage, is_damage_noted, made_from, sound_manifest
 from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
 from data.shards import read_layout, shard_bytes, shard_name
 from data.sources import read_source, stamp
@@ -35,7 +35,7 @@ from pipeline.config import Config, difference, with_values
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, read_metrics
 from pipeline.progress import Megabytes, Progress, megabytes, volume
-from pipeline.run_dir import RunDir, make_folder, put_in_place, read_sealed
+from pipeline.run_dir import RunDir, make_folder, put_in_place
 from pipeline.signals import StopRequest
 
 _WORDS: Final = {"train": "training", "val": "validation"}
@@ -124,11 +124,8 @@ def _finished(config: Config, folder: Path, source: Path | None) -> bool:
     path = folder / "manifest.json"
     if not path.exists():
         return False
-    try:
-        manifest = read_sealed(path, "")
-    except PipelineError:
-        manifest = {}
-    if not is_manifest(manifest):
+    manifest = sound_manifest(folder)
+    if manifest is None:
         print(f"preprocess: {path} is damaged; making it again")
         return False
     if manifest["settings"] != settings_fingerprint(config):
@@ -158,11 +155,10 @@ def _rejected(folder: Path) -> list[str]:
 
 def _draw_demo(run: RunDir) -> Path:
     """The demo set's folder; refuses where it would take the place of pictures of the user's own."""
-    folder = run.root / "demo"
-    made_from = [record["source"] for record in read_metrics(run.preprocess / "metrics.jsonl") if "source" in record]
-    if made_from and Path(made_from[-1]).absolute() != folder.absolute():
+    folder, source = demo_folder(run), made_from(run)
+    if source is not None:
         raise PipelineError(
-            f"{run.preprocess} was made from {made_from[-1]}, but no pictures are named: add --source {made_from[-1]}, "
+            f"{run.preprocess} was made from {source}, but no pictures are named: add --source {source}, "
             "or start a new run with --run"
         )
     if not folder.exists():

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from data.manifest import read_manifest
+from data.manifest import made_from, read_manifest
 from data.sampling import steps_per_epoch
 from net.backend import DEVICES
 from pipeline.config import RECIPES, Config, flatten, to_dict, with_values
@@ -247,9 +247,8 @@ def commands(facts: Facts) -> list[str]:
     if prepared.seed:
         options = f" --seed {prepared.seed}{options}"
     reseeded = f" --seed {facts.config.seed}" if facts.config.seed != prepared.seed else ""
-    started = [r["source"] for r in read_metrics(facts.run.preprocess / "metrics.jsonl") if "source" in r]
-    own = not started or started[-1].startswith(str(facts.run.root))
-    source = "" if own else f" --source {shlex.quote(str(started[-1]))}"
+    pictures = made_from(facts.run)
+    source = "" if pictures is None else f" --source {shlex.quote(pictures)}"
     where = f" --run {shlex.quote(str(facts.run.root))}"
     computing = f" --device {facts.device}" if facts.device in DEVICES else ""
     if computing and facts.precision in ("tf32", "bf16"):

@@ -92,6 +92,18 @@ def test_commands_are_taken_by_the_command_line(known: Facts) -> None:
     assert "--precision" not in on_cpu
 
 
+@pytest.mark.parametrize("beside", ["run-pictures", "run/pictures"])
+def test_commands_name_pictures_that_lie_beside_or_in_the_run(known: Facts, tmp_path: Path, beside: str) -> None:
+    run = RunDir(tmp_path / "run")
+    run.preprocess.mkdir(parents=True)
+    lines = [{"source": str(tmp_path / beside)}, {"source": 3}]
+    (run.preprocess / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert f"--source {tmp_path / beside} " in facts.commands(replace(known, run=run))[0]
+    with open(run.preprocess / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"source": str(run.root / "demo")}) + "\n")
+    assert "--source" not in facts.commands(replace(known, run=run))[0]
+
+
 def test_an_order_settled_by_training_is_no_change_of_the_recipe(known: Facts) -> None:
     for recipe in RECIPES.values():
         for order in ("uniform", "blocks"):
