@@ -28,7 +28,8 @@ from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
 from pipeline.config import changes, to_dict
 from pipeline.errors import PipelineError, StoppedError
-from pipeline.ranks import Ranks, joined
+from pipeline.mpi import joined
+from pipeline.ranks import Ranks
 from pipeline.run_dir import RunDir, locked, write_sealed
 from pipeline.settings import Request, Settled, settle
 from pipeline.signals import Interruption

@@ -171,7 +171,7 @@ def loader_slots(config: Config, threads: int) -> int:
 def _cores() -> int:
     """Cores that this process, one of perhaps several ranks on a machine, may keep busy."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = os.environ.get("NUMBA_NUM_THREADS", "")  # pipeline.ranks shares the cores out by it
+    share = os.environ.get("NUMBA_NUM_THREADS", "")  # pipeline.mpi shares the cores out by it
     return min(cores, int(share)) if share.isdecimal() else cores
 
 
