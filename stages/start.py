@@ -65,6 +65,15 @@ class State:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """What training computes with and on: the backend, how gradients are summed over the ranks, and the state."""
+
+    ops: ModuleType
+    reduce: Reduce | None  # None for a process on its own
+    state: State
+
+
+@dataclass(frozen=True)
 class Training:
     """What is trained, on what and by whom: the same from the first step to the last."""
 
@@ -108,8 +117,8 @@ def open_training(config: Config, run_dir: RunDir, device: str, precision: str, 
 
 def begin(
     training: Training, load_backend: Callable[[], ModuleType], last_step: Callable[[int], int], *, resume: bool
-) -> tuple[ModuleType, Reduce | None, State]:
-    """The backend, how it sums gradients over the ranks, and the state to train on from, on its device.
+) -> Begun:
+    """Load the backend and put on its device the state to train on from.
 
     The state is the newest sound checkpoint's when resuming, a fresh one otherwise. ``last_step`` tells from the steps
     that are done to which one training will go.
@@ -140,7 +149,7 @@ def begin(
     ranks.wait()  # a rank that cannot begin does not come here
     if ranks.leads:
         _make_ready(training, saved)
-    return ops, reduce, state
+    return Begun(ops, reduce, state)
 
 
 def _reduction(ops: ModuleType, ranks: Ranks) -> Reduce | None:

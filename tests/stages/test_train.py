@@ -24,9 +24,10 @@ from pipeline.checkpoint import checkpoints, load_checkpoint
 from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
 from pipeline.ranks import ALONE, Ranks
+from stages import losses, trainer
 from stages import start as start_stage
 from stages import train as train_stage
-from stages.train import Plateau
+from stages.losses import Plateau
 from tests.command_line import finish, pipeline, settings, start, wait_until
 
 STEPS_AN_EPOCH = 6  # 22 pictures, batches of 4: the last has two
@@ -382,7 +383,8 @@ def test_writing_a_checkpoint_does_not_count_as_training(
     run = tmp_path / "run"
     shutil.copytree(prepared, run)
     now, save = [0.0], train_stage.save_checkpoint
-    monkeypatch.setattr(train_stage, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for module in (trainer, losses):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def slow(*given: Any) -> Path:
         now[0] += 1000
