@@ -24,7 +24,7 @@ ONLY_IN = {
     "cupy": "net/gpu/",
     "cupyx": "net/gpu/",
     "cupy_backends": "net/gpu/",
-    "mpi4py": "pipeline/ranks.py",
+    "mpi4py": "pipeline/mpi.py",
     "distributed": "data/cluster.py",
 }
 NEVER = {"torch", "tensorflow", "jax", "keras", "autograd", "pickle", "cloudpickle", "dill"}
