@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from data.manifest import read_manifest
-from data.shards import open_split
+from data.split import open_split
 from net.layers import Run, fuse
 from net.network import forward, prepare
 from net.weights.layout import to_torch

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from data.manifest import read_manifest
-from data.shards import Split, open_split
+from data.split import Split, open_split
 from net.alexnet import alexnet
 from net.layers import Layer, Shape
 from net.network import Preparation, parameter_shapes

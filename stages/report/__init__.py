@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from data.shards import Split
+from data.split import Split
 from net.backend import DEVICES
 from pipeline.run_dir import RunDir, make_folder, write_bytes
 from stages.eval import evaluate

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 import run_pipeline
-from data.shards import open_split
+from data.split import open_split
 from pipeline.checkpoint import checkpoints
 from pipeline.run_dir import read_sealed, write_sealed
 from tests.command_line import QUICK, ROOT, finish, pipeline, settings, start, wait_until
+from tests.pictures import sources
 
 
 def usage(*arguments: object) -> str:
@@ -271,7 +272,7 @@ def test_ilsvrc_mini_by_the_official_archives(tmp_path: Path, ilsvrc_mini: Path,
     assert counts == {"train": (611, 0), "val": (500, 0)}
     reference = dict(line.split() for line in (shared_data / "reference" / "val.txt").read_text().splitlines())
     split = open_split(run / "preprocess", manifest, "val")
-    for name, label in zip(split.sources().tolist(), split.labels.tolist(), strict=True):
+    for name, label in zip(sources(split).tolist(), split.labels.tolist(), strict=True):
         assert int(reference[name.decode()]) == label
     with np.load(run / "eval" / "predictions.npz", allow_pickle=False) as predictions:
         assert np.array_equal(predictions["labels"], split.labels)

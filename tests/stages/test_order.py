@@ -12,7 +12,7 @@ import pytest
 
 from data import loader
 from data.manifest import read_manifest
-from data.shards import Split, open_split
+from data.split import Split, open_split
 from pipeline.checkpoint import checkpoints
 from pipeline.config import DEMO, Config
 from pipeline.run_dir import RunDir, read_sealed

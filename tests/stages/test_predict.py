@@ -18,11 +18,12 @@ from PIL import Image
 
 import run_pipeline
 from data.manifest import read_manifest
-from data.shards import open_split
+from data.split import open_split
 from pipeline.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.run_dir import RunDir
 from stages.predict import bar
 from tests.command_line import ROOT
+from tests.pictures import sources
 
 
 def predict(run: Path, *arguments: object) -> int:
@@ -46,7 +47,7 @@ def test_same_answers_as_the_evaluation(
     split = open_split(run.preprocess, read_manifest(run), "val")
     with np.load(run.eval / "predictions.npz") as file:
         top, probability = file["top"], file["probability"]
-    files = [small_source / "val" / name.decode() for name in split.sources()]
+    files = [small_source / "val" / name.decode() for name in sources(split)]
     assert predict(trained_run, "--json", "--views", 10, *files) == 0
     said = answers(capsys)
     assert [answer["file"] for answer in said] == [str(file) for file in files]

@@ -20,8 +20,8 @@ from data import demo, ilsvrc
 from data.images import read_square
 from data.listing import shuffled
 from data.manifest import read_manifest
-from data.shards import Split, open_split
 from data.sources import read_source
+from data.split import Split, open_split
 from pipeline.config import DEMO, Config, Preprocess
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import read_metrics
@@ -31,6 +31,7 @@ from tests import pictures
 from tests.conftest import ROOT
 from tests.data.archives import jpeg, packed, small_official
 from tests.data.test_sources import content
+from tests.pictures import sources
 
 CONFIG = dataclasses.replace(DEMO, preprocess=Preprocess(size=32, shard_images=16))
 DESCRIPTIONS = ["classes.json", "color.json", "manifest.json", "mean.npy", "rejects.jsonl"]
@@ -85,10 +86,10 @@ def test_every_picture_is_in_a_shard_with_its_label_or_rejected_with_its_reason(
     assert "truncated" in rejects[0]["reason"]
     expected = {f"{demo.wnid(c)}/{demo.wnid(c)}_{n}.JPEG": c for c in range(12) for n in range(1, 9)}
     del expected["n90000011/n90000011_7.JPEG"]
-    found = dict(zip((s.decode() for s in train.sources().tolist()), train.labels.tolist(), strict=True))
+    found = dict(zip((s.decode() for s in sources(train).tolist()), train.labels.tolist(), strict=True))
     assert found == expected
     truth = ilsvrc.read_devkit(source / ilsvrc.DEVKIT).ground_truth.tolist()
-    for name, label in zip(val.sources().tolist(), val.labels.tolist(), strict=True):
+    for name, label in zip(sources(val).tolist(), val.labels.tolist(), strict=True):
         assert demo.devkit_id(label) == truth[int(name[15:23]) - 1]
     assert len(val) == 24
     assert Counter(val.labels.tolist()) == dict.fromkeys(range(12), 2)
@@ -98,7 +99,7 @@ def test_the_pixels_are_those_of_the_source(undisturbed: RunDir, source: Path):
     listing = read_source(source).splits["train"]
     row_of = {name: row for row, name in enumerate(listing.name.tolist())}
     train, _ = splits(undisturbed)
-    for row, name in enumerate(train.sources().tolist()):
+    for row, name in enumerate(sources(train).tolist()):
         expected = read_square(content(listing, row_of[name]), 32, "bicubic", Counter())
         np.testing.assert_array_equal(train.row(row), expected)
 
@@ -108,7 +109,7 @@ def test_the_order_is_the_shuffle_of_the_whole_split(undisturbed: RunDir, source
     names = listing.name[shuffled(96, CONFIG.seed, "train")].tolist()
     names.remove(b"n90000011/n90000011_7.JPEG")
     train, _ = splits(undisturbed)
-    assert train.sources().tolist() == names
+    assert sources(train).tolist() == names
     assert len(set(train.labels[:12].tolist())) > 4  # not class by class
 
 
@@ -422,10 +423,10 @@ def test_the_real_archives_are_accounted_for_to_the_last_picture(ilsvrc_mini: Pa
     assert (run.preprocess / "rejects.jsonl").read_text() == ""
     reference = ilsvrc_mini.parent / "reference"
     published = dict(line.split() for line in (reference / "val.txt").read_text().splitlines())
-    names = [name.decode() for name in val.sources().tolist()]
+    names = [name.decode() for name in sources(val).tolist()]
     assert val.labels.tolist() == [int(published[name]) for name in names]
     wnids = [line.split()[0] for line in (reference / "synset_words.txt").read_text().splitlines()]
-    names = [name.decode() for name in train.sources().tolist()]
+    names = [name.decode() for name in sources(train).tolist()]
     assert [wnids[label] for label in train.labels.tolist()] == [name.partition("/")[0] for name in names]
     assert "n02105855/n02105855_2933.JPEG" in names  # the PNG
     # Published for the whole training set at size 256: deviations 121.8, 37.1, 19.7; first vector (.56, .58, .59).
