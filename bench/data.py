@@ -110,7 +110,7 @@ def by_opencv(data: bytes) -> np.ndarray:
 
 def preprocessing(source: Path, folder: Path, rounds: int) -> dict[str, Any]:
     listed = read_source(source)
-    files = [data for _, data in convert._files(listed.splits["train"])]
+    files = [data for _, data in convert.read_files(listed.splits["train"])]
     ways: dict[str, Callable[[bytes], np.ndarray]] = {
         "plain Pillow": plain,
         "ours, pillow": lambda data: read_square(data, SIZE, "bicubic", Counter()),
@@ -167,7 +167,7 @@ def scaling(source: Path, folder: Path, rounds: int) -> dict[str, Any]:
     for split, copies in (("train", 8), ("val", 1)):
         home = big / split / "all"
         home.mkdir()
-        for row, data in convert._files(listed.splits[split]):
+        for row, data in convert.read_files(listed.splits[split]):
             for copy in range(copies):
                 (home / f"{copy}-{row}.jpg").write_bytes(data)
             if split == "val" and row > 2:

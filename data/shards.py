@@ -95,7 +95,7 @@ def index_hash(labels: np.ndarray, crc: np.ndarray) -> str:
 
 
 def write_shard(path: Path, layout: Layout, index: int, content: Content) -> str:
-    """Write a shard to ``path``. The bytes depend on the arguments alone (and on the HDF5 library's version).
+    """Write a shard to ``path``.
 
     Returns the SHA-256 of the file, which is taken from the bytes on their way, not from the disk: what the disk made
     of them is for ``--stage verify`` to find.
@@ -104,6 +104,21 @@ def write_shard(path: Path, layout: Layout, index: int, content: Content) -> str
     ------
     PipelineError
         The disk is full, the folder cannot be written, and the like.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "wb", buffering=0) as raw:
+            for part in parts(layout, index, content):
+                _write(raw, part, digest)
+    except OSError as error:
+        raise write_error(path, error) from error
+    return digest.hexdigest()
+
+
+def parts(layout: Layout, index: int, content: Content) -> list[memoryview]:
+    """A shard's file in pieces that follow each other; the pictures are one of them, not copied.
+
+    The bytes depend on the arguments alone (and on the HDF5 library's version).
     """
     images = content.images
     assert images is not None
@@ -140,15 +155,8 @@ def write_shard(path: Path, layout: Layout, index: int, content: Content) -> str
     first = len(buffer) if offset is None else offset
     last = first + len(pixels)
     # HDF5 fills neither the space up to the pictures, which start on a page, nor theirs; small shards go on after them.
-    parts = (buffer[:first], bytes(max(first - len(buffer), 0)), pixels, buffer[last:])
-    digest, written = hashlib.sha256(), sum(len(part) for part in parts)
-    try:
-        with open(path, "wb", buffering=0) as raw:
-            for part in (*parts, bytes(frame.length - written)):
-                _write(raw, memoryview(part), digest)
-    except OSError as error:
-        raise write_error(path, error) from error
-    return digest.hexdigest()
+    found = [buffer[:first], memoryview(bytes(max(first - len(buffer), 0))), pixels, buffer[last:]]
+    return [*found, memoryview(bytes(frame.length - sum(map(len, found))))]
 
 
 class _Frame(io.BytesIO):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,24 @@ class Tally:
         if split == "train":
             self._moments += content.moments
             self._total += content.total
+
+    def record(self, result: ShardResult, seconds: float) -> dict[str, Any]:
+        """The line of metrics.jsonl for a shard that has been added, after ``seconds`` of work.
+
+        The hash in it is what lets a run that was cut off keep the shard.
+        """
+        return {
+            "shard": result.file,
+            "plan": self.plan.fingerprint,
+            "sha256": result.sha256,
+            "images": len(result.content.labels),
+            "rejects": len(result.content.rejects),
+            "kept": result.temporary is None,
+            "seconds": round(result.seconds, 3),
+            "images_done": self.images,
+            "images_per_second": round(self.made / seconds, 2),
+            "time": round(time.time(), 3),
+        }
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write rejects, colour statistics, mean picture and classes, then the manifest; returns the manifest.

@@ -88,7 +88,7 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, schedule
                     # Waiting for the disk here, not in the workers, lets them decode on.
                     put_in_place(result.temporary, folder / result.file)
                 tally.add(result)
-                log.write(_record(tally, result, start))
+                log.write(tally.record(result, time.perf_counter() - start))
                 log.sync()
                 progress.advance(len(result.content.labels) + len(result.content.rejects))
         manifest = tally.write(folder)
@@ -240,22 +240,6 @@ def _results(
         raise StoppedError(
             stop.signum, f"stopped; the finished shards in {folder} are kept, the same command goes on from there"
         )
-
-
-def _record(tally: Tally, result: ShardResult, start: float) -> dict[str, Any]:
-    """A line of metrics.jsonl; the hash in it is what lets a run that was cut off keep the shard."""
-    return {
-        "shard": result.file,
-        "plan": tally.plan.fingerprint,
-        "sha256": result.sha256,
-        "images": len(result.content.labels),
-        "rejects": len(result.content.rejects),
-        "kept": result.temporary is None,
-        "seconds": round(result.seconds, 3),
-        "images_done": tally.images,
-        "images_per_second": round(tally.made / (time.perf_counter() - start), 2),
-        "time": round(time.time(), 3),
-    }
 
 
 def _last_record(tally: Tally, by: dict[str, Any], root: Path, folder: Path, start: float) -> dict[str, Any]:
