@@ -249,6 +249,9 @@ class InMemory:
     images: np.ndarray  # uint8 (N, size, size, 3)
     labels: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def row(self, index: int) -> np.ndarray:
         return self.images[index]
 

@@ -24,6 +24,7 @@ import numpy as np
 from net.alexnet import alexnet
 from net.backend import load
 from net.gpu import convolution, implicit
+from net.gpu.arrays import pictures
 from net.gpu.device import current
 from net.gpu.shape import Shape
 from net.layers import Conv
@@ -59,7 +60,7 @@ def layers(ops: ModuleType, images: int) -> Iterator[Layer]:
 def _random_pictures(ops: ModuleType, images: int, size: tuple[int, ...], random: np.random.Generator) -> Any:
     some = random.standard_normal((8, *size), dtype=np.float32)
     part = ops.asarray(np.concatenate([some] * (images // 8)))
-    return convolution.pictures(part)
+    return pictures(part)
 
 
 def passes(layer: Layer, *, columns: bool) -> dict[str, Run]:

@@ -23,14 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import PipelineError
-from pipeline.run_dir import (
-    make_folder,
-    read_sealed,
-    remove,
-    sync_folder,
-    write_atomic,
-    write_sealed,
-)
+from pipeline.run_dir import make_folder, read_sealed, remove, sync_folder, write_atomic, write_sealed
 
 Arrays = dict[str, np.ndarray]
 _SEAL = "sha256"
@@ -159,7 +152,7 @@ def step_of(path: Path) -> int:
 
 def newest_sound(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that passes its check, and what was wrong with newer ones."""
-    complaints = []
+    complaints: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
             return load_checkpoint(path, "an older checkpoint is tried instead"), complaints

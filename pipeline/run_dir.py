@@ -98,7 +98,7 @@ def locked(run: RunDir) -> Iterator[None]:
         yield
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write`` with a temporary file beside ``path``, then put it in place durably.
 
     Raises
@@ -169,11 +169,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a whole file, atomically."""
-
-    def write(file: BinaryIO) -> None:
-        file.write(content)
-
-    write_atomic(path, write)
+    write_atomic(path, lambda file: file.write(content))
 
 
 def write_json(path: Path, value: Any) -> None:

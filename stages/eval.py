@@ -153,7 +153,7 @@ def evaluate(
     columns = ranks.largest(tops[0].shape[1] if tops else 0)  # a rank may have had no batch
 
     def whole(parts: list[np.ndarray], dtype: type, *shape: int) -> np.ndarray:
-        rows = np.zeros((count, *shape), dtype)
+        rows: np.ndarray = np.zeros((count, *shape), dtype)
         if parts:
             rows[mine] = np.concatenate(parts)
         ranks.unite(rows)

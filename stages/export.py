@@ -116,7 +116,7 @@ def _inputs(run_dir: RunDir, trained: Trained) -> tuple[dict[str, np.ndarray], s
     size, crop = trained.config.preprocess.size, trained.config.input.crop
     if not (run_dir.preprocess / "manifest.json").exists():
         noise = np.random.default_rng(0).integers(0, 256, (2, crop, crop, 3), dtype=np.uint8)
-        nothing = np.zeros((2, size, size, 3), np.uint8)
+        nothing = [np.zeros((size, size, 3), np.uint8)] * 2
         return {**trained.inputs(nothing, views=1), "images": noise}, "2 pictures of noise"
     split = open_split(run_dir.preprocess, read_manifest(run_dir), "val")
     count = min(_PICTURES, len(split))

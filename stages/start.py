@@ -126,7 +126,7 @@ def begin(
     config, ranks = training.config, training.ranks
     how = (training.shapes, config.network.weight_std, config.network.bias, config.seed)
     with contextlib.ExitStack() as beside:
-        fresh = partial(initial_parameters, *how)
+        fresh: Callable[[], dict[str, np.ndarray]] = partial(initial_parameters, *how)
         if ranks.leads and not resume:
             # Loading the backend takes most of a second and one core, and so does drawing: both at once.
             fresh = beside.enter_context(drawing(*how))

@@ -77,7 +77,8 @@ def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str) -> Path:
 
 def compare(run_dirs: list[RunDir]) -> Path:
     """Write ``<first run>/report/compare.html``: the runs' newest checkpoints, curves and settings side by side."""
-    columns, runs = [], []
+    columns: list[dict[str, Any]] = []
+    runs: list[Facts] = []
     for run_dir in run_dirs:
         trained = load_trained(run_dir, "latest")
         known = facts.read_facts(run_dir, trained)

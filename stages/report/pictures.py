@@ -59,7 +59,8 @@ def activations(trained: Trained, ops: ModuleType, squares: Sequence[np.ndarray]
     parameters = trained.on_device(ops)
     x = prepare(ops, trained.preparation(ops), ops.upload(trained.inputs(squares, views=1)))
     shown: list[list[Maps]] = [[] for _ in squares]
-    name, done = "", []
+    name = ""
+    done: list[str] = []
     for layer in trained.layers:
         x, _ = layer.forward(ops, parameters, x, Run(training=False))
         match layer:
