@@ -26,7 +26,7 @@ from types import ModuleType
 
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
-from pipeline.config import changes, to_dict
+from pipeline.config_values import changes, to_dict
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.mpi import joined
 from pipeline.ranks import Ranks

@@ -49,7 +49,8 @@ from data.manifest import read_manifest
 from data.sampling import steps_per_epoch
 from net.backend import choose
 from pipeline.checkpoint import checkpoints
-from pipeline.config import RECIPES, to_dict
+from pipeline.config import RECIPES
+from pipeline.config_values import to_dict
 from pipeline.metrics import read_metrics
 from pipeline.run_dir import RunDir, make_folder, read_json, write_atomic, write_json, write_sealed
 

@@ -31,7 +31,8 @@ from net import reference
 from net.network import initial_parameters
 from net.reference import philox
 from pipeline.checkpoint import newest_sound, note_best, prune, save_checkpoint
-from pipeline.config import Config, Network, at_epoch, from_dict, to_dict
+from pipeline.config import Config, Network, at_epoch
+from pipeline.config_values import from_dict, to_dict
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, cut_back
 from pipeline.run_dir import RunDir, read_sealed

@@ -16,7 +16,8 @@ import numpy as np
 
 from data.loader import Batch, Pictures, load
 from data.sampling import Crops, steps_per_epoch, view_crops
-from pipeline.config import Config, difference
+from pipeline.config import Config
+from pipeline.config_values import difference
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.ranks import ALONE, Ranks

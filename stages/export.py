@@ -16,7 +16,7 @@ from net.layers import Run, fuse
 from net.network import forward, prepare
 from net.weights.layout import to_torch
 from net.weights.tensors import to_bytes
-from pipeline.config import to_dict
+from pipeline.config_values import to_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, make_folder, write_bytes
 from stages.setup import MEAN, input_shape

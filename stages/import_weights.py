@@ -15,7 +15,8 @@ from net.weights import caffe, tensors
 from net.weights.errors import WeightsError
 from net.weights.layout import from_torch, torch_shapes
 from pipeline.checkpoint import checkpoints, save_checkpoint
-from pipeline.config import Config, from_dict, load_config, to_dict
+from pipeline.config import Config, load_config
+from pipeline.config_values import from_dict, to_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file, read_sealed, write_sealed
 from pipeline.settings import Request

@@ -31,7 +31,8 @@ from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
 from data.shards import read_layout, shard_bytes, shard_name
 from data.sources import read_source, stamp
 from data.tally import Tally
-from pipeline.config import Config, difference, with_values
+from pipeline.config import Config
+from pipeline.config_values import difference, with_values
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, read_metrics
 from pipeline.progress import Megabytes, Progress, megabytes, volume

@@ -16,7 +16,8 @@ from data.split import Split, open_split
 from net.alexnet import alexnet
 from net.layers import Layer, Shape
 from net.network import Preparation, parameter_shapes
-from pipeline.config import Config, at_epoch, difference, with_values
+from pipeline.config import Config, at_epoch
+from pipeline.config_values import difference, with_values
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, read_json
 

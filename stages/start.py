@@ -34,7 +34,8 @@ from pipeline.checkpoint import (
     step_of,
     superfluous,
 )
-from pipeline.config import Config, difference, from_dict, to_dict
+from pipeline.config import Config
+from pipeline.config_values import difference, from_dict, to_dict
 from pipeline.errors import PipelineError
 from pipeline.metrics import cut_back
 from pipeline.progress import volume

@@ -19,7 +19,8 @@ from data.sampling import view_crops
 from net.layers import Array, Layer, Parameters, fuse
 from net.network import Preparation, prediction
 from pipeline.checkpoint import Arrays, Checkpoint, find_checkpoint, load_checkpoint
-from pipeline.config import Config, from_dict
+from pipeline.config import Config
+from pipeline.config_values import from_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
 from stages.setup import (

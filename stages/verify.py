@@ -18,7 +18,7 @@ from typing import Any, Final
 from data.listing import SPLITS
 from data.manifest import is_manifest, made_from, note_damage
 from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint
-from pipeline.config import from_dict
+from pipeline.config_values import from_dict
 from pipeline.errors import PipelineError
 from pipeline.progress import MB, Megabytes, Progress, megabytes
 from pipeline.run_dir import RunDir, read_sealed

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from data.manifest import read_manifest
 from data.sampling import steps_per_epoch
-from pipeline.config import Config, from_dict
+from pipeline.config import Config
+from pipeline.config_values import from_dict
 from pipeline.errors import PipelineError
 from pipeline.metrics import has_numbers, read_metrics
 from pipeline.progress import duration

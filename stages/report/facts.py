@@ -16,7 +16,8 @@ import numpy as np
 from data.manifest import made_from, read_manifest
 from data.sampling import steps_per_epoch
 from net.backend import DEVICES
-from pipeline.config import RECIPES, Config, flatten, to_dict, with_values
+from pipeline.config import RECIPES, Config
+from pipeline.config_values import flatten, to_dict, with_values
 from pipeline.errors import PipelineError
 from pipeline.metrics import has_numbers, read_metrics
 from pipeline.run_dir import RunDir, hash_file, read_json

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint
-from pipeline.config import load_config, override
+from pipeline.config import load_config
+from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.metrics import MetricsLog
 from pipeline.run_dir import RunDir, hash_file, locked, make_folder, read_json, read_sealed, write_sealed
@@ -135,7 +136,7 @@ def shards_are_sound(run: RunDir, reference: Path) -> None:
 
 
 def test_every_failing_write_of_preprocessing(quick: RunDir, prepared: Path, small_source: Path) -> None:
-    config = override(load_config("seed"), settings=list(QUICK))
+    config = changes(settings=list(QUICK))(load_config("seed"))
 
     def work() -> None:
         with locked(quick):
@@ -153,7 +154,7 @@ def test_every_failing_write_of_preprocessing(quick: RunDir, prepared: Path, sma
 def test_disk_that_fills_up_anywhere_while_preprocessing(
     tmp_path: Path, prepared: Path, small_source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = override(load_config("seed"), settings=list(QUICK))
+    config = changes(settings=list(QUICK))(load_config("seed"))
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1 << 40))
     disk = tmp_path / "disk"

@@ -14,7 +14,8 @@ import run_pipeline
 from net.weights.layout import to_torch
 from net.weights.tensors import read_header, to_bytes
 from pipeline.checkpoint import checkpoints, load_checkpoint
-from pipeline.config import RECIPES, override
+from pipeline.config import RECIPES
+from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
 from stages import export, import_weights
@@ -159,7 +160,7 @@ def caffe_settings() -> list[str]:
 
 def test_caffemodel_evaluates_with_its_own_mean(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A caffemodel and a mean image become a checkpoint that --stage eval takes; the mean is the imported one."""
-    config = override(RECIPES["caffe"], settings=caffe_settings())
+    config = changes(settings=caffe_settings())(RECIPES["caffe"])
     layers = network_layers(config, 5)
     rng = np.random.default_rng(4)
     parameters = {

@@ -17,7 +17,8 @@ from PIL import Image
 
 import run_pipeline
 from pipeline.command_line import parse
-from pipeline.config import RECIPES, override
+from pipeline.config import RECIPES
+from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
 from stages.report import charts, facts, pictures
@@ -76,11 +77,11 @@ def test_confident_pictures_surest_first(known: Facts) -> None:
 
 
 def test_commands_are_taken_by_the_command_line(known: Facts) -> None:
-    changed = override(known.config, settings=["train.lr=[[0,0.5]]", "input.mean=none", "input.flip=false"])
+    changed = changes(settings=["train.lr=[[0,0.5]]", "input.mean=none", "input.flip=false"])(known.config)
     lines = facts.commands(replace(known, config=changed))
     options = [parse(shlex.split(line)[2:]) for line in lines]
     assert [o.stage for o in options] == ["preprocess", "train", "eval", "report"]
-    assert override(RECIPES[options[0].recipe], None, options[0].set, options[0].seed) == changed
+    assert changes(None, options[0].set, options[0].seed)(RECIPES[options[0].recipe]) == changed
     assert options[1].steps == 10
     assert {o.run for o in options} == {str(known.run.root)}
     assert {o.device for o in options[1:]} == {"auto"}  # not known of a checkpoint from elsewhere
@@ -107,12 +108,12 @@ def test_commands_name_pictures_that_lie_beside_or_in_the_run(known: Facts, tmp_
 def test_an_order_settled_by_training_is_no_change_of_the_recipe(known: Facts) -> None:
     for recipe in RECIPES.values():
         for order in ("uniform", "blocks"):
-            settled = override(recipe, settings=[f"train.order={order}"])
+            settled = changes(settings=[f"train.order={order}"])(recipe)
             assert [s["key"] for s in facts.settings(settled) if s["changed"]] == []
             # But another machine might settle it otherwise.
             first = parse(shlex.split(facts.commands(replace(known, config=settled))[0])[2:])
             assert first.set == [f"train.order={order}"]
-    mine = override(RECIPES["seed"], settings=["train.order=blocks", "train.momentum=0.5"])
+    mine = changes(settings=["train.order=blocks", "train.momentum=0.5"])(RECIPES["seed"])
     assert [s["key"] for s in facts.settings(mine) if s["changed"]] == ["train.momentum"]
 
 
@@ -120,7 +121,7 @@ def test_commands_have_each_stages_own_seed_and_settings(known: Facts) -> None:
     """Shards made with one seed, trained on with another; and the rest of the settings is the recipe's."""
     made = {"seed": 3, "preprocess": {**vars(known.config.preprocess), "filter": "box"}}
     shards = {**known.manifest, "made_with": made}
-    trained = override(known.config, settings=["preprocess.filter=box"])
+    trained = changes(settings=["preprocess.filter=box"])(known.config)
     for seed in (0, 7):
         lines = facts.commands(replace(known, manifest=shards, config=replace(trained, seed=seed)))
         first, second = (parse(shlex.split(line)[2:]) for line in lines[:2])
@@ -175,7 +176,7 @@ def test_filters_are_shown_in_red_green_blue(trained_run: Path) -> None:
     assert image[12 + 2, 12 + 5].tolist() == [255, 127, 127, 255]
     assert image[0, 0].tolist() == [0, 0, 0, 255]
     assert image[0, 11, 3] == 0  # between the tiles
-    bgr = replace(trained, config=override(trained.config, settings=["input.bgr=true"]))
+    bgr = replace(trained, config=changes(settings=["input.bgr=true"])(trained.config))
     assert np.asarray(pictures.filters(bgr))[12 + 2, 12 + 5].tolist() == [127, 127, 255, 255]
 
 

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import SEED, load_config, override
+from pipeline.config import SEED, load_config
+from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file, read_sealed, write_sealed
 from stages import setup
@@ -126,7 +127,7 @@ def test_the_loader_has_threads_that_suit_the_backend(monkeypatch: pytest.Monkey
     monkeypatch.setattr(setup.os, "sched_getaffinity", lambda process: range(128))
     monkeypatch.delenv("NUMBA_NUM_THREADS")
     assert loader_threads(SEED, on_device, 128) == 12
-    asked = override(SEED, settings=["loader.threads=20", "loader.slots=30"])
+    asked = changes(settings=["loader.threads=20", "loader.slots=30"])(SEED)
     assert loader_threads(asked, on_host, 65536) == loader_threads(asked, on_device, 65536) == 20
     assert [loader_slots(config, 20) for config in (SEED, asked)] == [23, 30]
 

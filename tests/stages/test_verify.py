@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline.checkpoint import save_checkpoint
-from pipeline.config import load_config, to_dict
+from pipeline.config import load_config
+from pipeline.config_values import to_dict
 from tests.command_line import pipeline
 
 
