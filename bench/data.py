@@ -59,6 +59,7 @@ from data.sampling import (
     block_groups,
     block_order,
     epoch_order,
+    group_ends,
     training_crops,
 )
 from data.sources import read_source
@@ -321,9 +322,7 @@ def blocks(folder: Path, rounds: int, gigabytes: float) -> dict[str, Any]:
 
     def block_wise() -> int:
         groups = block_groups(count, 0, 0)
-        sizes = np.full(len(groups), BLOCK)
-        sizes[-1] = count - BLOCK * (len(groups) - 1)
-        ends = np.cumsum(np.bincount(groups, weights=sizes))
+        ends = group_ends(groups, count)
 
         def groups_of(number: int) -> range:
             places = [number * BATCH, min((number + 1) * BATCH, count) - 1]
@@ -332,7 +331,7 @@ def blocks(folder: Path, rounds: int, gigabytes: float) -> dict[str, Any]:
 
         def pieces(group: int) -> list[tuple[Path, int, int]]:
             chosen = np.flatnonzero(groups == group).tolist()
-            return [(path, b * BLOCK * picture, int(sizes[b]) * picture) for b in chosen]
+            return [(path, b * BLOCK * picture, min(BLOCK, count - b * BLOCK) * picture) for b in chosen]
 
         steps = -(-count // BATCH)
         with reading_ahead(planned(block_order(count, 0, 0)), groups_of, pieces, 0, steps) as plan:

@@ -87,6 +87,13 @@ def block_groups(pictures: int, seed: int, epoch: int, block: int = BLOCK, opene
     return group
 
 
+def group_ends(groups: np.ndarray, pictures: int, block: int = BLOCK) -> np.ndarray:
+    """The position in the epoch at which each group ends, int64; ``groups`` as :func:`block_groups` gives them."""
+    sizes = np.full(len(groups), block)
+    sizes[-1] = pictures - block * (len(groups) - 1)
+    return np.cumsum(np.bincount(groups, weights=sizes)).astype(np.int64)
+
+
 def block_order(pictures: int, seed: int, epoch: int, block: int = BLOCK, opened: int = OPEN_BLOCKS) -> np.ndarray:
     """The block-wise order of an epoch, for sets larger than memory: a permutation of range(pictures), int64.
 
