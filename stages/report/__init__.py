@@ -120,52 +120,54 @@ class _Shown:
 
 
 def _shown(known: Facts, dataset: Dataset, trained: Trained, ops: ModuleType) -> _Shown:
-    filters = pictures.filters(trained)
-    files = {"filters.png": pictures.encoded(pictures.on_white(pictures.enlarged(filters, 6)))}
-    chosen = _for_activations(known, dataset.val)
+    filters, chosen = pictures.filters(trained), _for_activations(known, dataset.val)
     squares = [dataset.val.row(index) for index in chosen]
     maps = pictures.activations(trained, ops, squares)
+    shifted = pictures.jitter(squares[0], dataset.directions, known.config.input.jitter or 0.1)
+    photos = {
+        kind: [_photo(known, dataset.val, i) for i in facts.confident(known, right=kind == "right", most=PHOTOS)]
+        for kind in ("right", "wrong")
+    }
+    images = {
+        "filters": pictures.on_white(pictures.enlarged(filters, 6)),
+        "jitter": pictures.on_white(shifted),
+    }
     for number, (square, layers) in enumerate(zip(squares, maps, strict=True), start=1):
-        files[f"activations-{number}.png"] = pictures.encoded(pictures.maps_sheet(square, layers))
-    sigma = known.config.input.jitter
-    shifted = pictures.jitter(squares[0], dataset.directions, sigma or 0.1)
-    files["jitter.png"] = pictures.encoded(pictures.on_white(shifted))
-    photos = {}
-    for kind in ("right", "wrong"):
-        photos[kind] = [
-            _photo(known, dataset.val, index) for index in facts.confident(known, right=kind == "right", most=PHOTOS)
-        ]
-        if photos[kind]:
-            captions = [
-                [f"{p['said']} {p['probability']:.1%}", *([] if kind == "right" else [f"is {p['true']}"])]
-                for p in photos[kind]
-            ]
-            sheet = pictures.sheet([dataset.val.row(p["index"]) for p in photos[kind]], captions)
-            files[f"confident-{kind}.png"] = pictures.encoded(sheet)
+        images[f"activations-{number}"] = pictures.maps_sheet(square, layers)
+    for kind, shown in photos.items():
+        if shown:
+            images[f"confident-{kind}"] = _sheet(dataset.val, shown, right=kind == "right")
     page = {
         "filters": pictures.data_uri(filters),
         "activations": [
             {
                 "photo": pictures.photo(square),
                 "label": trained.label(int(dataset.val.labels[index])),
-                "layers": [
-                    {
-                        "title": m.title,
-                        "shape": m.shape,
-                        "note": m.note,
-                        "image": pictures.data_uri(
-                            m.image.quantize(64, method=Image.Quantize.FASTOCTREE), optimize=True
-                        ),
-                    }
-                    for m in layers
-                ],
+                "layers": [_layer(shown) for shown in layers],
             }
             for index, square, layers in zip(chosen, squares, maps, strict=True)
         ],
         "jitter": pictures.data_uri(shifted.quantize(256, method=Image.Quantize.FASTOCTREE)),
         "photos": photos,
     }
+    files = {f"{name}.png": pictures.encoded(image) for name, image in images.items()}
     return _Shown(page, files)
+
+
+def _layer(maps: pictures.Maps) -> dict[str, str]:
+    image = maps.image.quantize(64, method=Image.Quantize.FASTOCTREE)
+    return {
+        "title": maps.title,
+        "shape": maps.shape,
+        "note": maps.note,
+        "image": pictures.data_uri(image, optimize=True),
+    }
+
+
+def _sheet(split: Split, photos: list[dict[str, Any]], *, right: bool) -> Image.Image:
+    """Photographs with what the network says of them, and where that is wrong with what they are."""
+    captions = [[f"{p['said']} {p['probability']:.1%}", *([] if right else [f"is {p['true']}"])] for p in photos]
+    return pictures.sheet([split.row(p["index"]) for p in photos], captions)
 
 
 def _photo(known: Facts, split: Split, index: int) -> dict[str, Any]:

@@ -119,9 +119,12 @@ def _evaluation(run: RunDir, classes: int) -> tuple[dict[str, Any] | None, dict[
         sound = (
             has_numbers(evaluation, "images", "loss", "top1", "top5", "views", "step")
             and evaluation["images"] == count
-            and all(len(array) == count for array in predictions.values())
+            and predictions["labels"].shape == predictions["loss"].shape == (count,)
             and predictions["top"].shape == predictions["probability"].shape == (count, min(5, classes))
-            and all(a.min() >= 0 and a.max() < classes for a in (predictions["labels"], predictions["top"]))
+            and all(
+                a.dtype.kind == "i" and a.min() >= 0 and a.max() < classes
+                for a in (predictions["labels"], predictions["top"])
+            )
         )
     except _UNREADABLE as error:
         raise PipelineError(f"{run.eval / 'predictions.npz'} cannot be read ({error}); {remedy}") from error

@@ -286,10 +286,13 @@ def test_damaged_evaluation_is_refused(trained_run: Path, tmp_path: Path, capsys
             facts.read_facts(RunDir(run), trained)
     with np.load(trained_run / "eval" / "predictions.npz") as file:
         arrays = {name: file[name] for name in file.files}
-    arrays["top"][0, 0] = 99
-    np.savez(path, **arrays)
-    assert run_pipeline.main(["--stage", "report", "--run", str(run)]) == 1
-    assert "do not fit together" in capsys.readouterr().err
+    odd = arrays["top"].copy()
+    odd[0, 0] = 99
+    labels = arrays["labels"]
+    for change in ({"top": odd}, {"labels": labels.astype(np.float64)}, {"labels": np.stack([labels] * 2, axis=1)}):
+        np.savez(path, **{**arrays, **change})
+        assert run_pipeline.main(["--stage", "report", "--run", str(run)]) == 1
+        assert "do not fit together" in capsys.readouterr().err
     shutil.rmtree(run)
 
 
