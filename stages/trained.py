@@ -145,8 +145,10 @@ def _classes(run_dir: RunDir, saved: Checkpoint, count: int) -> list[dict[str, A
         if wnids not in (None, [entry["wnid"] for entry in classes]):
             raise PipelineError(f"{saved.path} was trained on other classes than the data have {elsewhere}")
         return classes
-    words = saved.header.get("words") or [""] * count
-    return [{"wnid": wnid, "words": text} for wnid, text in zip(wnids or [""] * count, words, strict=True)]
+    wnids, words = (names or [""] * count for names in (wnids, saved.header.get("words")))
+    if not all(isinstance(names, list) and len(names) == count for names in (wnids, words)):
+        raise PipelineError(f"{saved.path} names other classes than its {count}; choose another checkpoint")
+    return [{"wnid": wnid, "words": text} for wnid, text in zip(wnids, words, strict=True)]
 
 
 def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.ndarray:

@@ -215,6 +215,16 @@ def test_damaged_class_names_are_refused_by_name(
     assert f"--stage preprocess --run {run}" in said or "trained on other classes" in said
 
 
+@pytest.mark.parametrize("names", [{"wnids": ["a"]}, {"words": "cat"}, {"words": {"a": 1}}])
+def test_class_names_that_a_checkpoint_has_too_few_of_are_refused(
+    names: dict, trained_run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = load_checkpoint(find_checkpoint(trained_run / "train", "latest"))
+    path = save_checkpoint(tmp_path / "run" / "train", 1, {**saved.header, **names}, saved.arrays)
+    assert predict(tmp_path / "run", picture) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {path} names other classes than its 5")
+
+
 def test_a_damaged_mean_picture_is_refused_by_name(
     trained_run: Path, picture: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
