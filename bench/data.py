@@ -48,6 +48,7 @@ import torch
 from PIL import Image
 
 from data import convert, loader
+from data.dataset import open_dataset
 from data.images import read_square, resized
 from data.plan import make_plan, shard_tasks
 from data.readahead import reading_ahead
@@ -68,7 +69,6 @@ from pipeline.metrics import read_metrics
 from pipeline.run_dir import RunDir
 from stages import preprocess
 from stages.batches import TrainingPlan, with_order
-from stages.setup import open_dataset
 
 try:
     import cv2

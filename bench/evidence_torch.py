@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import parity
+from data.dataset import Dataset, open_dataset
 from data.loader import load
 from data.manifest import data_fingerprint
 from net import reference
@@ -39,17 +40,7 @@ from pipeline.run_dir import RunDir, read_sealed
 from pipeline.signals import StopRequest
 from stages.batches import TrainingPlan
 from stages.eval import evaluate
-from stages.setup import (
-    MOMENTUM,
-    Dataset,
-    decays,
-    jittered,
-    learning_rates,
-    loader_slots,
-    network_layers,
-    open_dataset,
-    shapes,
-)
+from stages.setup import MOMENTUM, decays, jittered, learning_rates, loader_slots, network_layers, shapes
 
 PRECISIONS: Final = ("fp32", "tf32", "bf16")
 Dropout = Callable[[torch.Tensor, int], torch.Tensor]

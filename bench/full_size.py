@@ -31,6 +31,7 @@ from PIL import Image
 
 from data import ilsvrc, shards
 from data.convert import ShardResult, ShardTask
+from data.dataset import open_dataset
 from data.listing import text
 from data.manifest import read_manifest
 from data.plan import make_plan, shard_tasks
@@ -41,7 +42,6 @@ from data.tally import Tally
 from pipeline.config import SEED
 from pipeline.metrics import MetricsLog
 from pipeline.run_dir import RunDir, put_in_place
-from stages.setup import open_dataset
 
 CLASSES, TRAIN, VAL = 1000, 1_281_167, 50_000
 HOLE = 4_000_000  # bytes; of a shard's parts only its pictures are larger

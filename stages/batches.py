@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from data.dataset import Dataset
 from data.readahead import Piece, reading_ahead, total_memory
 from data.sampling import (
     BLOCK,
@@ -25,7 +26,7 @@ from data.sampling import (
 )
 from pipeline.config import Config
 from pipeline.ranks import ALONE, Ranks
-from stages.setup import Dataset, jittered
+from stages.setup import jittered
 
 _FITS: Final = 0.75  # of the memory; the rest is for the network and for others
 

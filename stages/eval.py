@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from data.dataset import Dataset, open_dataset
 from data.loader import Batch, Pictures, load
 from data.sampling import Crops, steps_per_epoch, view_crops
 from pipeline.config import Config
@@ -23,7 +24,7 @@ from pipeline.progress import Progress
 from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir, make_folder, write_bytes, write_json
 from pipeline.settings import Request
-from stages.setup import Dataset, loader_threads, open_dataset, require_memory
+from stages.setup import loader_threads, require_memory
 from stages.trained import Predict, load_trained
 
 TOP: Final = 5
@@ -102,7 +103,7 @@ def run(
         "seal": trained.seal,
     }
     if ranks.leads:
-        _write(make_folder(run_dir.eval), dataset, result, metrics)
+        write_results(make_folder(run_dir.eval), dataset, result, metrics)
     print(
         f"evaluated {trained.path.name} on {metrics['images']} pictures, {views} view{'s' if views > 1 else ''}: "
         f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, loss {metrics['loss']:.4f}, "
@@ -217,7 +218,8 @@ def most_probable(p: np.ndarray) -> np.ndarray:
     return top
 
 
-def _write(folder: Path, dataset: Dataset, result: Evaluation, metrics: dict[str, Any]) -> None:
+def write_results(folder: Path, dataset: Dataset, result: Evaluation, metrics: dict[str, Any]) -> None:
+    """Write an evaluation's files: what the network says of each picture, the rates of each class, the metrics."""
     predictions = io.BytesIO()
     np.savez(predictions, labels=result.labels, top=result.top, probability=result.probability, loss=result.loss)
     write_bytes(folder / "predictions.npz", predictions.getbuffer())

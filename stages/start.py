@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from data.dataset import Dataset, open_dataset, require_stored
 from data.manifest import data_fingerprint
 from net.layers import Layer, Shape
 from net.network import Reduce, drawing, initial_parameters, zeros
@@ -42,7 +43,7 @@ from pipeline.progress import volume
 from pipeline.ranks import Ranks
 from pipeline.run_dir import RunDir, fingerprint, make_folder, move_aside, remove, write_sealed
 from stages.batches import TrainingPlan, with_order
-from stages.setup import MOMENTUM, Dataset, network_layers, open_dataset, require_memory, require_stored, shapes
+from stages.setup import MOMENTUM, network_layers, require_memory, shapes
 
 # Settings that may differ between the run so far and its continuation: they change no weight.
 _FREE: Final = (

@@ -99,7 +99,7 @@ def _records(config: Config, run_dir: RunDir, ops: ModuleType, tensorboard: bool
         if tensorboard:
             mirror = stack.enter_context(events(run_dir.train / "tensorboard", read_metrics(path)))
         log = stack.enter_context(MetricsLog(path, mirror))
-        yield Records(log.write, partial(_save, run_dir, ops, log, config.train.keep_checkpoints))
+        yield Records(log.write, partial(save, run_dir, ops, log, config.train.keep_checkpoints))
 
 
 def _loop(training: Training, ops: ModuleType, trainer: Trainer, last: int, stop: StopRequest) -> None:
@@ -147,7 +147,14 @@ def _validated(training: Training, trainer: Trainer) -> dict[str, float]:
         raise
 
 
-def _save(run_dir: RunDir, ops: ModuleType, log: MetricsLog, keep: int, state: State, header: dict[str, Any]) -> None:
+def save(run_dir: RunDir, ops: ModuleType, log: MetricsLog, keep: int, state: State, header: dict[str, Any]) -> None:
+    """Write a checkpoint of the state, and bring latest, best and the older checkpoints in line with it.
+
+    Raises
+    ------
+    PipelineError
+        A number is not finite, or the disk is full and the like; the checkpoints before it are kept.
+    """
     arrays = state.parameters | {f"{MOMENTUM}{name}": value for name, value in state.momenta.items()}
 
     def to_host(name: str, value: Any) -> np.ndarray:

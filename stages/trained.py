@@ -1,6 +1,6 @@
 """A checkpoint with all that is needed to use it: configuration, layers, parameters, mean picture, class names.
 
-Unlike ``stages.setup.open_dataset`` this asks for no shards: a checkpoint that was imported, or whose shards have been
+Unlike ``data.dataset.open_dataset`` this asks for no shards: a checkpoint that was imported, or whose shards have been
 removed, can still predict and be exported.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data.dataset import Dataset, read_classes, read_mean, require_size
 from data.manifest import require_sound_description
 from data.sampling import view_crops
 from net.layers import Array, Layer, Parameters, fuse
@@ -23,18 +24,7 @@ from pipeline.config import Config
 from pipeline.config_values import from_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
-from stages.setup import (
-    MEAN,
-    MOMENTUM,
-    Dataset,
-    network_layers,
-    parameter_names,
-    preparation,
-    read_classes,
-    read_mean,
-    require_size,
-    shapes,
-)
+from stages.setup import MEAN, MOMENTUM, network_layers, parameter_names, preparation, shapes
 
 Predict = Callable[[dict[str, Array]], Array]  # see net.network.prediction
 

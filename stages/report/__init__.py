@@ -17,13 +17,13 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from data.dataset import Dataset, open_dataset
 from data.split import Split
 from net.backend import DEVICES
 from pipeline.run_dir import RunDir, make_folder, write_bytes
 from stages.eval import evaluate
 from stages.report import charts, facts, pictures
 from stages.report.facts import Facts
-from stages.setup import Dataset, open_dataset
 from stages.trained import Trained, label, load_trained
 
 PHOTOS: Final = 8  # shown of the most confident right and wrong ones each

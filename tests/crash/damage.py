@@ -22,6 +22,7 @@ from unittest import mock
 import numpy as np
 
 from data import ilsvrc, published
+from data.dataset import open_dataset
 from data.images import UnreadableError, read_square
 from data.listing import digest
 from data.sources import read_source
@@ -31,7 +32,6 @@ from pipeline.config_values import changes, from_dict, to_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, read_sealed, write_sealed
 from stages import preprocess, verify
-from stages.setup import open_dataset
 from tests import pictures
 from tests.command_line import QUICK
 from tests.data import archives

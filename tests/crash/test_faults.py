@@ -23,9 +23,9 @@ from pipeline.errors import PipelineError
 from pipeline.metrics import MetricsLog
 from pipeline.run_dir import RunDir, hash_file, locked, make_folder, read_json, read_sealed, write_sealed
 from stages import preprocess
-from stages.eval import Evaluation, _write
+from stages.eval import Evaluation, write_results
 from stages.start import State
-from stages.train import _save
+from stages.train import save as save_state
 from tests.command_line import QUICK
 from tests.conftest import mounted
 
@@ -186,7 +186,7 @@ def test_every_failing_write_of_saving_a_checkpoint(quick: RunDir) -> None:
     def save(step: int, top1: float | None) -> None:
         with MetricsLog(make_folder(quick.train) / "metrics.jsonl") as log:
             header = {"config": {}, "validation": None if top1 is None else {"top1": top1}}
-            _save(quick, ops, log, 2, State(step, parameters, parameters), header)  # type: ignore[arg-type]
+            save_state(quick, ops, log, 2, State(step, parameters, parameters), header)  # type: ignore[arg-type]
 
     def prepare() -> None:
         shutil.rmtree(quick.root, ignore_errors=True)
@@ -216,7 +216,7 @@ def test_every_failing_write_of_an_evaluation(quick: RunDir) -> None:
         top = np.array([[0, 1], [1, 0], [0, 1]], dtype=np.int32)
         result = Evaluation(labels, top, np.full((3, 2), 0.5, np.float32), np.full(3, loss), 1.0)
         dataset = SimpleNamespace(classes=[{"wnid": "a", "words": None}, {"wnid": "b", "words": None}])
-        _write(make_folder(quick.eval), dataset, result, {"loss": loss})  # type: ignore[arg-type]
+        write_results(make_folder(quick.eval), dataset, result, {"loss": loss})  # type: ignore[arg-type]
 
     def prepare() -> None:
         shutil.rmtree(quick.root, ignore_errors=True)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from data import loader
+from data.dataset import Dataset, open_dataset
 from data.manifest import read_manifest
 from data.split import Split, open_split
 from pipeline.checkpoint import checkpoints
 from pipeline.config import DEMO, Config
 from pipeline.run_dir import RunDir, read_sealed
 from stages import batches as batches_of
-from stages import setup
 from tests.command_line import pipeline
 
 
@@ -32,8 +32,8 @@ def settings(config: Config, **train: object) -> Config:
 
 
 @pytest.fixture
-def dataset(prepared: Path) -> setup.Dataset:
-    return setup.open_dataset(RunDir(prepared))
+def dataset(prepared: Path) -> Dataset:
+    return open_dataset(RunDir(prepared))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def small_blocks(monkeypatch) -> None:
     monkeypatch.setattr(batches_of, "OPEN_BLOCKS", 2)
 
 
-def batches(dataset: setup.Dataset, first: int, last: int) -> list[dict[str, bytes]]:
+def batches(dataset: Dataset, first: int, last: int) -> list[dict[str, bytes]]:
     plan = batches_of.TrainingPlan(settings(DEMO, order="blocks"), dataset)
     with plan.read_ahead(first, last) as ready:
         loaded = loader.load(dataset.train, ready, range(first, last), crop=67, largest=4, slots=3, threads=2)

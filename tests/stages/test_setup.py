@@ -14,12 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.dataset import open_dataset
 from pipeline.config import SEED, load_config
 from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file, read_sealed, write_sealed
 from stages import setup
-from stages.setup import loader_slots, loader_threads, open_dataset
+from stages.setup import loader_slots, loader_threads
 
 
 @pytest.fixture
