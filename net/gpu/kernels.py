@@ -81,7 +81,7 @@ def launch(
     if len(args) != len(parameters):
         raise TypeError(f"{name} takes {len(parameters)} arguments, not {len(args)}")
     converted = tuple(fit(arg) for fit, arg in zip(parameters, args, strict=True))
-    kernel = _kernel(file, name, real)
+    kernel = compiled(file, name, real)
     if shared > 48 * 1024 and kernel.max_dynamic_shared_size_bytes < shared:
         kernel.max_dynamic_shared_size_bytes = shared
     kernel(grid, (block,), converted, shared_mem=shared)
@@ -98,7 +98,8 @@ def _prepared(name: str, dtype: np.dtype[Any]) -> tuple[str, str, tuple[Callable
 
 
 @cache
-def _kernel(file: str, name: str, real: str) -> Any:
+def compiled(file: str, name: str, real: str) -> Any:
+    """A kernel of a CUDA file, with ``real`` (float32, or uint16 for bfloat16) as the type of activations."""
     return _module(file, real).get_function(name)
 
 
