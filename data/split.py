@@ -73,7 +73,8 @@ class Split:
         It is read, not looked at through the map: where a disk cannot read mapped bytes the process dies.
         """
         path, offset, size = self.pieces(index, index + 1)[0]
-        again = _rebuild(path.parent.parent)
+        remedy = f"run python run_pipeline.py --stage verify --run {path.parent.parent}"
+        again = f"{remedy}, which finds all damage and says how to mend it"
         try:
             with open(path, "rb", buffering=0) as file:
                 data = os.pread(file.fileno(), size, offset)
@@ -135,10 +136,6 @@ def _mapped(path: Path, shard: Located) -> np.ndarray:
     if not len(shard.labels):
         return np.empty(shard.shape, dtype=np.uint8)
     return np.asarray(np.memmap(path, np.uint8, "r", shard.offset, shard.shape))
-
-
-def _rebuild(run: Path) -> str:
-    return f"run python run_pipeline.py --stage verify --run {run}, which finds all damage and says how to mend it"
 
 
 def _allow_open_files(count: int) -> None:

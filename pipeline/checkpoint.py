@@ -26,8 +26,8 @@ from pipeline.errors import PipelineError
 from pipeline.run_dir import make_folder, read_sealed, remove, sync_folder, write_atomic, write_sealed
 
 Arrays = dict[str, np.ndarray]
-_SEAL = "sha256"
-_NAME = re.compile(r"step-(\d{8,})\.ckpt")
+_SEAL: Final = "sha256"
+_NAME: Final = re.compile(r"step-(\d{8,})\.ckpt")
 _OTHER: Final = "choose another with --checkpoint, or let --stage train --resume go on from an older one"
 
 

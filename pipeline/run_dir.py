@@ -16,11 +16,12 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from pipeline.errors import PipelineError
 
-_SEAL = "sha256"
+_SEAL: Final = "sha256"
+_CHUNK: Final = 4 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,14 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hash_file(path: Path, told: Callable[[int], object] = lambda count: None, algorithm: str = "sha256") -> str:
+    """SHA-256, or another hash, of a file's bytes; ``told`` is called with their number as they are read."""
+    digest, buffer = hashlib.new(algorithm, usedforsecurity=False), bytearray(_CHUNK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            told(count)
+    return digest.hexdigest()
 
 
 def write_error(path: Path, error: OSError) -> PipelineError:

@@ -6,14 +6,13 @@ shards are noted in the run, so that ``--stage preprocess`` makes exactly those 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from data.listing import SPLITS
 from data.manifest import is_manifest, made_from, note_damage
@@ -21,10 +20,8 @@ from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_chec
 from pipeline.config_values import from_dict
 from pipeline.errors import PipelineError
 from pipeline.progress import MB, Megabytes, Progress, megabytes
-from pipeline.run_dir import RunDir, read_sealed
+from pipeline.run_dir import RunDir, hash_file, read_sealed
 from pipeline.settings import remedy_of_config
-
-_CHUNK: Final = 4 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -131,16 +128,11 @@ def _preprocessed(folder: Path, manifest: dict[str, Any]) -> list[_Item]:
 
 def _file(path: Path, expected: str) -> Callable[[Callable[[int], None]], str | None]:
     def check(count: Callable[[int], None]) -> str | None:
-        digest = hashlib.sha256()
-        buffer = bytearray(_CHUNK)
         try:
-            with open(path, "rb", buffering=0) as file:
-                while n := file.readinto(buffer):
-                    digest.update(memoryview(buffer)[:n])
-                    count(n)
+            sound = hash_file(path, count) == expected
         except OSError as error:
             return f"it cannot be read ({error.strerror})"
-        return None if digest.hexdigest() == expected else "it is not the file that was written"
+        return None if sound else "it is not the file that was written"
 
     return check
 
