@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Final
 
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
@@ -34,11 +35,11 @@ from pipeline.run_dir import RunDir, locked, write_sealed
 from pipeline.settings import Request, Settled, settle
 from pipeline.signals import Interruption
 
-_SETTLED = frozenset(("preprocess", "train"))  # these need settings of their own; the others find them in a checkpoint
-_BEGINNING = frozenset((None, "preprocess", "import"))  # these make a run where there is none
-_SHARED = frozenset(("train", "eval"))  # several processes can share these
-_READING = frozenset(("predict", "watch"))  # these write nothing, and need no lock
-_BESIDE = frozenset(("export", "report"))  # these write to a folder of their own, and lock that
+_SETTLED: Final = frozenset(("preprocess", "train"))  # these need settings of their own; others have a checkpoint's
+_BEGINNING: Final = frozenset((None, "preprocess", "import"))  # these make a run where there is none
+_SHARED: Final = frozenset(("train", "eval"))  # several processes can share these
+_READING: Final = frozenset(("predict", "watch"))  # these write nothing, and need no lock
+_BESIDE: Final = frozenset(("export", "report"))  # these write to a folder of their own, and lock that
 
 
 @dataclass(frozen=True)

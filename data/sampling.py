@@ -19,7 +19,7 @@ BLOCK: Final = 64  # pictures read in one go in the block-wise order: 12.6 MB
 OPEN_BLOCKS: Final = 64  # blocks whose pictures are mixed: 4,096 pictures, 0.8 GB
 
 _ORDER, _PICTURE, _COLOUR, _BLOCKS = 1, 2, 3, 4  # what a stream is for, so that no two purposes share one
-_WORDS = 4  # 64-bit words in a Philox block
+_WORDS: Final = 4  # 64-bit words in a Philox block
 
 
 @dataclass(frozen=True)

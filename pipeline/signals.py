@@ -14,8 +14,8 @@ from typing import Final
 
 from pipeline.errors import StoppedError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_RAISING = (signal.SIGTERM, signal.SIGUSR1)  # SIGINT does so by itself
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_RAISING: Final = (signal.SIGTERM, signal.SIGUSR1)  # SIGINT does so by itself
 _AGAIN: Final = 0.02  # seconds after which an exception that was lost is raised anew
 
 

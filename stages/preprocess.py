@@ -42,7 +42,7 @@ from pipeline.signals import StopRequest
 _WORDS: Final = {"train": "training", "val": "validation"}
 
 
-def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, scheduler: str | None = None) -> None:
+def run(config: Config, run_dir: RunDir, *, source: Path | None, jobs: int, scheduler: str | None = None) -> None:
     """Fill ``<run>/preprocess``, or say that there is nothing to do.
 
     Parameters
@@ -63,12 +63,12 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, schedule
         SIGINT or SIGTERM came; finished shards are kept.
     """
     if scheduler:  # the workers' current folder is another one
-        run, source = RunDir(run.root.absolute()), None if source is None else source.absolute()
-    folder = make_folder(run.preprocess)
+        run_dir, source = RunDir(run_dir.root.absolute()), None if source is None else source.absolute()
+    folder = make_folder(run_dir.preprocess)
     if _finished(config, folder, source):
         print(f"preprocess: nothing to do, {folder} is complete")
         return
-    root = source if source is not None else _draw_demo(run)
+    root = source if source is not None else _draw_demo(run_dir)
     start = time.perf_counter()
     listed = read_source(root)
     for note in (*listed.unread, *published.shortfalls(listed)):

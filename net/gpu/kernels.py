@@ -24,7 +24,7 @@ FOLDER: Final = Path(__file__).parent
 THREADS: Final = 256  # threads a block, as in common.cuh
 OPTIONS: Final = ("--std=c++17",)
 
-_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\([\w, ]+\) (\w+)\(([^)]*)\)')
+_KERNEL: Final = re.compile(r'extern "C" __global__ void __launch_bounds__\([\w, ]+\) (\w+)\(([^)]*)\)')
 _SCALARS: Final = {
     "int": np.int32,
     "float": np.float32,
