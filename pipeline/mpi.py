@@ -13,12 +13,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.ranks import ALONE, Gradients, Ranks
+
+_Bucket = list[tuple[str, np.ndarray]]  # gradients that travel together
+_Watched = Callable[..., contextlib.AbstractContextManager[None]]  # see _watch
 
 BUCKET: Final = 4 << 20  # bytes; smaller gradients travel together, larger ones on their own and without a copy
 SILENCE: Final = 600.0  # seconds after which a rank takes the others for lost; $ALEXNET_SILENCE where it is set
@@ -186,20 +190,6 @@ def _ranks(world: Any) -> Ranks:
         with watched(SLOWER * took):
             world.Barrier()
 
-    def reduce(gradients: Gradients) -> Iterator[tuple[str, np.ndarray]]:
-        under_way: list[tuple[Any, np.ndarray, list[tuple[str, np.ndarray]]]] = []
-        for bucket in buckets(gradients, BUCKET):
-            if bucket:
-                flat = packed(bucket)
-                under_way.append((world.Iallreduce(MPI.IN_PLACE, flat), flat, bucket))
-            # MPI moves data while it is called: asking after each layer keeps the exchange going.
-            while under_way and under_way[0][0].Test():
-                yield from unpacked(*under_way.pop(0)[1:])
-        for request, flat, bucket in under_way:
-            with watched():
-                request.Wait()
-            yield from unpacked(flat, bucket)
-
     return Ranks(
         rank=world.Get_rank(),
         size=world.Get_size(),
@@ -212,8 +202,26 @@ def _ranks(world: Any) -> Ranks:
         wait=wait,
         meet=meet,
         watched=watched,
-        reduce=reduce,
+        reduce=partial(_sums, world, watched),
     )
+
+
+def _sums(world: Any, watched: _Watched, gradients: Gradients) -> Iterator[tuple[str, np.ndarray]]:
+    """Gradients' sums over all ranks, in the order in which they come, each as soon as it is there."""
+    from mpi4py import MPI
+
+    under_way: list[tuple[Any, np.ndarray, _Bucket]] = []
+    for bucket in buckets(gradients, BUCKET):
+        if bucket:
+            flat = packed(bucket)
+            under_way.append((world.Iallreduce(MPI.IN_PLACE, flat), flat, bucket))
+        # MPI moves data while it is called: asking after each layer keeps the exchange going.
+        while under_way and under_way[0][0].Test():
+            yield from unpacked(*under_way.pop(0)[1:])
+    for request, flat, bucket in under_way:
+        with watched():
+            request.Wait()
+        yield from unpacked(flat, bucket)
 
 
 def silence(environment: Mapping[str, str]) -> float:
@@ -234,7 +242,7 @@ def silence(environment: Mapping[str, str]) -> float:
     return seconds
 
 
-def _watch(rank: int, size: int, seconds: float) -> Callable[..., contextlib.AbstractContextManager[None]]:
+def _watch(rank: int, size: int, seconds: float) -> _Watched:
     """What to wait in: a wait of more than ``seconds``, and what more is allowed it, ends this process.
 
     The launcher then ends the job. MPI does not notice a network that breaks or a machine that stops: it waits for
@@ -271,14 +279,14 @@ def _watch(rank: int, size: int, seconds: float) -> Callable[..., contextlib.Abs
     return watched
 
 
-def buckets(gradients: Gradients, size: int) -> Iterator[list[tuple[str, np.ndarray]]]:
+def buckets(gradients: Gradients, size: int) -> Iterator[_Bucket]:
     """Group gradients, in the order they come, into few messages.
 
     One of at least ``size`` bytes is a group of its own; smaller ones wait until together they have as many, or until
     the end. After each gradient that completes no group an empty list is handed out, so that the receiver can look
     after its messages.
     """
-    waiting: list[tuple[str, np.ndarray]] = []
+    waiting: _Bucket = []
     for name, given in gradients:
         gradient = np.asarray(given)  # a backend may compute one only now that it is wanted
         if gradient.nbytes >= size:
@@ -294,13 +302,13 @@ def buckets(gradients: Gradients, size: int) -> Iterator[list[tuple[str, np.ndar
         yield waiting
 
 
-def packed(bucket: list[tuple[str, np.ndarray]]) -> np.ndarray:
+def packed(bucket: _Bucket) -> np.ndarray:
     """The gradients of a bucket as one row; a single one is not copied where it lies in memory without gaps."""
     rows = [np.ascontiguousarray(gradient).reshape(-1) for _, gradient in bucket]
     return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
-def unpacked(flat: np.ndarray, bucket: list[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+def unpacked(flat: np.ndarray, bucket: _Bucket) -> Iterator[tuple[str, np.ndarray]]:
     """The gradients of a bucket from its row."""
     first = 0
     for name, gradient in bucket:
