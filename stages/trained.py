@@ -98,7 +98,7 @@ def load_trained(run_dir: RunDir, checkpoint: str, dataset: Dataset | None = Non
     if not isinstance(values, dict) or not isinstance(count, int):
         raise PipelineError(f"{saved.path} holds no configuration; choose a checkpoint written by --stage train")
     config = from_dict(values, str(saved.path))
-    classes = _classes(run_dir, saved, count)
+    listed = _listed_classes(run_dir, saved, count)
     if dataset is not None:
         require_size(config, dataset, run_dir)
     layers = network_layers(config, count)
@@ -112,7 +112,7 @@ def load_trained(run_dir: RunDir, checkpoint: str, dataset: Dataset | None = Non
         seal=saved.seal,
         header=saved.header,
         config=config,
-        classes=classes,
+        classes=_own_classes(saved, count) if listed is None else listed,
         layers=layers,
         parameters=parameters,
         momenta=momenta,
@@ -120,22 +120,26 @@ def load_trained(run_dir: RunDir, checkpoint: str, dataset: Dataset | None = Non
     )
 
 
-def _classes(run_dir: RunDir, saved: Checkpoint, count: int) -> list[dict[str, Any]]:
-    """The run's classes, which must be those of the checkpoint; without any what the checkpoint itself knows."""
-    wnids = saved.header.get("wnids")
-    listed = run_dir.preprocess / "classes.json"
-    if listed.exists():
-        require_sound_description(run_dir, listed.name)
-        classes = read_classes(listed, None, f"make it again: {_again(run_dir)}")
-        elsewhere = f"({listed}); choose the run directory it belongs to with --run"
-        if len(classes) != count:
-            raise PipelineError(
-                f"{saved.path} was trained on {count} classes, but the data have {len(classes)} {elsewhere}"
-            )
-        if wnids not in (None, [entry["wnid"] for entry in classes]):
-            raise PipelineError(f"{saved.path} was trained on other classes than the data have {elsewhere}")
-        return classes
-    wnids, words = (names or [""] * count for names in (wnids, saved.header.get("words")))
+def _listed_classes(run_dir: RunDir, saved: Checkpoint, count: int) -> list[dict[str, Any]] | None:
+    """The run's classes, which must be those of the checkpoint; None where it has none."""
+    path = run_dir.preprocess / "classes.json"
+    if not path.exists():
+        return None
+    require_sound_description(run_dir, path.name)
+    classes = read_classes(path, None, f"make it again: {_again(run_dir)}")
+    elsewhere = f"({path}); choose the run directory it belongs to with --run"
+    if len(classes) != count:
+        raise PipelineError(
+            f"{saved.path} was trained on {count} classes, but the data have {len(classes)} {elsewhere}"
+        )
+    if saved.header.get("wnids") not in (None, [entry["wnid"] for entry in classes]):
+        raise PipelineError(f"{saved.path} was trained on other classes than the data have {elsewhere}")
+    return classes
+
+
+def _own_classes(saved: Checkpoint, count: int) -> list[dict[str, Any]]:
+    """What the checkpoint itself knows of its classes."""
+    wnids, words = (saved.header.get(key) or [""] * count for key in ("wnids", "words"))
     if not all(isinstance(names, list) and len(names) == count for names in (wnids, words)):
         raise PipelineError(f"{saved.path} names other classes than its {count}; choose another checkpoint")
     return [{"wnid": wnid, "words": text} for wnid, text in zip(wnids, words, strict=True)]
