@@ -70,17 +70,16 @@ def made_with(run: RunDir) -> dict[str, Any]:
 
 
 def made_from(run: RunDir) -> str | None:
-    """The folder of the pictures that a run's shards were last made from; None for the run's own demo set."""
-    said = [record.get("source") for record in read_metrics(run.preprocess / "metrics.jsonl")]
-    sources = [source for source in said if isinstance(source, str)]
-    if not sources or Path(sources[-1]).absolute() == demo_folder(run).absolute():
+    """The source that a run's shards were made from, as it was named; None for its own demo set, or if none is noted.
+
+    A run that is moved takes its demo set along, and what is noted is where that was before.
+    """
+    noted = [r["source"] for r in read_metrics(run.preprocess / "metrics.jsonl") if isinstance(r.get("source"), str)]
+    if not noted:
         return None
-    return sources[-1]
-
-
-def demo_folder(run: RunDir) -> Path:
-    """Where a run keeps the built-in demo set, if it was made from that."""
-    return run.root / "demo"
+    source, demo = Path(noted[-1]), run.root / "demo"
+    moved = source.name == demo.name and demo.is_dir() and not source.exists()
+    return None if moved or source.absolute() == demo.absolute() else noted[-1]
 
 
 def data_fingerprint(manifest: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from data import demo, published
 from data.cluster import on_cluster
 from data.convert import ShardResult, ShardTask, make_shard
 from data.listing import SPLITS
-from data.manifest import defects, demo_folder, forget_damage, is_damage_noted, made_from, sound_manifest
+from data.manifest import defects, forget_damage, is_damage_noted, made_from, sound_manifest
 from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
 from data.shards import read_layout, shard_bytes, shard_name
 from data.sources import read_source, stamp
@@ -156,7 +156,8 @@ def _rejected(folder: Path) -> list[str]:
 
 def _draw_demo(run: RunDir) -> Path:
     """The demo set's folder; refuses where it would take the place of pictures of the user's own."""
-    folder, source = demo_folder(run), made_from(run)
+    folder = run.root / "demo"
+    source = made_from(run)
     if source is not None:
         raise PipelineError(
             f"{run.preprocess} was made from {source}, but no pictures are named: add --source {source}, "
