@@ -58,7 +58,7 @@ with _hidden("scipy", "scipy.linalg.cython_blas", "yaml"):
     import numba.np.arraymath
     from llvmlite import binding
     from numba import prange
-    from numba.core import event
+    from numba.core import codegen, event
 
 __all__ = ["FOLDER", "cache_folder", "cache_name", "inner", "kernel", "prange"]
 
@@ -68,10 +68,15 @@ _HERE: Final = Path(__file__).resolve().parent
 _FASTMATH: Final = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
 
+def processor() -> tuple[str, str]:
+    """Name and features of the processor that Numba compiles for: this one, unless its settings name another."""
+    name, features = numba.config.CPU_NAME, numba.config.CPU_FEATURES
+    return name or binding.get_host_cpu_name(), codegen.get_host_cpu_features() if features is None else features
+
+
 def cache_name(sources: Path) -> str:
     """``kernels-<where>-<what>``: where is this processor and this folder of sources, what is their contents' hash."""
-    processor = f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}"
-    where = hashlib.sha256(f"{processor} {sources}".encode()).hexdigest()
+    where = hashlib.sha256(f"{' '.join(processor())} {sources}".encode()).hexdigest()
     what = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version}".encode())
     for path in sorted(sources.glob("*.py")):
         what.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

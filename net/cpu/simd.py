@@ -18,13 +18,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Final
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from net.cpu.cook_toom import TRANSFORMS
+from net.cpu.jit import processor
 
-LANES: Final = 16 if binding.get_host_cpu_features().get("avx512f", False) else 8  # floats in a vector register
+LANES: Final = 16 if "+avx512f" in processor()[1].split(",") else 8  # floats in a vector register
 PANEL: Final = 2 * LANES  # columns of a product that the micro-kernel computes at a time
 BLOCK: Final = 6  # rows at a time: 6 x 2 sums, 2 vectors of b and one of a fill the 16 registers of AVX2
 PIECE: Final = 16  # terms of a product that are added up by themselves before they join the sum

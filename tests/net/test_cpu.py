@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -26,6 +27,22 @@ from tests.net import cases
 @pytest.mark.parametrize("case", cases.ALL, ids=str)
 def test_agrees_with_the_reference(case: cases.Case) -> None:
     cases.check(net.cpu, case, tolerance=1e-5)
+
+
+def test_vectors_of_eight_numbers_serve_where_there_are_none_of_sixteen(tmp_path: Path) -> None:
+    """The layouts follow the processor's vectors; most have no AVX-512, and no machine has several widths."""
+    # "generic" is the least that any processor of this kind has; optimising less saves most of the compiling.
+    narrow = {"NUMBA_CPU_NAME": "generic", "NUMBA_OPT": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    script = (
+        "import net.cpu\nfrom net.cpu.simd import LANES\nfrom tests.net import cases\nassert LANES == 8\n"
+        "for case in cases.ALL:\n    if case.operation.startswith('conv2d') and case.name in ('odd, 3x3', 'conv2'):\n"
+        "        cases.check(net.cpu, case, tolerance=1e-5)\n        print(case)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, **narrow}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4
 
 
 # --- memory --------------------------------------------------------------------------------------------------------

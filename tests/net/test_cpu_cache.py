@@ -34,6 +34,10 @@ def test_the_name_follows_every_source_and_every_version(sources: Path, monkeypa
     names.append(jit.cache_name(sources))
     monkeypatch.setattr(jit.binding, "get_host_cpu_name", lambda: "another")
     names.append(jit.cache_name(sources))
+    monkeypatch.setattr(numba.config, "CPU_NAME", "a third")  # not this machine: the one to compile for
+    names.append(jit.cache_name(sources))
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2")
+    names.append(jit.cache_name(sources))
     assert len(set(names)) == len(names)
 
 
