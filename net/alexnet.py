@@ -8,12 +8,13 @@
     conv3  3x3                   13 x  13 x 384   ReLU
     conv4  3x3, 2 groups         13 x  13 x 384   ReLU
     conv5  3x3, 2 groups         13 x  13 x 256   ReLU, pool 3/2      ->   6 x  6 x 256
-    fc6    9216 -> 4096                           ReLU, dropout
+    fc6    6 x 6 x 256 = 9216 -> 4096             ReLU, dropout
     fc7    4096 -> 4096                           ReLU, dropout
     fc8    4096 -> classes                        softmax (in the loss)
 
-The groups are the paper's two GPUs: conv2, conv4 and conv5 see only the maps of their own GPU, conv3 and the fully
-connected layers see all. 60,965,224 parameters at 1000 classes.
+"pool 3/2" is the largest of 3x3 pixels, in steps of 2. The groups are the paper's two GPUs: conv2, conv4 and conv5 see
+only the maps of their own GPU, conv3 and the fully connected layers see all. 60,965,224 parameters at 1000 classes.
+docs/alexnet.md walks through it.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ def alexnet(
     Parameters
     ----------
     classes : int
-        Scores a picture gets; 1000 for ILSVRC.
+        How many scores a picture gets; 1000 for ILSVRC.
     lrn_size, lrn_k, lrn_alpha, lrn_beta : int, float, float, float
         n, k, alpha and beta of local response normalisation (section 3.3); size 0 leaves it out.
     lrn_alpha_over_n : bool
         Divide alpha by n, as every released code does and the paper does not.
     relu_before_lrn : bool
-        False: block 1 is convolution, LRN, pool, ReLU, as in the authors' code.
+        False: conv1 is followed by LRN, pool, ReLU in this order, as in the authors' code.
     map_norm : bool
-        A second normalisation in block 2, over 5x5 pixels of the same map, as in the authors' code.
+        A second normalisation after conv2's LRN, over 5x5 pixels of the same map, as in the authors' code.
     pool_size, pool_stride : int
         Of all three pools; they overlap where the stride is smaller than the size (section 3.4).
     final_relu : bool

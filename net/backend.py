@@ -1,8 +1,8 @@
 """The operations a backend must offer, and how one is chosen.
 
-A backend is a module of plain functions over its own arrays: ``net.reference`` (NumPy, the textbook and the
-oracle of every test), ``net.cpu`` (Numba and BLAS), ``net.gpu`` (CuPy, CUDA and cuBLAS). All three have the same
-functions with the same parameters; :func:`load` refuses a module that lacks one. Nothing falls back in silence.
+A backend is a module of plain functions over its own arrays: ``net.reference`` (NumPy, the textbook that the others are
+tested against), ``net.cpu`` (Numba and BLAS), ``net.gpu`` (CuPy, CUDA and cuBLAS). All three have the same functions
+with the same parameters; :func:`load` refuses a module that lacks one. No backend is silently replaced by another.
 
 Arrays are float32 in NHWC order (image, row, column, channel); convolution weights are (KH, KW, Cin/groups, Cout),
 fully connected weights (Cin, Cout). Gradients overwrite, they never add. Arguments are not modified, except by
@@ -10,7 +10,7 @@ fully connected weights (Cin, Cout). Gradients overwrite, they never add. Argume
 as long as ``to_host`` makes an array of it.
 
 Three values change from step to step of a training run: the learning rate, the step number in a dropout key, and
-dropout's ``first``, the place in the global batch of the first row, which is not 0 where several processes share a
+dropout's ``first``, the place of the first row in the whole batch, which is not 0 where several processes share a
 batch. Each may be given as a Python number or as an array of one element that lives on the backend's device, so that a
 recorded step can be replayed with other values.
 """

@@ -1,7 +1,8 @@
 """The layers AlexNet is made of: frozen values that know their shapes and which operations compute them.
 
-A layer holds no numbers. Parameters live in one dictionary, ``{"conv1.w": ..., "conv1.b": ...}``; what ``forward``
-keeps for ``backward`` is returned beside its result. Every layer has
+A layer holds no weights. Parameters live in one dictionary, ``{"conv1.w": ..., "conv1.b": ...}``; what ``forward``
+keeps for ``backward`` is returned beside its result. ``dy`` is the gradient of the loss with respect to y, ``dx`` that
+with respect to x. Every layer has
 
 ``output_shape(shape)``
     shape of one image's output, (height, width, channels) or (features,)
@@ -32,7 +33,7 @@ Parameters = dict[str, Array]
 class Run:
     """What a forward pass must know beside its input: whether it trains, and the key of its dropout masks.
 
-    ``first`` is the place in the global batch of the input's first picture, where several processes share a batch.
+    Where several processes share a batch, ``first`` is the place of the input's first picture in the whole batch.
     """
 
     training: bool
@@ -70,6 +71,14 @@ class Conv:
     """Convolution (paper, sections 3.2 and 3.5): ``maps`` kernels of ``size`` x ``size`` pixels.
 
     ``groups`` splits the channels as the paper's two GPUs did.
+
+    >>> conv1 = Conv("conv1", 96, 11, stride=4)
+    >>> conv1.output_shape((227, 227, 3))  # (227 - 11) // 4 + 1 = 55
+    (55, 55, 96)
+    >>> conv1.output_shape((224, 224, 3))
+    (54, 54, 96)
+    >>> Conv("conv2", 256, 5, pad=2, groups=2).parameter_shapes((27, 27, 96))
+    {'conv2.w': (5, 5, 48, 256), 'conv2.b': (256,)}
     """
 
     name: str
@@ -166,7 +175,7 @@ class Lrn(_WithoutParameters):
 
 @dataclass(frozen=True)
 class MapNorm(_WithoutParameters):
-    """The same normalisation over size x size pixels of one map, which the authors' code has after block 2's LRN."""
+    """The same normalisation over size x size pixels of one map; the authors' code has it after conv2's LRN."""
 
     size: int
     k: float

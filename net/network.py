@@ -25,7 +25,7 @@ Reduce = Callable[[Iterable[tuple[str, Array]]], Iterator[tuple[str, Array]]]
 
 @dataclass(frozen=True)
 class Preparation:
-    """How uint8 crops become the network's input; the arguments of the backend's ``augment``."""
+    """How uint8 crops become the network's input; arguments of ``augment`` (``net/reference/augment.py``)."""
 
     mean: Array | None  # on the backend's device
     scale: float
@@ -72,9 +72,10 @@ def initial_parameters(
 ) -> dict[str, np.ndarray]:
     """Draw the initial weights and set the initial biases (paper, section 5), as arrays like those of :func:`zeros`.
 
-    Weights are normal with mean 0 and the layer's standard deviation; where that is given as 0 it is
-    sqrt(2 / fan-in), which keeps the variance of ReLU activations from layer to layer (He et al., 2015). Each tensor
-    has its own random stream, so its values depend on the seed and its place alone.
+    ``weight_std`` and ``bias`` have a number for each layer. Weights are normal with mean 0 and the layer's standard
+    deviation; where that is given as 0 it is sqrt(2 / fan-in), fan-in being how many products an output adds up. This
+    keeps the mean square of the ReLUs' outputs the same from layer to layer (He et al., 2015). Each tensor has its own
+    random stream, so its values depend on the seed and its place in ``shapes`` alone.
     """
     with drawing(shapes, weight_std, bias, seed) as drawn:
         return drawn()
@@ -134,8 +135,8 @@ def backward(
     """From dz (N, classes), the gradient of the scores, to the gradients of all parameters, last layer first.
 
     A generator of (name, gradient of the parameter's shape). Each is handed out as soon as it is known, with the
-    gradient of the layer's input already computed, so the receiver may update that parameter at once. ``tape`` is
-    emptied on the way, which frees memory.
+    gradient of the layer's input already computed, so the receiver may update that parameter at once. ``tape`` is what
+    :func:`forward` kept; it is emptied on the way, which frees memory.
     """
     dy = dz
     for number in reversed(range(len(layers))):
@@ -162,7 +163,8 @@ def training_step(
 
     Where several processes share a batch, ``reduce`` turns each one's gradients into their sums over all. The inputs
     then have ``first`` (uint64, one element, the place of its first picture in the batch) and ``share`` (float32, one
-    element, its part of the batch's pictures): the batch's gradient is the sum of each part's mean times its share.
+    element, its part of the batch's pictures, such as 1/4): the batch's gradient is the sum of each part's mean times
+    its share.
     """
     position = {name: number for number, name in enumerate(parameters)}
 
@@ -196,7 +198,8 @@ def prediction(
 
     The returned function takes the device arrays ``images``, ``corner``, ``flip``, ``shift``, the ``views`` crops of
     a picture next to each other, and returns the softmax averaged over them, float32 (pictures, classes). Between its
-    calls ``parameters`` may be changed by ``sgd_update`` and by nothing else: a backend may keep what it derived.
+    calls ``parameters`` may be changed by ``sgd_update`` and by nothing else: a backend may keep what it has derived
+    from them.
     """
     if hasattr(ops, "fixed"):
         parameters = ops.fixed(parameters)

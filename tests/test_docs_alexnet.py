@@ -104,8 +104,12 @@ def test_the_example_runs(capsys):
     (example,) = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
     exec(compile(example, str(PAGE), "exec"), {"__name__": "example"})  # noqa: S102
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:2]] == ["fc8.w", "fc8.b"]
-    assert len(lines) == 17
+    difference = {line.split()[0]: line.split()[-1] for line in lines[:8]}
+    assert list(difference) == list(_inputs())
+    text = " ".join(TEXT.split())
+    assert f"differ by {difference['conv1']} of their size, at that of fc6 by {difference['fc6']}." in text
+    assert [line.split()[0] for line in lines[8:10]] == ["fc8.w", "fc8.b"]
+    assert len(lines) == 8 + 17
     gradients = [float(line.split()[-1]) for line in lines if ".w" in line]
     assert gradients == sorted(gradients, reverse=True)
 

@@ -22,7 +22,7 @@ In two dimensions each matrix is applied to columns and then to rows: an m x m t
 
 In exact arithmetic the points do not matter. In floating point they decide the error: sums of large terms of both
 signs must cancel. The usual textbook points 0, ±1, ±2 are poor. Those below were found by trying all sets of symmetric
-multiples of 1/8 (six points) and 1/4 (seven), see docs/cpu.md; being dyadic they make A and B exact in binary. G is
+multiples of 1/8 (six points) and 1/4 (seven); being dyadic they make A and B exact in binary. G is
 applied in double precision, once a step.
 """
 

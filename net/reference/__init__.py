@@ -1,8 +1,13 @@
-"""The textbook backend: every operation of AlexNet in plain NumPy, one a file, and the oracle of every test.
+"""The textbook backend: every operation of AlexNet in plain NumPy, one per file; the others are tested against it.
 
 Each file opens with the formula, the shapes and the section of the paper (A. Krizhevsky, I. Sutskever, G. Hinton,
-"ImageNet Classification with Deep Convolutional Neural Networks", NIPS 2012), derives the backward pass, and then
-writes both down. What the other backends compute is defined here.
+"ImageNet Classification with Deep Convolutional Neural Networks", NIPS 2012), derives the backward pass, gives an
+example to compute by hand, and then writes both down. What the other backends compute is defined here.
+
+In all files L is the loss, and dy stands for the array of derivatives ∂L/∂y, one for each number of y; dx, dw and db
+likewise. A number that enters several outputs collects a derivative from each (the chain rule)::
+
+    dx[i] = sum_j dy[j] ∂y[j]/∂x[i]
 
 All functions compute in the precision they are given: float32 in, float32 out, and float64 for checks.
 """

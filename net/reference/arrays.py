@@ -1,7 +1,7 @@
 """Moving arrays between host and device.
 
-The reference computes where the data lies, so there is no way to go. It copies all the same, because a copy is what
-a GPU gives: a program that keeps writing into an array it has handed over behaves alike on every backend.
+The reference computes on the host, so nothing would have to be moved. It copies all the same, because a GPU works on a
+copy too: a program that writes into an array it has handed over then behaves alike on every backend.
 """
 
 from __future__ import annotations

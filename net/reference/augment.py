@@ -19,10 +19,23 @@ Formula
     mirrored with the picture, mean[corner row + r, corner column + c'].
 
     ``bgr`` reverses the order of the channels at the end. The border is exactly 0, outside the formula: it stands
-    for "no signal", like the padding of a convolution. A 224 crop with border (2, 1) is what a 227 x 227 network sees
-    of the paper's 224 x 224 pictures.
+    for "no signal", like the padding of a convolution. A border of three, (2, 1) or (0, 3), makes the network's
+    227 x 227 of the paper's 224 x 224: docs/alexnet.md, "224 or 227?".
 
 There is no backward pass: nobody trains the pictures.
+
+Example
+    A crop of one row of two pixels, mirrored, with a border of one before:
+
+    >>> images = np.array([[[[10, 20, 30], [40, 50, 60]]]], dtype=np.uint8)
+    >>> corner, flip, shift = np.zeros((1, 2), int), np.ones(1, np.uint8), np.array([[1.0, 0.0, 0.0]])
+    >>> y = augment(images, corner, flip, shift, mean=None, scale=0.1, bgr=False, border=(1, 0))
+    >>> y.shape
+    (1, 2, 3, 3)
+    >>> y[0, 1]
+    array([[0. , 0. , 0. ],
+           [4.1, 5. , 6. ],
+           [1.1, 2. , 3. ]])
 """
 
 from __future__ import annotations

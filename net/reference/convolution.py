@@ -2,7 +2,9 @@
 
 Shapes
     x (N, H, W, Cin), w (KH, KW, Cin / groups, Cout), b (Cout,), y (N, OH, OW, Cout) with
-    ``OH = (H + 2 pad - KH) // stride + 1`` and OW likewise. All float32, or all float64 in checks.
+    ``OH = (H + 2 pad - KH) // stride + 1`` and OW likewise: the first window begins at row 0 of the padded image, which
+    has H + 2 pad rows, and the last one at row H + 2 pad - KH or up to stride - 1 rows before. conv1:
+    (227 - 11) // 4 + 1 = 55. All float32, or all float64 in checks.
 
 Forward
     Write p for x with ``pad`` zeros on all four sides. With one group, output pixel (r, c) is::
@@ -10,15 +12,16 @@ Forward
         y[n, r, c, o] = b[o] + sum_{i < KH} sum_{j < KW} sum_a p[n, r stride + i, c stride + j, a] w[i, j, a, o]
 
     (strictly a cross-correlation: the kernel is not flipped). For one kernel offset (i, j) the sum over a is a
-    matrix product: the pixels (r stride + i, c stride + j) of all images and all (r, c), one a row, times the
-    Cin x Cout matrix w[i, j]. So a convolution is KH KW matrix products, added up.
+    matrix product: the pixels (r stride + i, c stride + j) of all images and all (r, c), one per row, an
+    N OH OW x Cin matrix, times the Cin x Cout matrix w[i, j]. So a convolution is KH KW matrix products, added up.
 
 Groups
     With ``groups`` = 2 the first half of the output channels sees the first half of the input channels only, the
     second half the second: two independent convolutions side by side. In the paper they ran on two GPUs.
 
 Backward
-    Everything follows from the sum above, in which each product p w enters one y with the factor 1.
+    Everything follows from the sum above, in which each product of a pixel and a weight enters one y: its derivative by
+    the weight is the pixel, by the pixel the weight.
 
     - ``db[o] = sum_{n, r, c} dy[n, r, c, o]``
     - w[i, j, a, o] is multiplied with the pixel at offset (i, j) of every (n, r, c)::
@@ -32,6 +35,24 @@ Backward
           dp[n, r stride + i, c stride + j, a] += sum_o dy[n, r, c, o] w[i, j, a, o]
 
       dx is dp without its border. Pixels that no window meets (a ragged edge) get 0.
+
+Example
+    One channel, one map, a kernel of nine ones: y adds up windows of 3 x 3 pixels. With dy = 1 everywhere, dx counts
+    the windows that meet each pixel.
+
+    >>> x, w, b = np.arange(16.0).reshape(1, 4, 4, 1), np.ones((3, 3, 1, 1)), np.zeros(1)
+    >>> y = conv2d_forward(x, w, b, stride=1, pad=0, groups=1)
+    >>> y[0, :, :, 0]
+    array([[45., 54.],
+           [81., 90.]])
+    >>> dx, dw, db = conv2d_backward(np.ones_like(y), x, w, stride=1, pad=0, groups=1)
+    >>> dx[0, :, :, 0]
+    array([[1., 2., 2., 1.],
+           [2., 4., 4., 2.],
+           [2., 4., 4., 2.],
+           [1., 2., 2., 1.]])
+    >>> dw[0, 0, 0, 0]  # pixels 0, 1, 4 and 5 met the kernel's first weight
+    np.float64(10.0)
 """
 
 from __future__ import annotations

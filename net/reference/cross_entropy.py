@@ -8,9 +8,9 @@ Forward
 
         loss[n] = -log p[n, t] = log(sum_j exp(z[n, j])) - z[n, t]
 
-    The right-hand form never takes the logarithm of a probability that has been rounded to 0. As in ``softmax.py`` the
-    largest score m is subtracted first, from both terms. A network that knows nothing gives p = 1 / classes: a loss of
-    log(1000) = 6.908 for ImageNet.
+    log is the natural logarithm. The right-hand form never takes the logarithm of a probability that has been rounded
+    to 0. As in ``softmax.py`` the largest score is subtracted from all scores first. A network that knows nothing gives
+    p = 1 / classes: a loss of log(1000) = 6.908 for ImageNet.
 
 Backward
     The batch's loss is the mean over its images, L = sum_n loss[n] / N. For one image::
@@ -18,7 +18,15 @@ Backward
         ∂(log sum_j exp z[j]) / ∂z[c] = exp(z[c]) / sum_j exp(z[j]) = p[c]
         ∂z[t] / ∂z[c] = 1 if c = t else 0
 
-    so ``dz[n, c] = (p[n, c] - [c = t]) / N``. This 1/N is the only one in the whole backward pass.
+    so ``dz[n, c] = (p[n, c] - [c = t]) / N``, where [c = t] is 1 for the label and 0 for the other classes. This 1/N is
+    the only one in the whole backward pass.
+
+Example
+    Scores that make p = (1/4, 1/2, 1/4), and the label 1: the loss is log 2.
+
+    >>> loss, dz = cross_entropy(np.log([[1.0, 2.0, 1.0]]), np.array([1]))
+    >>> loss.round(3), dz
+    (array([0.693]), array([[ 0.25, -0.5 ,  0.25]]))
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ Shapes
 
 Forward
     ``y = x * mask * scale``, where mask is 1 with probability ``keep`` and 0 otherwise, each element on its
-    own. The paper trains with scale = 1 and multiplies by keep in test; Caffe trains with scale = 1 / keep and leaves
-    the test alone. Either way the expected value seen by the next layer is the same in training and test.
+    own. On average over the masks, y is ``keep * scale * x``, and that is what the next layer learns to expect. In test
+    nothing is dropped, so x has to be multiplied by keep * scale there. The paper trains with scale = 1 and multiplies
+    by keep in test; Caffe trains with scale = 1 / keep, so in test the factor is 1.
 
 Backward
     mask and scale do not depend on x: ``dx = dy * mask * scale``.
@@ -19,6 +20,15 @@ whole. Element e uses word e % 4 of Philox4x32-10 (``philox.py``) with::
     counter = (e // 4, layer, step mod 2³², step div 2³²)      key = (seed mod 2³², seed div 2³²)
 
 and is kept where that word, uniform on 0 .. 2³² - 1, is below floor(keep * 2³²).
+
+Example
+    >>> options = {"keep": 0.5, "scale": 2.0, "key": (0, 0, 6)}  # seed 0, step 0, fc6
+    >>> dropout_forward(np.arange(1.0, 9.0), **options)
+    array([ 2.,  0.,  0.,  8.,  0., 12., 14., 16.])
+    >>> dropout_backward(np.ones(8), **options)  # the same mask
+    array([2., 0., 0., 2., 0., 2., 2., 2.])
+    >>> float(dropout_forward(np.ones(100_000), **options).mean().round(1))
+    1.0
 """
 
 from __future__ import annotations

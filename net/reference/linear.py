@@ -7,14 +7,24 @@ Forward
     ``y[n, o] = b[o] + sum_i x[n, i] w[i, o]``, that is ``y = x w + b``.
 
 Backward
-    Let dy[n, o] be the derivative of the loss with respect to y[n, o]. Each input and parameter collects it from
-    every output it takes part in:
+    Each input and parameter collects dy from every output it takes part in:
 
     - x[n, i] enters y[n, o] with the factor w[i, o]:  ``dx[n, i] = sum_o dy[n, o] w[i, o]``,  ``dx = dy wᵀ``
     - w[i, o] enters y[n, o] with the factor x[n, i]:  ``dw[i, o] = sum_n x[n, i] dy[n, o]``,  ``dw = xᵀ dy``
     - b[o] enters y[n, o] with the factor 1:           ``db[o] = sum_n dy[n, o]``
 
     The sums over n have no 1/N: the loss's gradient already carries it (``cross_entropy``).
+
+Example
+    >>> x, w, b = np.array([[1.0, 2.0]]), np.array([[1.0, 0.0, 2.0], [3.0, 1.0, 0.0]]), np.array([0.0, 10.0, 0.0])
+    >>> linear_forward(x, w, b)
+    array([[ 7., 12.,  2.]])
+    >>> dx, dw, db = linear_backward(np.array([[1.0, 0.0, -1.0]]), x, w)
+    >>> dx
+    array([[-1.,  3.]])
+    >>> dw
+    array([[ 1.,  0., -1.],
+           [ 2.,  0., -2.]])
 """
 
 from __future__ import annotations

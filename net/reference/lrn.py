@@ -4,14 +4,14 @@ Shapes
     x, s, y (N, H, W, C), all float32, or all float64 in checks; every pixel on its own.
 
 Forward
-    With h = size // 2 (integer division, as in the paper's formula)::
+    With h = size // 2, the paper's n / 2 rounded down::
 
         s[i] = k + alpha * sum_{j = max(0, i - h)}^{min(C - 1, i + h)} x[j]²
         y[i] = x[i] * s[i]^-beta
 
     i and j count channels. size = 4 and size = 5 both give h = 2, five channels. ``alpha`` is what stands in front of
-    the sum. The paper says alpha = 1e-4 with n = 5; its authors' code divides that by n first, so its effective alpha
-    is 2e-5. That division is the caller's business; here alpha is taken as given.
+    the sum. The paper says alpha = 1e-4 with n = 5; its authors' code divides that by n first, which makes 2e-5. The
+    caller divides where a recipe asks for it; here alpha is taken as given.
 
 Backward
     x[i] acts in two places: on its own y[i] as the factor in front, and on the s of every channel within h of i.
@@ -26,6 +26,21 @@ Backward
 
     The neighbourhood "within h" is symmetric, so the sum runs over the same clipped window as the forward pass, and
     both passes use one function for it.
+
+Example
+    One pixel of three channels, s = 1 + the sum of squares over three channels, y = x / s. With dy = (1, 0, 0) only
+    y[0] = x[0] / (1 + x[0]² + x[1]²) matters, and by hand::
+
+        dx[0] = 1 / 6 - 1 * 2 * 1 / 6² = 1/9        dx[1] = -1 * 2 * 2 / 6² = -1/9        dx[2] = 0
+
+    >>> x = np.array([1.0, 2.0, 0.0]).reshape(1, 1, 1, 3)
+    >>> y, s = lrn_forward(x, size=3, k=1.0, alpha=1.0, beta=1.0)
+    >>> s.ravel()
+    array([6., 6., 5.])
+    >>> dy = np.array([1.0, 0.0, 0.0]).reshape(1, 1, 1, 3)
+    >>> dx = lrn_backward(dy, x, s, size=3, alpha=1.0, beta=1.0)
+    >>> (9 * dx.ravel()).round(10).tolist()
+    [1.0, -1.0, 0.0]
 """
 
 from __future__ import annotations

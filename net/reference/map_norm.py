@@ -1,13 +1,14 @@
 """Response normalisation over neighbouring pixels of the same map.
 
-Not in the paper. Net 145 of the authors' published code, whose results are those of the paper, has it after the LRN of
-block 2 (``type=rnorm``: size 5, scale 0.001, pow 0.75, the sum starting at 1).
+Not in the paper. Net 145 of the authors' published code, whose results are those of the paper, has it after the LRN
+that follows conv2 (``type=rnorm``: size 5, scale 0.001, pow 0.75). k = 1 is that code's default as far as we could find
+out, not a figure read in the net's configuration.
 
 Shapes
     x, s, y (N, H, W, C), all float32, or all float64 in checks; every channel on its own.
 
 Forward
-    With h = size // 2 and the window clipped at the picture's border::
+    With h = size // 2 and the window clipped at the map's border::
 
         s[r, c] = k + alpha * sum_{|p - r| <= h, |q - c| <= h} x[p, q]²
         y[r, c] = x[r, c] * s[r, c]^-beta

@@ -8,8 +8,9 @@ Shapes
 Forward
     ``y[n, r, c, a] = max_{i, j < size} x[n, r stride + i, c stride + j, a]``
 
-    ``winner`` is the place of the maximum inside its window, i size + j, as uint8. Of equal maxima the first in that
-    order wins. NaN counts as larger than everything, so it is not lost; of several the first wins.
+    ``winner`` is the place of the maximum inside its window, i size + j. It is all that the backward pass has to know,
+    so x need not be kept; one byte is enough for a size of up to 16. Of equal maxima the first in that order wins. NaN
+    counts as larger than everything, so it is not lost; of several the first wins.
 
 Backward
     y is one of the window's inputs and does not depend on the others, so the whole dy goes to the winner. Windows
@@ -17,8 +18,20 @@ Backward
 
         dx[n, r stride + i, c stride + j, a] += dy[n, r, c, a]   for the winner (i, j) of (n, r, c, a)
 
-    Going through the window's places one after the other, each (r, c) adds to a pixel of its own, which NumPy
-    does in one statement.
+    For one place (i, j) in the window, different (r, c) are different pixels, so NumPy can add all of them in one
+    statement: size² statements in all.
+
+Example
+    Two windows of 2 x 2 that overlap; the 5 wins both, at place 1 (upper right) of the first and 0 of the second.
+
+    >>> x = np.array([[1.0, 5.0, 2.0], [3.0, 4.0, 0.0]]).reshape(1, 2, 3, 1)
+    >>> y, winner = maxpool_forward(x, size=2, stride=1)
+    >>> y.ravel(), winner.ravel()
+    (array([5., 5.]), array([1, 0], dtype=uint8))
+    >>> dy = np.array([10.0, 100.0]).reshape(1, 1, 2, 1)
+    >>> maxpool_backward(dy, winner, height=2, width=3, size=2, stride=1)[0, :, :, 0]
+    array([[  0., 110.,   0.],
+           [  0.,   0.,   0.]])
 """
 
 from __future__ import annotations

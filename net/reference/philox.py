@@ -5,12 +5,19 @@ J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel Random Numbers: As Easy as 1, 
 A block cipher in miniature: a counter of four 32-bit words is scrambled under a key of two words, in ten rounds, into
 four random words. There is no state to carry along. Element 1,000,000 of a mask costs as much as element 0, threads
 and GPUs may compute any part in any order, and a run that is resumed needs to know its step and nothing else.
+Dropout (``dropout.py``) draws its masks with it.
 
 One round, with ``m * a`` split into its high and low 32 bits::
 
     (c0, c1, c2, c3)  ->  (high(M1 c2) ^ c1 ^ k0,  low(M1 c2),  high(M0 c0) ^ c3 ^ k1,  low(M0 c0))
 
-and before the next round ``k0 += W0``, ``k1 += W1``, modulo 2³².
+and before the next round ``k0 += W0``, ``k1 += W1``, modulo 2³². (^ is exclusive or.)
+
+Example
+    The first of the test vectors that its authors publish:
+
+    >>> [f"{int(word):08x}" for word in philox4x32((0, 0, 0, 0), (0, 0))]
+    ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
 """
 
 from __future__ import annotations

@@ -11,6 +11,13 @@ Backward
     subgradient, and 0 is the custom. So ``dx = dy where x > 0, else 0``.
     Since y > 0 exactly where x > 0, the output is all that has to be kept.
 
+Example
+    >>> y = relu_forward(np.array([-2.0, 0.0, 3.0]))
+    >>> y
+    array([0., 0., 3.])
+    >>> relu_backward(np.array([5.0, 6.0, 7.0]), y)
+    array([0., 0., 7.])
+
 NaN is not less than 0, so it goes through instead of turning into a harmless 0.
 """
 

@@ -10,6 +10,11 @@ Formula
     nothing overflows, and the sum is at least 1.
 
 In training the softmax is part of the loss, and its backward pass with it: see ``cross_entropy.py``.
+
+Example
+    >>> softmax(np.array([[0.0, np.log(3.0)], [1000.0, 1000.0]]))
+    array([[0.25, 0.75],
+           [0.5 , 0.5 ]])
 """
 
 from __future__ import annotations
