@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -19,11 +21,11 @@ import pytest
 from joblib.externals.loky import get_reusable_executor
 from PIL import Image
 
-from data import demo, ilsvrc
+from data import convert, demo, ilsvrc
 from data import plan as plan_module
 from data.convert import ShardResult, ShardTask, make_shard
 from data.images import read_square
-from data.listing import shuffled
+from data.listing import Rows, shuffled
 from data.manifest import read_manifest
 from data.plan import make_plan, shard_tasks
 from data.shards import Split, open_split
@@ -194,6 +196,35 @@ def test_the_order_in_which_shards_are_finished_changes_nothing(
     again(run, odd_source, ODD)
     assert made(run) == made(odd)
     assert read_metrics(run.preprocess / "metrics.jsonl")[-1]["peak_memory_bytes"] == 9  # the largest
+
+
+def test_a_worker_names_its_file_after_itself_and_sends_no_pictures_back(odd_source: Path, tmp_path: Path):
+    task = shard_tasks(make_plan(ODD, read_source(odd_source)), tmp_path, None)[0]
+    result = make_shard(task)
+    assert result.temporary == tmp_path / f"train-00000.h5.{socket.gethostname()}-{os.getpid()}.tmp"
+    assert result.content.images is None
+
+
+def test_a_worker_that_decodes_in_another_way_is_refused(odd_source: Path, tmp_path: Path):
+    task = shard_tasks(make_plan(ODD, read_source(odd_source)), tmp_path, None)[0]
+    with pytest.raises(
+        PipelineError, match=r"decodes pictures with Pillow .* but this run is made with Pillow 1\.2\.3"
+    ):
+        make_shard(dataclasses.replace(task, decoder={**task.decoder, "version": "1.2.3"}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_are_read_in_the_order_they_lie_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows, opened, real = Rows("train"), [], os.open
+    for name in ("b.tar", "a.tar"):
+        rows.containers.append(tmp_path / name)
+        (tmp_path / name).write_bytes(bytes(range(9)))
+        for offset in (4, 8, 0, 6):
+            rows.add(f"{name}/{9 - offset}".encode(), 0, 1, offset)
+    monkeypatch.setattr(os, "open", lambda path, *how: opened.append(path) or real(path, *how))
+    read = [data[0] for _, data in convert._files(rows.listing())]
+    assert read == [0, 4, 6, 8] * 2
+    assert opened == [tmp_path / "b.tar", tmp_path / "a.tar"]
 
 
 def test_no_archive_stays_open(tmp_path: Path):
@@ -565,9 +596,40 @@ def test_the_demo_set_has_the_oddities_of_the_real_one(source: Path):
     files = {name.decode().partition("/")[2]: content(listing, row) for row, name in enumerate(listing.name.tolist())}
     assert files["n90000002_4.JPEG"].startswith(b"\x89PNG")
     assert b"Adobe" in files["n90000005_6.JPEG"][:200]
+    assert Image.open(io.BytesIO(files["n90000008_3.JPEG"])).mode == "L"
     assert len(files["n90000011_7.JPEG"]) == 4000
     sizes = {len(data) for data in files.values()}
     assert len(sizes) > 80
+    ids = [demo.devkit_id(label) for label in range(12)]
+    assert sorted(ids) == list(range(1, 13)) != ids
+
+
+def test_the_demo_sets_validation_pictures_are_mixed_and_of_the_class_that_the_devkit_says(source: Path):
+    listing = read_source(source).splits["val"]
+    labels = listing.label.tolist()
+    assert labels != sorted(labels)
+    for label in (3, 4):
+        drawn = [demo._jpeg(demo.draw_picture(label, number)) for number in (8, 9)]
+        found = [content(listing, row) for row in np.flatnonzero(listing.label == label).tolist()]
+        assert sorted(found) == sorted(drawn)
+
+
+def test_the_demo_set_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    events: list[object] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(demo, "_draw_class", lambda label, train, val: [jpeg(label)] * (train + val))
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("renamed"), replace(*paths)))
+    folder = tmp_path / "demo"
+    (tmp_path / "demo.tmp" / "left").mkdir(parents=True)  # by one that was killed
+    demo.draw(folder, jobs=1, train=1, val=1)
+    archives = {path.stat().st_ino for path in folder.iterdir()}
+    assert len(archives) == 3
+    assert events[-3:] == [folder.stat().st_ino, "renamed", tmp_path.stat().st_ino]
+    assert set(events[:-3]) >= archives
+    with pytest.raises(PipelineError, match=f"cannot write {folder}"):  # it is there already
+        demo.draw(folder, jobs=1, train=1, val=1)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_single_class_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
