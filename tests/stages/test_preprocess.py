@@ -170,7 +170,7 @@ def odd(odd_source: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 def test_the_filter_is_that_of_the_settings(odd: RunDir, odd_source: Path):
     train, _ = splits(odd)
-    for row, name in enumerate(train.sources().tolist()):
+    for row, name in enumerate(sources(train).tolist()):
         data = (odd_source / "train" / name.decode()).read_bytes()
         np.testing.assert_array_equal(train.row(row), read_square(data, 32, "box", Counter()))
 
@@ -223,7 +223,7 @@ def test_pictures_are_read_in_the_order_they_lie_on_the_disk(tmp_path: Path, mon
         for offset in (4, 8, 0, 6):
             rows.add(f"{name}/{9 - offset}".encode(), 0, 1, offset)
     monkeypatch.setattr(os, "open", lambda path, *how: opened.append(path) or real(path, *how))
-    read = [data[0] for _, data in convert._files(rows.listing())]
+    read = [data[0] for _, data in convert.read_files(rows.listing())]
     assert read == [0, 4, 6, 8] * 2
     assert opened == [tmp_path / "b.tar", tmp_path / "a.tar"]
 
