@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -248,8 +249,8 @@ def commands(facts: Facts) -> list[str]:
         options = f" --seed {prepared.seed}{options}"
     reseeded = f" --seed {facts.config.seed}" if facts.config.seed != prepared.seed else ""
     started = [r["source"] for r in read_metrics(facts.run.preprocess / "metrics.jsonl") if "source" in r]
-    own = not started or started[-1].startswith(str(facts.run.root))
-    source = "" if own else f" --source {shlex.quote(str(started[-1]))}"
+    demo = not started or Path(started[-1]).absolute() == (facts.run.root / "demo").absolute()
+    source = "" if demo else f" --source {shlex.quote(str(started[-1]))}"
     where = f" --run {shlex.quote(str(facts.run.root))}"
     computing = f" --device {facts.device}" if facts.device in DEVICES else ""
     if computing and facts.precision in ("tf32", "bf16"):
