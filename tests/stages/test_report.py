@@ -74,6 +74,14 @@ def test_confusions_most_frequent_first(known: Facts) -> None:
 def test_confident_pictures_surest_first(known: Facts) -> None:
     assert facts.confident(known, right=False, most=2) == [4, 2]
     assert facts.confident(known, right=True, most=9) == [0, 5]  # one a class
+    assert known.predictions is not None
+    known.predictions["probability"][5, 0] = 0.99
+    assert facts.confident(known, right=True, most=9) == [5, 0]
+
+
+def test_the_speed_is_the_median(known: Facts) -> None:
+    known.steps[0]["images_per_second"] = 1.0  # compiling
+    assert known.rate == 50.0
 
 
 def test_commands_are_taken_by_the_command_line(known: Facts) -> None:
@@ -88,6 +96,7 @@ def test_commands_are_taken_by_the_command_line(known: Facts) -> None:
     for line in facts.commands(replace(known, device="gpu", precision="bf16"))[1:]:
         option = parse(shlex.split(line)[2:])
         assert (option.device, option.precision) == ("gpu", "bf16")
+    assert "--precision" not in facts.commands(replace(known, precision="bf16"))[1]
     on_cpu = facts.commands(replace(known, device="cpu"))[1]
     assert "--device cpu" in on_cpu
     assert "--precision" not in on_cpu
@@ -103,6 +112,22 @@ def test_commands_name_pictures_that_lie_beside_or_in_the_run(known: Facts, tmp_
     with open(run.preprocess / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"source": str(run.root / "demo")}) + "\n")
     assert "--source" not in facts.commands(replace(known, run=run))[0]
+
+
+def test_commands_name_the_pictures_and_the_views(known: Facts) -> None:
+    known.run.preprocess.mkdir(parents=True)
+    log = known.run.preprocess / "metrics.jsonl"
+    for source, named in ((f"{known.run.root}/demo", False), (f"{known.run.root}'s pictures", True)):
+        log.write_text(json.dumps({"source": source}) + "\n")
+        assert parse(shlex.split(facts.commands(known)[0])[2:]).source == (source if named else None)
+    assert known.evaluation is not None
+    ten = facts.commands(replace(known, evaluation={**known.evaluation, "views": 10}))
+    assert parse(shlex.split(ten[2])[2:]).views == 10
+
+
+def test_settings_are_written_as_the_command_line_takes_them() -> None:
+    values = (None, True, 0.5, [[0, 0.1]], "center")
+    assert [facts.setting_text(value) for value in values] == ["none", "true", "0.5", "[[0, 0.1]]", "center"]
 
 
 def test_an_order_settled_by_training_is_no_change_of_the_recipe(known: Facts) -> None:
@@ -148,17 +173,34 @@ def test_curves(known: Facts) -> None:
     assert training.points[0] == (pytest.approx(1 / 7), 9.0)
     assert validation.points == [(1.0, 1.5)]
     assert loss.marks == [(1.0, "lr 0.001")]
-    assert accuracy.series[-1].points == [(pytest.approx(10 / 7), 0.75)]
+    assert [s.points for s in accuracy.series] == [[(1.0, 0.5)], [(1.0, 0.9)], [(pytest.approx(10 / 7), 0.75)]]
     assert speed.series[0].points[3][1] == 50.0
-    assert wait.unit == "percent"
-    two = charts.charts([known, replace(known, run=RunDir(Path("other")))])
+    assert accuracy.unit == wait.unit == "percent"
+    assert loss.data()["series"][0]["points"][0] == [0.14286, 9.0]
+    warming = [{**record, "lr": 0.1} if record["step"] > 7 else record for record in known.steps]
+    assert charts.charts([replace(known, steps=warming)])[0].marks == [(1.0, "lr 0.1")]
+
+
+def test_curves_of_several_runs(known: Facts) -> None:
+    two = charts.charts([known, replace(known, run=RunDir(Path("other")))], sampled=0.75)
     assert [s.name for s in two[0].series if s.style == "line"] == ["by hand: training", "other: training"]
-    assert Image.open(__import__("io").BytesIO(charts.curves_png(two))).width > 1000
+    assert [s.colour for s in two[0].series] == [0, 0, 1, 1]
+    assert [s.name for s in two[1].series] == ["by hand: validation top-1", "other: validation top-1"]
+    assert two[0].marks == []
+    nine = charts.charts([known] * 9)  # more than there are colours
+    assert {s["colour"] for s in nine[0].data()["series"]} == set(range(8))
+    assert Image.open(__import__("io").BytesIO(charts.curves_png(nine))).width > 1000
+
+
+def test_what_there_are_no_lines_of_is_not_drawn(known: Facts) -> None:
+    assert charts.charts([replace(known, steps=[], validations=[])]) == []
+    assert [chart.key for chart in charts.charts([replace(known, steps=[])])] == ["loss", "accuracy"]
 
 
 def test_long_curves_are_smoothed_and_thinned() -> None:
     points = [(float(i), float(i % 2)) for i in range(6000)]
     assert all(0.45 < y < 0.55 for _, y in charts._moving_mean(points)[200:])
+    assert charts._moving_mean([(i, i) for i in range(120)])[4:6] == [(4, 3.5), (5, 4.5)]
     assert charts._moving_mean(points[:100]) == []
     thin = charts._thinned(points)
     assert len(thin) == charts.MOST_POINTS
@@ -286,14 +328,30 @@ def test_damaged_evaluation_is_refused(trained_run: Path, tmp_path: Path, capsys
             facts.read_facts(RunDir(run), trained)
     with np.load(trained_run / "eval" / "predictions.npz") as file:
         arrays = {name: file[name] for name in file.files}
+    for name in arrays:
+        np.savez(path, **{**arrays, name: arrays[name][1:]})
+        with pytest.raises(PipelineError, match="do not fit together"):
+            facts.read_facts(RunDir(run), trained)
     odd = arrays["top"].copy()
-    odd[0, 0] = 99
+    odd[0, 0] = 5
     labels = arrays["labels"]
     for change in ({"top": odd}, {"labels": labels.astype(np.float64)}, {"labels": np.stack([labels] * 2, axis=1)}):
         np.savez(path, **{**arrays, **change})
         assert run_pipeline.main(["--stage", "report", "--run", str(run)]) == 1
         assert "do not fit together" in capsys.readouterr().err
     shutil.rmtree(run)
+
+
+def test_an_evaluation_of_two_classes_is_read_and_one_of_other_pictures_is_not(tmp_path: Path) -> None:
+    folder, evaluation = tmp_path / "eval", {"images": 3, "loss": 1.0, "top1": 1.0, "top5": 1.0, "views": 1, "step": 1}
+    folder.mkdir()
+    two = {"top": [[0, 1]] * 3, "probability": [[0.7, 0.3]] * 3, "labels": [0] * 3, "loss": [1.0] * 3}
+    np.savez(folder / "predictions.npz", **{name: np.array(value) for name, value in two.items()})
+    (folder / "metrics.json").write_text(json.dumps(evaluation))
+    assert facts._evaluation(RunDir(tmp_path), 2)[0] == evaluation
+    (folder / "metrics.json").write_text(json.dumps({**evaluation, "images": 4}))
+    with pytest.raises(PipelineError, match="do not fit together"):
+        facts._evaluation(RunDir(tmp_path), 2)
 
 
 @pytest.fixture(scope="module")
