@@ -98,7 +98,9 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     job = _Job(options, run, source, request, settled, ranks)
     with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
         for stage in stages:
-            _stage(stage, job)
+            late = _stage(stage, job)
+            if late is not None and stage != stages[-1]:
+                raise StoppedError(late, f"stopped after the stage {stage}; everything finished so far is kept")
     if not options.stage and settled is not None:
         _summary(run, settled.train.recipe)
 
@@ -137,14 +139,15 @@ def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[N
     return locked(RunDir(run.root / stage) if stage in _BESIDE else run)
 
 
-def _stage(stage: str, job: _Job) -> None:
+def _stage(stage: str, job: _Job) -> int | None:
+    """Run a stage; returns the signal that came when it had nothing left to stop, None for none."""
     # Each stage is imported when it runs: preprocessing needs no network, and none should wait for the others' imports.
     options, run = job.options, job.run
     match stage:
         case "preprocess":
-            _preprocess(job)
+            return _preprocess(job)
         case "train":
-            _train(job)
+            return _train(job)
         case "watch":
             from stages import watch
 
@@ -191,9 +194,10 @@ def _stage(stage: str, job: _Job) -> None:
             from stages import import_weights
 
             import_weights.run(run, Path(options.files[0]), mean=options.mean, request=job.request)
+    return None
 
 
-def _preprocess(job: _Job) -> None:
+def _preprocess(job: _Job) -> int | None:
     import joblib
 
     from stages import preprocess
@@ -204,19 +208,20 @@ def _preprocess(job: _Job) -> None:
     if options.check_archives:
         preprocess.check_archives(job.source)
     jobs = options.jobs or joblib.cpu_count()  # the cores this process may use, not all there are
-    preprocess.run(settled.preprocess, job.run, source=job.source, jobs=jobs, scheduler=options.scheduler)
+    late = preprocess.run(settled.preprocess, job.run, source=job.source, jobs=jobs, scheduler=options.scheduler)
     if not checkpoints(job.run.train):  # what a network was trained with stays
         write_sealed(job.run.config, to_dict(settled.train))
+    return late
 
 
-def _train(job: _Job) -> None:
+def _train(job: _Job) -> int | None:
     from net.backend import choose
     from stages import train
 
     options, settled = job.options, job.settled
     assert settled is not None  # see _SETTLED
     device, why = choose(options.device)
-    train.run(
+    return train.run(
         settled.train,
         job.run,
         partial(_loaded, options, device, why),

@@ -10,8 +10,10 @@ The manifest is written last.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.resource_tracker
 import os
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from typing import Any, Final
 
 import joblib
 from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.backend import resource_tracker
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from data import demo, published
@@ -41,8 +44,10 @@ from pipeline.signals import StopRequest
 _WORDS: Final = {"train": "training", "val": "validation"}
 
 
-def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, scheduler: str | None = None) -> None:
+def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, scheduler: str | None = None) -> int | None:
     """Fill ``<run>/preprocess``, or say that there is nothing to do.
+
+    Returns the signal that came when nothing was left to stop, None for none.
 
     Parameters
     ----------
@@ -66,7 +71,7 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, schedule
     folder = make_folder(run.preprocess)
     if _finished(config, folder, source):
         print(f"preprocess: nothing to do, {folder} is complete")
-        return
+        return None
     root = source if source is not None else _draw_demo(run)
     start = time.perf_counter()
     listed = read_source(root)
@@ -95,6 +100,7 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, schedule
         forget_damage(folder)
         log.write(_last_record(tally, {"scheduler": scheduler} if scheduler else {"jobs": jobs}, root, folder, start))
     _summary(tally, manifest, folder, time.perf_counter() - start)
+    return stop.signum
 
 
 def check_archives(source: Path | None) -> None:
@@ -221,7 +227,10 @@ def _results(
     else:
         jobs = min(jobs, max(1, len(tasks)))
         begun = (joblib.delayed(make_shard)(task) for task in tasks if stop.signum is None)
-        results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=jobs)(begun)
+        with _workers_spared():
+            results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=jobs)(
+                begun
+            )
     done = 0
     try:
         for result in results:
@@ -244,6 +253,21 @@ def _results(
         raise StoppedError(
             stop.signum, f"stopped; the finished shards in {folder} are kept, the same command goes on from there"
         )
+
+
+@contextlib.contextmanager
+def _workers_spared() -> Iterator[None]:
+    """Processes begun here do not get SIGINT: it is blocked, and a process has that from the one that began it.
+
+    Ctrl-C on a terminal reaches the workers too. While they still import, nothing of ours could ignore it there.
+    """
+    for tracker in (multiprocessing.resource_tracker, resource_tracker):
+        tracker.ensure_running()  # else they begin with the first worker, and older ones leave SIGINT unblocked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _record(tally: Tally, result: ShardResult, start: float) -> dict[str, Any]:

@@ -67,8 +67,10 @@ def run(
     precision: str = "fp32",
     tensorboard: bool = False,
     ranks: Ranks = ALONE,
-) -> None:
+) -> int | None:
     """Train from the beginning or from the newest sound checkpoint, and write ``<run>/train/``.
+
+    Returns the signal that came when nothing was left to stop, None for none.
 
     ``load_backend`` is called once it is known what to compute. ``device`` and ``precision`` are what the backend
     computes on and in, for the checkpoints' headers. ``tensorboard`` writes the metrics as event files too, to
@@ -86,7 +88,7 @@ def run(
     last = last_step(state.step)
     if state.step >= last:
         print(f"nothing to train: {state.step} steps are done; add --epochs N or --steps N to train on")
-        return
+        return None
     fused = fuse(training.layers, ops)
     print(
         f"train {len(dataset.train)} pictures, {len(dataset.classes)} classes, recipe {config.recipe}: "
@@ -101,6 +103,7 @@ def run(
             trainer = _Trainer(training, ops, fused, reduce, state, records, progress)
             _loop(training, ops, trainer, last, stop)
     print(f"trained to step {state.step}; checkpoints and metrics are in {run_dir.train}")
+    return stop.signum
 
 
 _NO_RECORDS: Final = Records(write=lambda record: None, save=lambda state, header: None)
