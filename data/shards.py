@@ -40,7 +40,7 @@ import h5py
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.run_dir import write_error
+from pipeline.run_dir import RunDir, write_error
 
 SCHEMA: Final = 1
 LABEL_ORDER: Final = "sorted WNID"
@@ -372,12 +372,13 @@ def _damaged(path: Path, why: str) -> PipelineError:
 
 
 def _rebuild(run: Path) -> str:
-    return f"run python run_pipeline.py --stage verify --run {run}, which finds all damage and says how to mend it"
+    command = f"python run_pipeline.py --stage verify {RunDir(run).flag}"
+    return f"run {command}, which finds all damage and says how to mend it"
 
 
 def remedy(run: Path) -> str:
     """What mends shards that are not usable: the end of a sentence."""
-    return f"run python run_pipeline.py --stage preprocess --run {run}"
+    return f"run python run_pipeline.py --stage preprocess {RunDir(run).flag}"
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import PipelineError
 from pipeline.run_dir import (
+    RunDir,
     make_folder,
     read_sealed,
     remove,
@@ -176,7 +177,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     if not checkpoints(folder):
         raise PipelineError(
             f"there is no checkpoint in {folder}; "
-            f"train first: python run_pipeline.py --stage train --run {folder.parent}"
+            f"train first: python run_pipeline.py --stage train {RunDir(folder.parent).flag}"
         )
     return folder / _read_index(index, "name a checkpoint file with --checkpoint PATH instead")["checkpoint"]
 
@@ -192,7 +193,7 @@ def best_of(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     return _read_index(
-        path, f"remove it and go on with: python run_pipeline.py --stage train --resume --run {folder.parent}"
+        path, f"remove it and go on with: python run_pipeline.py --stage train --resume {RunDir(folder.parent).flag}"
     )
 
 

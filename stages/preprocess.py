@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing.resource_tracker
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -29,7 +30,7 @@ from data import demo, published
 from data.cluster import on_cluster
 from data.convert import ShardResult, ShardTask, make_shard
 from data.listing import SPLITS
-from data.manifest import defects, forget_damage, is_damage_noted, is_manifest
+from data.manifest import defects, forget_damage, is_damage_noted, is_manifest, made_from
 from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
 from data.shards import read_layout, shard_bytes, shard_name
 from data.sources import read_source, stamp
@@ -165,10 +166,10 @@ def _rejected(folder: Path) -> list[str]:
 def _draw_demo(run: RunDir) -> Path:
     """The demo set's folder; refuses where it would take the place of pictures of the user's own."""
     folder = run.root / "demo"
-    made_from = [record["source"] for record in read_metrics(run.preprocess / "metrics.jsonl") if "source" in record]
-    if made_from and Path(made_from[-1]).absolute() != folder.absolute():
+    source = made_from(run)
+    if source is not None:
         raise PipelineError(
-            f"{run.preprocess} was made from {made_from[-1]}, but no pictures are named: add --source {made_from[-1]}, "
+            f"{run.preprocess} was made from {source}, but no pictures are named: add --source {shlex.quote(source)}, "
             "or start a new run with --run"
         )
     if not folder.exists():

@@ -151,7 +151,7 @@ def _loop(training: Training, ops: ModuleType, trainer: _Trainer, last: int, sto
                 raise StoppedError(
                     signum,
                     f"stopped at step {done}, everything is saved; go on with: "
-                    f"python run_pipeline.py --stage train --resume --run {training.run_dir.root}",
+                    f"python run_pipeline.py --stage train --resume {training.run_dir.flag}",
                 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from data.listing import SPLITS
-from data.manifest import is_manifest, note_damage
+from data.manifest import is_manifest, made_from, note_damage
 from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint
 from pipeline.config import from_dict
 from pipeline.errors import PipelineError
-from pipeline.metrics import read_metrics
 from pipeline.progress import MB, Megabytes, Progress, megabytes
 from pipeline.run_dir import RunDir, read_sealed
 from pipeline.settings import remedy_of_config
@@ -173,12 +173,11 @@ def _remedy(run_dir: RunDir, wrong: dict[Path, str]) -> str:
     """What mends all that is wrong, in one sentence."""
     remedies = []
     if any(path.parent == run_dir.preprocess for path in wrong):
-        records = [r["source"] for r in read_metrics(run_dir.preprocess / "metrics.jsonl") if "source" in r]
-        demo = not records or records[-1] == str(run_dir.root / "demo")
-        source = "" if demo else f" --source {records[-1]}"
+        source = made_from(run_dir)
+        named = "" if source is None else f" --source {shlex.quote(source)}"
         remedies.append(
             "make again what is damaged there, and nothing else, with: "
-            f"python run_pipeline.py --stage preprocess --run {run_dir.root}{source}"
+            f"python run_pipeline.py --stage preprocess {run_dir.flag}{named}"
         )
     if any(path.suffix == ".ckpt" for path in wrong):
         remedies.append("remove the damaged checkpoints; --stage train --resume goes on from the newest that is sound")

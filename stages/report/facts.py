@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from data.manifest import read_manifest
+from data.manifest import made_from, read_manifest
 from data.sampling import steps_per_epoch
 from net.backend import DEVICES
 from pipeline.config import RECIPES, Config, flatten, to_dict, with_values
@@ -105,7 +105,7 @@ def _evaluation(run: RunDir, classes: int) -> tuple[dict[str, Any] | None, dict[
     path = run.eval / "metrics.json"
     if not path.exists():
         return None, None
-    remedy = f"make it again: python run_pipeline.py --stage eval --run {run.root}"
+    remedy = f"make it again: python run_pipeline.py --stage eval {run.flag}"
     evaluation = read_json(path, remedy)
     try:
         # Opened here, because NumPy leaves a file open that turns out to be no archive.
@@ -247,10 +247,9 @@ def commands(facts: Facts) -> list[str]:
     if prepared.seed:
         options = f" --seed {prepared.seed}{options}"
     reseeded = f" --seed {facts.config.seed}" if facts.config.seed != prepared.seed else ""
-    started = [r["source"] for r in read_metrics(facts.run.preprocess / "metrics.jsonl") if "source" in r]
-    own = not started or started[-1].startswith(str(facts.run.root))
-    source = "" if own else f" --source {shlex.quote(str(started[-1]))}"
-    where = f" --run {shlex.quote(str(facts.run.root))}"
+    pictures = made_from(facts.run)
+    source = "" if pictures is None else f" --source {shlex.quote(pictures)}"
+    where = f" {facts.run.flag}"
     computing = f" --device {facts.device}" if facts.device in DEVICES else ""
     if computing and facts.precision in ("tf32", "bf16"):
         computing += f" --precision {facts.precision}"
