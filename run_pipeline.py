@@ -54,6 +54,7 @@ class _Job:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stages the command line asks for; returns the exit status."""
+    _open_streams()
     options = parse(arguments)
     try:
         # Outside the loops that save before they stop, a signal makes a stage leave with temporary files removed.
@@ -80,6 +81,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _open_streams() -> None:
+    """Open what is closed of standard input, output and error on nothing, as their numbers go to the next file opened.
+
+    What a library says on standard error would then stand in that file.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)  # for worker processes
+    os.close(number)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+
+
 def _unread() -> bool:
     """Whether what is printed has no reader any more; else it was another pipe that broke, such as one to a cluster."""
     poll = select.poll()
@@ -93,6 +107,8 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     run, stages = RunDir(Path(options.run)), [options.stage] if options.stage else list(IN_ORDER)
     _refuse(options, run, ranks)
     source = _source(options.source, must_exist="preprocess" in stages)
+    if source is not None and "preprocess" in stages:
+        _refuse_among_pictures(run, source)
     request = Request(options.recipe, changes(options.config, options.set, options.seed))
     settled = _settled(run, request, stages, demo=source is None) if _SETTLED.intersection(stages) else None
     job = _Job(options, run, source, request, settled, ranks)
@@ -115,12 +131,26 @@ def _refuse(options: argparse.Namespace, run: RunDir, ranks: Ranks) -> None:
     if options.stage not in _BEGINNING and not run.root.is_dir():  # a mistyped --run leaves no folder behind
         raise PipelineError(
             f"there is no run {run.root}; name one with --run, or begin it: "
-            f"python run_pipeline.py --stage preprocess --run {run.root}"
+            f"python run_pipeline.py --stage preprocess {run.flag}"
         )
     if options.stage == "import":
         for file in (Path(options.files[0]), options.mean):
             if file is not None and not file.is_file():
                 raise PipelineError(f"there is no file {file}; check the path")
+
+
+def _refuse_among_pictures(run: RunDir, source: Path) -> None:
+    """Refuse a run whose folders would be taken for classes, or whose train/ is the pictures': --restart moves that."""
+    from data.ilsvrc import TRAIN
+    from data.listing import SPLITS
+
+    root, folders = run.root.resolve(), [(source / split).resolve() for split in SPLITS]
+    shared = run.train.resolve() in folders and run.train.is_dir() and not (source / TRAIN).exists()
+    if shared or any(root.is_relative_to(folder) for folder in folders):
+        raise PipelineError(
+            f"the run {run.root} would lie among the pictures of {source}, and its folders would mix with theirs; "
+            "name another directory with --run"
+        )
 
 
 def _settled(run: RunDir, request: Request, stages: list[str], *, demo: bool) -> Settled:
@@ -279,7 +309,7 @@ def _summary(run: RunDir, recipe: str) -> None:
         f"  report/      index.html, a page about this run to open in a browser\n"
         f"The network names {metrics['top1']:.1%} of {metrics['images']} pictures it never saw correctly "
         f"(top-1, {views}); the right class is among its first five for {metrics['top5']:.1%}.\n"
-        f"Next: train on with   python run_pipeline.py --stage train --resume --epochs 1 --run {run.root}\n"
+        f"Next: train on with   python run_pipeline.py --stage train --resume --epochs 1 {run.flag}\n"
         f"or on ILSVRC-2012:    python run_pipeline.py --source DIR --run runs/ilsvrc"
     )
 

@@ -245,6 +245,24 @@ def test_signals_while_evaluating_leave_the_earlier_evaluation(
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
 
 
+def test_a_terminal_of_one_column() -> None:
+    assert "python run_pipeline.py --stage train" in pipeline("--stage", "train", "--help", COLUMNS="1").done().out
+
+
+def test_closed_standard_streams_are_nothing(small_source: Path, run: Path, trained_once: Path, tmp_path: Path) -> None:
+    """As a daemon may start it; the numbers of the closed streams must not go to files of the run."""
+    arguments = ("--stage", "preprocess", "--source", small_source, "--run", tmp_path / "closed", *settings(*QUICK))
+    result = pipeline(*arguments, launcher=("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"))
+    assert (result.status, result.out, result.err) == (0, "", "")
+    (run / "train").symlink_to(trained_once)
+    result = pipeline("--stage", "predict", "--run", run, "-", launcher=("sh", "-c", 'exec "$@" <&-', "sh"))
+    result.refused("1 of 1 pictures could not be read")
+    assert "standard input: not a picture" in result.err
+    launcher = ("sh", "-c", 'exec "$@" >&-', "sh")
+    for stage in (("predict", next(small_source.glob("val/*/*"))), ("watch",)):
+        assert pipeline("--stage", *stage, "--run", run, launcher=launcher).done().out == ""
+
+
 def test_ctrl_c_while_the_workers_start_stops_preprocessing(small_source: Path, tmp_path: Path) -> None:
     """A terminal's Ctrl-C reaches the whole group, workers that are still importing too."""
     process = start(
