@@ -31,7 +31,7 @@ class Dataset:
 def open_dataset(run: RunDir) -> Dataset:
     """Open the shards of a run; refuses, with the command that mends it, what is missing or does not match."""
     manifest = read_manifest(run)
-    remedy = f"make it again: python run_pipeline.py --stage preprocess --run {run.root}"
+    remedy = f"make it again: python run_pipeline.py --stage preprocess {run.flag}"
     return Dataset(
         manifest=manifest,
         classes=read_classes(run.preprocess / "classes.json", manifest["classes"], remedy),

@@ -37,7 +37,7 @@ import h5py
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.run_dir import write_error
+from pipeline.run_dir import RunDir, write_error
 
 SCHEMA: Final = 1
 LABEL_ORDER: Final = "sorted WNID"
@@ -269,7 +269,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 
 def remedy(run: Path) -> str:
     """What mends shards that are not usable: the end of a sentence."""
-    return f"run python run_pipeline.py --stage preprocess --run {run}"
+    return f"run python run_pipeline.py --stage preprocess {RunDir(run).flag}"
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:

@@ -16,6 +16,7 @@ import numpy as np
 
 from data.shards import Layout, Located, locate
 from pipeline.errors import PipelineError
+from pipeline.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Split:
         It is read, not looked at through the map: where a disk cannot read mapped bytes the process dies.
         """
         path, offset, size = self.pieces(index, index + 1)[0]
-        remedy = f"run python run_pipeline.py --stage verify --run {path.parent.parent}"
-        again = f"{remedy}, which finds all damage and says how to mend it"
+        command = f"python run_pipeline.py --stage verify {RunDir(path.parent.parent).flag}"
+        again = f"run {command}, which finds all damage and says how to mend it"
         try:
             with open(path, "rb", buffering=0) as file:
                 data = os.pread(file.fileno(), size, offset)

@@ -15,12 +15,14 @@ import numpy as np
 
 from data.color import mean_picture, statistics
 from data.convert import ShardResult
+from data.images import FORMATS
 from data.listing import SPLITS, Reject
 from data.plan import Plan
 from data.shards import LABEL_ORDER, RULE, SCHEMA, index_hash
 from pipeline.errors import PipelineError
 from pipeline.run_dir import hash_file, write_bytes, write_json, write_sealed
 
+_READ: Final = f"what is read are {', '.join(FORMATS)}"
 _DESCRIPTIONS: Final = ("color.json", "classes.json", "mean.npy", "rejects.jsonl")
 
 
@@ -144,12 +146,14 @@ class Tally:
         rejects = folder / "rejects.jsonl"
         for split in SPLITS:
             if not self._readable[split].any():
-                raise PipelineError(f"none of the pictures of {split} in {source.root} can be read, see {rejects}")
+                raise PipelineError(
+                    f"none of the pictures of {split} in {source.root} can be read, see {rejects}; {_READ}"
+                )
         listed = np.bincount(source.splits["train"].label, minlength=len(source.classes))
         lost = np.flatnonzero((listed > 0) & (self._readable["train"] == 0)).tolist()
         if lost:
             names = ", ".join(source.classes[label].wnid for label in lost[:5])
             raise PipelineError(
-                f"none of the training pictures of the class {names} can be read, see {rejects}; "
+                f"none of the training pictures of the class {names} can be read, see {rejects}; {_READ}; "
                 f"mend or remove that class in {source.root}, then remove {folder} and run the same command again"
             )

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import PipelineError
-from pipeline.run_dir import make_folder, read_sealed, remove, sync_folder, write_atomic, write_sealed
+from pipeline.run_dir import RunDir, make_folder, read_sealed, remove, sync_folder, write_atomic, write_sealed
 
 Arrays = dict[str, np.ndarray]
 _SEAL: Final = "sha256"
@@ -169,7 +169,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     if not checkpoints(folder):
         raise PipelineError(
             f"there is no checkpoint in {folder}; "
-            f"train first: python run_pipeline.py --stage train --run {folder.parent}"
+            f"train first: python run_pipeline.py --stage train {RunDir(folder.parent).flag}"
         )
     return folder / _read_index(index, "name a checkpoint file with --checkpoint PATH instead")["checkpoint"]
 
@@ -185,7 +185,7 @@ def best_of(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     return _read_index(
-        path, f"remove it and go on with: python run_pipeline.py --stage train --resume --run {folder.parent}"
+        path, f"remove it and go on with: python run_pipeline.py --stage train --resume {RunDir(folder.parent).flag}"
     )
 
 

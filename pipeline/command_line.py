@@ -269,7 +269,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _parser(stage: str | None) -> argparse.ArgumentParser:
     """The parser; flags that do not matter to ``stage`` are accepted but not shown."""
-    width = min(shutil.get_terminal_size().columns, 110) - 2
+    width = max(20, min(shutil.get_terminal_size().columns, 110) - 2)
     parser = argparse.ArgumentParser(
         usage=_usage(stage),
         description=_description(stage, width),

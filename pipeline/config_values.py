@@ -100,8 +100,8 @@ def difference(a: Config, b: Config) -> list[str]:
 
 def _read_toml(path: Path) -> list[tuple[str, Any]]:
     try:
-        with open(path, "rb") as file:
-            return list(flatten(tomllib.load(file)))
+        # Some editors begin a file with an invisible mark, which TOML does not know.
+        return list(flatten(tomllib.loads(path.read_text("utf-8-sig"))))
     except OSError as error:
         raise PipelineError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -110,7 +110,8 @@ def _read_toml(path: Path) -> list[tuple[str, Any]]:
 
 def _parse(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        read = tomllib.loads(f"value = {text}")
+        return read["value"] if len(read) == 1 else text  # with a line end in it, a value can bring other keys
     except (ValueError, RecursionError):
         return {"true": True, "false": False}.get(text.lower(), text)
 
@@ -196,11 +197,14 @@ def _check(config: Config, file: str | None = None) -> None:
             f"input.crop plus input.border must be at least {_least_side(net)}, or nothing is left after three pools",
         ),
         (inp.mean in ("none", "image", "center"), "input.mean must be none, image or center"),
-        (inp.jitter >= 0, "input.jitter must not be negative"),
+        (min(inp.jitter, inp.jitter_epochs or 0) >= 0, "input.jitter and input.jitter_epochs must not be negative"),
         (len(net.weight_std) == 8 and min(net.weight_std) >= 0, "network.weight_std needs eight values, none negative"),
         (len(net.bias) == 8, "network.bias needs eight values"),
         (0 < net.dropout_keep <= 1, "network.dropout_keep must lie in (0, 1]"),
-        (net.lrn_size >= 0 and net.lrn_k > 0, "network.lrn_size must not be negative, network.lrn_k must be positive"),
+        (
+            0 <= net.lrn_size <= 512 and net.lrn_k > 0,
+            "network.lrn_size must lie between 0 and 512, network.lrn_k above 0",
+        ),
         (net.lrn_alpha >= 0, "network.lrn_alpha must not be negative"),
         (1 <= train.batch_size <= 65536, "train.batch_size must lie between 1 and 65536"),
         (1 <= config.eval.batch_size <= 65536, "eval.batch_size must lie between 1 and 65536"),
@@ -216,8 +220,8 @@ def _check(config: Config, file: str | None = None) -> None:
         (0 <= train.momentum < 1, "train.momentum must lie in [0, 1)"),
         (train.weight_decay >= 0, "train.weight_decay must not be negative"),
         (
-            min(train.checkpoint_every, train.log_every, train.keep_checkpoints) >= 1,
-            "train.checkpoint_every, train.log_every and train.keep_checkpoints must be at least 1",
+            min(train.checkpoint_every, train.log_every, train.keep_checkpoints, train.plateau_steps) >= 1,
+            "train.checkpoint_every, train.log_every, train.keep_checkpoints, train.plateau_steps must be at least 1",
         ),
         (
             min(train.save_every, train.validate_every) >= 1,

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class RunDir:
     """Paths of a run. A plain value; nothing is created until :meth:`folder` or a writer is called."""
 
     root: Path
+
+    @property
+    def flag(self) -> str:
+        """``--run`` with this directory, as a shell reads it."""
+        return f"--run {shlex.quote(str(self.root))}"
 
     @property
     def config(self) -> Path:

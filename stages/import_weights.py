@@ -68,9 +68,9 @@ def run(run_dir: RunDir, file: Path, *, mean: Path | None, request: Request) -> 
         write_sealed(run_dir.config, to_dict(config))
     print(
         f"imported {file.name}, {len(arrays['fc8.b'])} classes, recipe {config.recipe}, as {path}; use it with\n"
-        f"  python run_pipeline.py --stage predict IMAGE... --run {run_dir.root}\n"
-        f"or, after --stage preprocess --source DIR --run {run_dir.root}, with\n"
-        f"  python run_pipeline.py --stage eval --run {run_dir.root}"
+        f"  python run_pipeline.py --stage predict IMAGE... {run_dir.flag}\n"
+        f"or, after --stage preprocess --source DIR {run_dir.flag}, with\n"
+        f"  python run_pipeline.py --stage eval {run_dir.flag}"
     )
     return path
 

@@ -10,8 +10,11 @@ The manifest is written last.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.resource_tracker
 import os
+import shlex
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,6 +23,7 @@ from typing import Any, Final
 
 import joblib
 from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.backend import resource_tracker
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from data import demo, published
@@ -42,8 +46,10 @@ from pipeline.signals import StopRequest
 _WORDS: Final = {"train": "training", "val": "validation"}
 
 
-def run(config: Config, run_dir: RunDir, *, source: Path | None, jobs: int, scheduler: str | None = None) -> None:
+def run(config: Config, run_dir: RunDir, *, source: Path | None, jobs: int, scheduler: str | None = None) -> int | None:
     """Fill ``<run>/preprocess``, or say that there is nothing to do.
+
+    Returns the signal that came when nothing was left to stop, None for none.
 
     Parameters
     ----------
@@ -67,7 +73,7 @@ def run(config: Config, run_dir: RunDir, *, source: Path | None, jobs: int, sche
     folder = make_folder(run_dir.preprocess)
     if _finished(config, folder, source):
         print(f"preprocess: nothing to do, {folder} is complete")
-        return
+        return None
     root = source if source is not None else _draw_demo(run_dir)
     start = time.perf_counter()
     listed = read_source(root)
@@ -96,6 +102,7 @@ def run(config: Config, run_dir: RunDir, *, source: Path | None, jobs: int, sche
         forget_damage(folder)
         log.write(_last_record(tally, {"scheduler": scheduler} if scheduler else {"jobs": jobs}, root, folder, start))
     _summary(tally, manifest, folder, time.perf_counter() - start)
+    return stop.signum
 
 
 def check_archives(source: Path | None) -> None:
@@ -160,7 +167,7 @@ def _draw_demo(run: RunDir) -> Path:
     source = made_from(run)
     if source is not None:
         raise PipelineError(
-            f"{run.preprocess} was made from {source}, but no pictures are named: add --source {source}, "
+            f"{run.preprocess} was made from {source}, but no pictures are named: add --source {shlex.quote(source)}, "
             "or start a new run with --run"
         )
     if not folder.exists():
@@ -219,7 +226,10 @@ def _results(
     else:
         jobs = min(jobs, max(1, len(tasks)))
         begun = (joblib.delayed(make_shard)(task) for task in tasks if stop.signum is None)
-        results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=jobs)(begun)
+        with _workers_spared():
+            results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=jobs)(
+                begun
+            )
     done = 0
     try:
         for result in results:
@@ -242,6 +252,21 @@ def _results(
         raise StoppedError(
             stop.signum, f"stopped; the finished shards in {folder} are kept, the same command goes on from there"
         )
+
+
+@contextlib.contextmanager
+def _workers_spared() -> Iterator[None]:
+    """Processes begun here do not get SIGINT: it is blocked, and a process has that from the one that began it.
+
+    Ctrl-C on a terminal reaches the workers too. While they still import, nothing of ours could ignore it there.
+    """
+    for tracker in (multiprocessing.resource_tracker, resource_tracker):
+        tracker.ensure_running()  # else they begin with the first worker, and older ones leave SIGINT unblocked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _last_record(tally: Tally, by: dict[str, Any], root: Path, folder: Path, start: float) -> dict[str, Any]:

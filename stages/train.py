@@ -53,8 +53,10 @@ def run(
     precision: str = "fp32",
     tensorboard: bool = False,
     ranks: Ranks = ALONE,
-) -> None:
+) -> int | None:
     """Train from the beginning or from the newest sound checkpoint, and write ``<run>/train/``.
+
+    Returns the signal that came when nothing was left to stop, None for none.
 
     ``load_backend`` is called once it is known what to compute. ``device`` and ``precision`` are what the backend
     computes on and in, for the checkpoints' headers. ``tensorboard`` writes the metrics as event files too, to
@@ -73,7 +75,7 @@ def run(
     last = last_step(first)
     if first >= last:
         print(f"nothing to train: {first} steps are done; add --epochs N or --steps N to train on")
-        return
+        return None
     print(
         f"train {len(dataset.train)} pictures, {len(dataset.classes)} classes, recipe {config.recipe}: "
         f"step {first} to {last}, {plan.steps_per_epoch} steps an epoch, batch {config.train.batch_size}"
@@ -86,6 +88,7 @@ def run(
         with Progress("train", last, "steps", done=first) as progress:
             _loop(training, ops, Trainer(training, begun, records, progress), last, stop)
     print(f"trained to step {last}; checkpoints and metrics are in {run_dir.train}")
+    return stop.signum
 
 
 _NO_RECORDS: Final = Records(write=lambda record: None, save=lambda state, header: None)
@@ -133,7 +136,7 @@ def _loop(training: Training, ops: ModuleType, trainer: Trainer, last: int, stop
                 raise StoppedError(
                     signum,
                     f"stopped at step {done}, everything is saved; go on with: "
-                    f"python run_pipeline.py --stage train --resume --run {training.run_dir.root}",
+                    f"python run_pipeline.py --stage train --resume {training.run_dir.flag}",
                 )
 
 

@@ -166,4 +166,4 @@ def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.nd
 
 
 def _again(run_dir: RunDir) -> str:
-    return f"run python run_pipeline.py --stage preprocess --run {run_dir.root}"
+    return f"run python run_pipeline.py --stage preprocess {run_dir.flag}"

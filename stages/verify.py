@@ -7,6 +7,7 @@ shards are noted in the run, so that ``--stage preprocess`` makes exactly those 
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -165,10 +166,10 @@ def _remedy(run_dir: RunDir, wrong: dict[Path, str]) -> str:
     remedies = []
     if any(path.parent == run_dir.preprocess for path in wrong):
         source = made_from(run_dir)
+        named = "" if source is None else f" --source {shlex.quote(source)}"
         remedies.append(
             "make again what is damaged there, and nothing else, with: "
-            f"python run_pipeline.py --stage preprocess --run {run_dir.root}"
-            + (f" --source {source}" if source is not None else "")
+            f"python run_pipeline.py --stage preprocess {run_dir.flag}{named}"
         )
     if any(path.suffix == ".ckpt" for path in wrong):
         remedies.append("remove the damaged checkpoints; --stage train --resume goes on from the newest that is sound")

@@ -32,7 +32,7 @@ def run(run_dir: RunDir) -> None:
     PipelineError
         The run has not been preprocessed, or never trained.
     """
-    remedy = f"start it: python run_pipeline.py --stage train --resume --run {run_dir.root}"
+    remedy = f"start it: python run_pipeline.py --stage train --resume {run_dir.flag}"
     config = from_dict(read_sealed(run_dir.config, remedy), str(run_dir.config))
     per_epoch = steps_per_epoch(read_manifest(run_dir)["splits"]["train"]["images"], config.train.batch_size)
     path = run_dir.train / "metrics.jsonl"

@@ -26,6 +26,11 @@ def availability() -> str | None:
         if getattr(error, "name", None) == "cupy":
             return f"CuPy is not installed: {INSTALL}"
         return f"CuPy is installed but cannot be loaded ({_first_line(error)}): {INSTALL}"
+    except OSError as error:  # it makes its cache's folder when it is imported
+        return (
+            f"CuPy cannot make its folder for compiled kernels ({_first_line(error)}): let the environment variable "
+            "CUPY_CACHE_DIR name one that can be written"
+        )
     if not cupy.cuda.is_available():
         driver, made_for = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
         if 0 < driver // 1000 < made_for // 1000:

@@ -269,8 +269,8 @@ def _template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["style"] = Markup((_HERE / "page.css").read_text())
-    environment.globals["script"] = Markup((_HERE / "page.js").read_text())
+    environment.globals["style"] = Markup((_HERE / "page.css").read_text("utf-8"))
+    environment.globals["script"] = Markup((_HERE / "page.js").read_text("utf-8"))
     environment.filters["percent"] = lambda value, digits=1: f"{value:.{digits}%}"
     environment.filters["short"] = _short
     environment.filters["setting"] = facts.setting_text

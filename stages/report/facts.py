@@ -106,7 +106,7 @@ def _evaluation(run: RunDir, classes: int) -> tuple[dict[str, Any] | None, dict[
     path = run.eval / "metrics.json"
     if not path.exists():
         return None, None
-    remedy = f"make it again: python run_pipeline.py --stage eval --run {run.root}"
+    remedy = f"make it again: python run_pipeline.py --stage eval {run.flag}"
     evaluation = read_json(path, remedy)
     try:
         # Opened here, because NumPy leaves a file open that turns out to be no archive.
@@ -253,7 +253,7 @@ def commands(facts: Facts) -> list[str]:
     reseeded = f" --seed {facts.config.seed}" if facts.config.seed != prepared.seed else ""
     pictures = made_from(facts.run)
     source = "" if pictures is None else f" --source {shlex.quote(pictures)}"
-    where = f" --run {shlex.quote(str(facts.run.root))}"
+    where = f" {facts.run.flag}"
     computing = f" --device {facts.device}" if facts.device in DEVICES else ""
     if computing and facts.precision in ("tf32", "bf16"):
         computing += f" --precision {facts.precision}"

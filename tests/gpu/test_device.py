@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from net.alexnet import alexnet
-from net.backend import BackendUnavailableError, load
+from net.backend import BackendUnavailableError, choose, load
 from net.gpu import cublas, memory, setup
 from net.layers import fuse
 from tests.gpu import standin, test_network
@@ -56,6 +56,14 @@ def test_no_cupy(without_cupy: Callable[[BaseException], None]) -> None:
 def test_a_cupy_that_does_not_load(without_cupy: Callable[[BaseException], None]) -> None:
     without_cupy(ImportError("libcuda is odd.\nand more", name="cupy._core"))
     assert "cannot be loaded (libcuda is odd)" in str(setup.availability())
+
+
+def test_a_home_where_cupy_cannot_make_its_folder(without_cupy: Callable[[BaseException], None]) -> None:
+    """CuPy makes it when it is imported; a run on the CPU must not end by that."""
+    without_cupy(PermissionError(13, "Permission denied", "/.cupy"))
+    assert "cannot make its folder for compiled kernels ([Errno 13] Permission" in str(setup.availability())
+    assert "CUPY_CACHE_DIR" in str(setup.availability())
+    assert choose("auto")[0] == "cpu"
 
 
 def test_no_driver(pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch) -> None:

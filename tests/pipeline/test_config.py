@@ -215,6 +215,30 @@ def test_toml_file_then_settings_then_seed(tmp_path: Path) -> None:
     assert v.changes(file, seed=0)(c.SEED).seed == 0
 
 
+def test_toml_may_begin_with_the_mark_that_some_editors_write(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes(b"\xef\xbb\xbf[train]\r\nbatch_size = 4\r\n")
+    assert v.changes(file)(c.SEED).train.batch_size == 4
+
+
+def test_one_setting_sets_one_key() -> None:
+    with pytest.raises(PipelineError, match=r"train.batch_size takes a whole number"):
+        v.changes(settings=["train.batch_size=4\ntrain.epochs=1"])(c.SEED)
+
+
+@pytest.mark.parametrize(
+    ("setting", "pattern"),
+    [
+        ("train.plateau_steps=0", "train.plateau_steps must be at least 1"),
+        ("input.jitter_epochs=-1", "input.jitter_epochs must not be negative"),
+        ("network.lrn_size=1000000", "network.lrn_size must lie between 0 and 512"),  # a step would take minutes
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(setting: str, pattern: str) -> None:
+    with pytest.raises(PipelineError, match=pattern):
+        v.changes(settings=[setting])(c.SEED)
+
+
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [

@@ -22,6 +22,7 @@ from data.split import open_split
 from pipeline.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.run_dir import RunDir
 from stages.predict import bar
+from stages.trained import Trained
 from tests.command_line import ROOT
 from tests.pictures import sources
 
@@ -183,6 +184,32 @@ def test_bars_fit_the_terminal(
         shares = [float(line.split("%")[0].split()[-1]) for line in lines]
         assert shares == sorted(shares, reverse=True)
         assert sum(shares) == pytest.approx(100, abs=0.3)
+
+
+def test_bars_stand_below_each_other_whatever_the_names(
+    trained_run: Path,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Chinese sign takes two columns, an accent on its own none; a name cannot send orders to the terminal."""
+    names = ["cat", "\u732b", "\u72ac" * 40, "e\u0301te\u0301", "\x1b[2Jgone\n"]
+    monkeypatch.setattr(Trained, "label", lambda self, number: names[number])
+    monkeypatch.setenv("COLUMNS", "60")
+    odd = tmp_path / "a\n\x1b[2J.png"
+    odd.write_bytes(picture.read_bytes())
+    assert predict(trained_run, odd) == 0
+    out = capsys.readouterr().out
+    assert "a??[2J.png" in out
+    assert "\x1b" not in out
+    shown = {line[2:].split("  ")[0]: line for line in out.splitlines() if "%" in line}
+    assert set(shown) == {"cat", "\u732b", "\u72ac" * 14 + "..", "e\u0301te\u0301", "?[2Jgone?"}
+    places = {
+        len(line[: line.index("%")]) + sum(map(line.count, "\u732b\u72ac")) - line.count("\u0301")
+        for line in shown.values()
+    }
+    assert len(places) == 1
 
 
 def test_bars_count_eighths(monkeypatch: pytest.MonkeyPatch) -> None:

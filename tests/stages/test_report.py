@@ -25,6 +25,7 @@ from stages.report import charts, facts, pictures
 from stages.report.facts import Facts
 from stages.trained import load_trained
 from tests.browser import Browser, chromium, missing
+from tests.command_line import pipeline
 
 CLASSES = [{"wnid": f"n{i}", "words": words} for i, words in enumerate(["cat, house cat", "dog", "owl", ""])]
 
@@ -128,6 +129,14 @@ def test_commands_name_the_pictures_and_the_views(known: Facts) -> None:
 def test_settings_are_written_as_the_command_line_takes_them() -> None:
     values = (None, True, 0.5, [[0, 0.1]], "center")
     assert [facts.setting_text(value) for value in values] == ["none", "true", "0.5", "[[0, 0.1]]", "center"]
+
+
+def test_commands_name_pictures_whose_folder_begins_like_the_run(known: Facts) -> None:
+    (known.run.root / "preprocess").mkdir(parents=True)
+    for source, named in (("by hand pictures", True), ("by hand/demo", False)):
+        line = json.dumps({"finished": "", "source": str(known.run.root.parent / source)})
+        (known.run.root / "preprocess" / "metrics.jsonl").write_text(f"{line}\n")
+        assert ("--source" in facts.commands(known)[0]) == named
 
 
 def test_an_order_settled_by_training_is_no_change_of_the_recipe(known: Facts) -> None:
@@ -277,6 +286,16 @@ def test_page_is_self_contained_and_escaped(page: Path) -> None:
     assert "<img src=x" not in text
     assert "&lt;b&gt;run&amp;" in text
     assert len(text) < 2_000_000
+
+
+def test_page_where_text_is_not_utf8_by_itself(page: Path, trained_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "preprocess", "train", "eval"):
+        (run / name).symlink_to(trained_run / name)
+    pipeline("--stage", "report", "--run", run, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0").done()
+    style = re.compile(r"<style>.*?</style>", re.DOTALL)
+    assert style.findall((run / "report" / "index.html").read_text("utf-8")) == style.findall(page.read_text("utf-8"))
 
 
 def test_pictures_lie_beside_the_page(page: Path) -> None:
