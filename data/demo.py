@@ -5,7 +5,7 @@ Hues and patterns each belong to several classes, so none alone tells them apart
 and noise vary from picture to picture. Among the training pictures are the oddities of the real set: a PNG and a CMYK
 JPEG that are called .JPEG, a grey one, and one cut short.
 
-Everything is drawn from fixed seeds: the same package versions give the same bytes.
+Everything is drawn from fixed seeds: the same package versions on the same kind of processor give the same bytes.
 """
 
 from __future__ import annotations
