@@ -85,6 +85,13 @@ def test_a_step_waits_for_the_groups_its_pictures_lie_in(dataset, small_blocks):
             assert (path.name, offset) in places
 
 
+def test_colour_shifts_end_with_the_jitters_epochs(dataset):
+    config = settings(DEMO)
+    ends = dataclasses.replace(config, input=dataclasses.replace(config.input, jitter=0.1, jitter_epochs=1))
+    plan = batches_of.TrainingPlan(ends, dataset)
+    assert [bool(plan(step).shift.any()) for step in (0, 5, 6, 12)] == [True, True, False, False]
+
+
 def test_pieces_are_the_bytes_of_the_pictures(prepared: Path):
     split: Split = open_split(prepared / "preprocess", read_manifest(RunDir(prepared)), "train")
     found = b"".join(path.read_bytes()[offset : offset + length] for path, offset, length in split.pieces(8, 22))
