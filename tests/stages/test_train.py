@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
+import net.cpu
 import run_pipeline
 from net import backend, reference
 from pipeline.checkpoint import checkpoints, load_checkpoint
@@ -333,6 +334,20 @@ def test_validation_and_checkpoints_only_every_so_many_epochs(run: Path, undistu
     # And a run may go on with other intervals than it began with.
     train(run, "--resume", "--epochs", 1, "--set", "train.validate_every=1", "--set", "train.save_every=1").done()
     assert checkpoints(run / "train")[-1].name == "step-00000036.ckpt"
+
+
+def test_steps_are_numbered_for_dropout_and_logged_every_so_many(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number that stayed would switch off the same units for ever; the metrics would look as always."""
+    run, numbers, upload = tmp_path / "run", [], net.cpu.upload
+    shutil.copytree(prepared, run)
+    monkeypatch.setattr(net.cpu, "upload", lambda arrays: numbers.append(arrays["step"].tolist()) or upload(arrays))
+    command = ["--stage", "train", "--run", str(run), "--device", "cpu", "--steps", "3"]
+    assert run_pipeline.main([*command, *settings("train.batch_size=2", "train.log_every=2")]) == 0
+    assert numbers == [[0], [1], [2]]
+    assert [record["step"] for record in metrics(run)] == [2]
+    shutil.rmtree(run)
 
 
 def test_divergence_stops_training_and_keeps_the_last_good_checkpoint(run: Path, undisturbed: Path) -> None:
