@@ -25,8 +25,10 @@ from pipeline.checkpoint import checkpoints, load_checkpoint
 from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
 from pipeline.ranks import ALONE, Ranks
+from pipeline.run_dir import RunDir
 from stages import start as start_stage
 from stages import train as train_stage
+from stages.start import State
 from stages.train import Plateau
 from tests.command_line import finish, pipeline, settings, start, wait_until
 
@@ -389,6 +391,19 @@ def test_plateau_needs_patience_and_a_level_loss() -> None:
 def test_a_single_class_is_no_plateau() -> None:
     plateau = Plateau(1, 2)
     assert not any(plateau.stays(step, 0.0) for step in range(1, 9))
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_and_indexes_and_removals_come_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, path = [], tmp_path / "step-00000001.ckpt"
+    monkeypatch.setattr(train_stage, "save_checkpoint", lambda *given: order.append("saved") or path)
+    monkeypatch.setattr(train_stage, "note_best", lambda *given: order.append(("best", *given[1:])))
+    monkeypatch.setattr(train_stage, "prune", lambda *given: order.append(("pruned", *given[1:])))
+    log = SimpleNamespace(sync=lambda: order.append("synced"))
+    header = {"validation": {"top1": 0.5, "top5": 0.9}}
+    train_stage._save(RunDir(tmp_path), reference, log, 3, State(1, {}, {}), header)
+    assert order == ["synced", "saved", ("best", path, 1, 0.5), ("pruned", 3, path)]
 
 
 def test_writing_a_checkpoint_does_not_count_as_training(
