@@ -26,15 +26,7 @@ MOMENTUM: Final = "momentum/"  # before a parameter's name: its momentum
 def network_layers(config: Config, classes: int) -> tuple[Layer, ...]:
     """The recipe's network as a plain list of layers (``net.layers.fuse`` adapts it to a backend)."""
     options = {k: v for k, v in vars(config.network).items() if k not in ("weight_std", "bias")}
-    layers = alexnet(classes, **options)
-    shape = input_shape(config)
-    for layer in layers:
-        shape = layer.output_shape(shape)
-        if min(shape) < 1:
-            raise PipelineError(
-                "input.crop is too small for this network: nothing is left of the picture after the last pool"
-            )
-    return layers
+    return alexnet(classes, **options)
 
 
 def parameter_names(arrays: Iterable[str]) -> list[str]:

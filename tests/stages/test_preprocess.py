@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -30,10 +31,11 @@ from data.manifest import read_manifest
 from data.plan import make_plan, shard_tasks
 from data.sources import read_source
 from data.split import Split, open_split
+from data.tally import Tally
 from pipeline.config import DEMO, Config, Preprocess
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import read_metrics
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, write_sealed
 from stages import preprocess
 from tests import pictures
 from tests.conftest import ROOT
@@ -145,7 +147,7 @@ def test_the_devkits_ids_are_in_the_shards(undisturbed: RunDir, odd: RunDir):
     assert ids(odd) == [(label, -1) for label in splits(odd)[0].labels.tolist()]
 
 
-ODD = dataclasses.replace(CONFIG, preprocess=Preprocess(size=32, shard_images=4, filter="box"))
+ODD = dataclasses.replace(CONFIG, preprocess=Preprocess(size=32, shard_images=6, filter="box"))
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +228,31 @@ def test_pictures_are_read_in_the_order_they_lie_on_the_disk(tmp_path: Path, mon
     read = [data[0] for _, data in convert.read_files(rows.listing())]
     assert read == [0, 4, 6, 8] * 2
     assert opened == [tmp_path / "b.tar", tmp_path / "a.tar"]
+
+
+def test_shards_are_on_the_disk_before_the_manifest_names_them(
+    odd_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    synced, fsync, write = set(), os.fsync, Tally.write
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino) or fsync(handle))
+
+    def checked(tally: Tally, folder: Path) -> dict[str, Any]:
+        assert synced >= {path.stat().st_ino for path in (*folder.glob("*.h5"), folder, folder / "metrics.jsonl")}
+        return write(tally, folder)
+
+    monkeypatch.setattr(Tally, "write", checked)
+    again(RunDir(tmp_path), odd_source, ODD)
+
+
+def test_progress_counts_rejected_pictures_too(odd_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    again(RunDir(tmp_path), odd_source, ODD)
+    assert "preprocess: 15/15 images" in capsys.readouterr().err
+
+
+def test_a_manifest_of_another_version_is_made_again(copied: RunDir, undisturbed: RunDir, source: Path):
+    write_sealed(copied.preprocess / "manifest.json", {"schema": 0})
+    again(copied, source)
+    assert made(copied) == made(undisturbed)
 
 
 def test_no_archive_stays_open(tmp_path: Path):
@@ -558,6 +585,9 @@ def test_without_a_source_the_demo_set_is_drawn_into_the_run(tmp_path: Path, mon
     run = RunDir(tmp_path)
     again(run, None)
     again(run, None)
+    (run.preprocess / "val-00000.h5").unlink()
+    again(run, None)  # mended from the set that is there
+    assert (run.preprocess / "val-00000.h5").exists()
     assert drawn == [tmp_path / "demo"]
     out = capsys.readouterr().out
     assert f"the built-in demo set is drawn into {tmp_path / 'demo'}" in out

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import run_pipeline
+from net.layers import Relu
 from pipeline.command_line import parse
 from pipeline.config import RECIPES
 from pipeline.config_values import changes
@@ -237,6 +238,7 @@ def test_jitter_moves_along_the_eigenvectors() -> None:
     image = np.asarray(pictures.jitter(square, directions, 0.1))
     assert image[5, 5].tolist() == [88, 100, 100, 255]  # 3 standard deviations of 0.1 x 40 less red
     assert image[5, 2 * 132 + 5].tolist() == [100, 100, 100, 255]
+    assert image[5, 132 + 5].tolist() == [94, 100, 100, 255]
     assert image[132 + 5, 4 * 132 + 5].tolist() == [100, 106, 100, 255]
     assert image[264 + 5, 3 * 132 + 5].tolist() == [100, 100, 102, 255]  # 1.5, halves to even
 
@@ -246,7 +248,8 @@ def test_activations_follow_the_layers(trained_run: Path) -> None:
 
     trained = load_trained(RunDir(trained_run), "latest")
     square = np.random.default_rng(3).integers(0, 256, (72, 72, 3), dtype=np.uint8)
-    (maps,) = pictures.activations(trained, reference, [square])
+    ends_in_relu = replace(trained, layers=(*trained.layers, Relu()))  # of the scores no maps are shown
+    (maps,) = pictures.activations(ends_in_relu, reference, [square])
     assert [m.title for m in maps] == [
         "conv1 · ReLU",
         "conv1 · ReLU · LRN · pool",
@@ -261,6 +264,36 @@ def test_activations_follow_the_layers(trained_run: Path) -> None:
     ]
     assert maps[0].shape == "15 x 15 x 96"
     assert maps[-1].shape == "4096 units"
+
+
+def test_the_strongest_maps_are_shown_strongest_first() -> None:
+    y = np.zeros((2, 2, 20), np.float32)
+    y[1] = np.arange(20)
+    maps = pictures._maps("title", y)
+    assert (maps.shape, maps.note) == ("2 x 2 x 20", "the 16 strongest; 19 of 20 maps respond")
+    image = np.asarray(maps.image)
+    side = 52 + 2
+    assert image.shape == (2 * side - 2, 8 * side - 2, 4)
+    assert image[51, 0].tolist() == [*pictures._MAGMA[-1], 255]
+    brightness = [int(image[row + 51, column, 1]) for row in (0, side) for column in range(0, 8 * side, side)]
+    assert brightness == sorted(brightness, reverse=True)
+    dead = pictures._coloured(np.zeros((1, 2, 2), np.float32))
+    assert (dead == pictures._MAGMA[0]).all()
+
+
+def test_the_last_row_need_not_be_full() -> None:
+    tiles = np.zeros((3, 10, 20, 3), np.uint8)
+    assert pictures.tiled(tiles, 2, gap=4).size == (44, 24)
+    one, two = (pictures.sheet(list(tiles[:1]) * count, [["text"]] * count, columns=2) for count in (2, 3))
+    assert two.height > 1.9 * one.height
+
+
+def test_captions_fit_below_their_pictures() -> None:
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(12)
+    fitted = pictures._fitted(draw, "W" * 60, font, 192)
+    assert draw.textlength(fitted, font=font) <= 192 < draw.textlength(f"W{fitted}W", font=font)
+    assert fitted.endswith("W...")
+    assert pictures._fitted(draw, "i" * 40, font, 192) == "i" * 40
 
 
 @pytest.fixture(scope="module")
