@@ -62,19 +62,6 @@ def made_with(run: RunDir) -> dict[str, Any]:
     return {key: made[key] for key in ("seed", "preprocess") if key in made}
 
 
-def made_from(run: RunDir) -> str | None:
-    """The source that a run's shards were made from, as it was named; None for its own demo set, or if none is noted.
-
-    A run that is moved takes its demo set along, and what is noted is where that was before.
-    """
-    noted = [r["source"] for r in read_metrics(run.preprocess / "metrics.jsonl") if isinstance(r.get("source"), str)]
-    if not noted:
-        return None
-    source, demo = Path(noted[-1]), run.root / "demo"
-    moved = source.name == demo.name and demo.is_dir() and not source.exists()
-    return None if moved or source.absolute() == demo.absolute() else noted[-1]
-
-
 def data_fingerprint(manifest: dict[str, Any]) -> str:
     """A hash of a run's data, by which a checkpoint remembers what it was trained on.
 

@@ -30,9 +30,9 @@ from data import demo, published
 from data.cluster import on_cluster
 from data.convert import ShardResult, ShardTask, make_shard
 from data.listing import SPLITS
-from data.manifest import defects, forget_damage, is_damage_noted, is_manifest, made_from
+from data.manifest import defects, forget_damage, is_damage_noted, is_manifest
 from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
-from data.shards import read_layout, shard_bytes, shard_name
+from data.shards import made_from, read_layout, shard_bytes, shard_name
 from data.sources import read_source, stamp
 from data.tally import Tally
 from pipeline.config import Config, difference, with_values

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from data.manifest import read_manifest
-from data.shards import Split, open_split
+from data.shards import Split, open_split, preprocess_command
 from net.alexnet import alexnet
 from net.layers import Layer, Shape
 from net.network import Preparation, parameter_shapes
@@ -43,7 +43,7 @@ class Dataset:
 def open_dataset(run: RunDir) -> Dataset:
     """Open the shards of a run; refuses, with the command that mends it, what is missing or does not match."""
     manifest = read_manifest(run)
-    remedy = f"make it again: python run_pipeline.py --stage preprocess {run.flag}"
+    remedy = f"make it again: {preprocess_command(run)}"
     return Dataset(
         manifest=manifest,
         classes=read_classes(run.preprocess / "classes.json", manifest["classes"], remedy),

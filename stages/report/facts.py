@@ -13,8 +13,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from data.manifest import made_from, read_manifest
+from data.manifest import read_manifest
 from data.sampling import steps_per_epoch
+from data.shards import made_from
 from net.backend import DEVICES
 from pipeline.config import RECIPES, Config, flatten, to_dict, with_values
 from pipeline.errors import PipelineError
