@@ -92,9 +92,9 @@ def run(
     asked = request.applied_to(own)
     config = replace(own, eval=asked.eval, loader=asked.loader)
     require_size(config, dataset, run_dir)
-    ignored = difference(own, replace(own, recipe=asked.recipe, input=asked.input, network=asked.network))
+    ignored = difference(own, replace(asked, preprocess=own.preprocess, eval=own.eval, loader=own.loader))
     if ignored:
-        print(f"note: the network and its input are the checkpoint's own; not used: {'; '.join(ignored)}")
+        print(f"note: the network and how it was trained are the checkpoint's own; not used: {'; '.join(ignored)}")
     views = views or config.eval.views
     parameters = {name: ops.asarray(saved.arrays[name]) for name in parameter_names(saved.arrays)}
     mean = saved.arrays.get(MEAN, dataset.mean)
