@@ -290,7 +290,7 @@ def _source(named: str | None, *, must_exist: bool) -> Path | None:
     """The pictures' folder: as named, else $ILSVRC2012_ROOT, else datasets/ilsvrc2012, else None for the demo set."""
     if named is not None:
         path, origin = Path(named), "--source"
-    elif "ILSVRC2012_ROOT" in os.environ:
+    elif os.environ.get("ILSVRC2012_ROOT"):
         path, origin = Path(os.environ["ILSVRC2012_ROOT"]), "the environment variable ILSVRC2012_ROOT"
     else:
         path = Path("datasets/ilsvrc2012")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data.manifest import read_manifest
+from data.origin import preprocess_command
 from data.split import Split, open_split
 from pipeline.config import Config
 from pipeline.config_values import difference, with_values
@@ -31,7 +32,7 @@ class Dataset:
 def open_dataset(run: RunDir) -> Dataset:
     """Open the shards of a run; refuses, with the command that mends it, what is missing or does not match."""
     manifest = read_manifest(run)
-    remedy = f"make it again: python run_pipeline.py --stage preprocess {run.flag}"
+    remedy = f"make it again: {preprocess_command(run)}"
     return Dataset(
         manifest=manifest,
         classes=read_classes(run.preprocess / "classes.json", manifest["classes"], remedy),

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from data.listing import SPLITS
-from data.shards import LABEL_ORDER, RULE, SCHEMA, remedy
+from data.origin import remedy
+from data.shards import LABEL_ORDER, RULE, SCHEMA
 from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
 from pipeline.run_dir import RunDir, fingerprint, hash_file, read_sealed, remove, write_json
@@ -67,19 +68,6 @@ def made_with(run: RunDir) -> dict[str, Any]:
         said.append(manifest.get("made_with", {}))
     made = next((entry for entry in reversed(said) if isinstance(entry, dict)), {})
     return {key: made[key] for key in ("seed", "preprocess") if key in made}
-
-
-def made_from(run: RunDir) -> str | None:
-    """The source that a run's shards were made from, as it was named; None for its own demo set, or if none is noted.
-
-    A run that is moved takes its demo set along, and what is noted is where that was before.
-    """
-    noted = [r["source"] for r in read_metrics(run.preprocess / "metrics.jsonl") if isinstance(r.get("source"), str)]
-    if not noted:
-        return None
-    source, demo = Path(noted[-1]), run.root / "demo"
-    moved = source.name == demo.name and demo.is_dir() and not source.exists()
-    return None if moved or source.absolute() == demo.absolute() else noted[-1]
 
 
 def data_fingerprint(manifest: dict[str, Any]) -> str:

@@ -36,8 +36,9 @@ from typing import Any, Final
 import h5py
 import numpy as np
 
+from data.origin import remedy
 from pipeline.errors import PipelineError
-from pipeline.run_dir import RunDir, write_error
+from pipeline.run_dir import write_error
 
 SCHEMA: Final = 1
 LABEL_ORDER: Final = "sorted WNID"
@@ -265,11 +266,6 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         raise PipelineError(
             f"{path} is not usable ({str(error)[:200]}); remove it and {remedy(path.parent.parent)}"
         ) from error
-
-
-def remedy(run: Path) -> str:
-    """What mends shards that are not usable: the end of a sentence."""
-    return f"run python run_pipeline.py --stage preprocess {RunDir(run).flag}"
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:

@@ -81,9 +81,9 @@ def run(
     trained = load_trained(run_dir, checkpoint, dataset)
     own, asked = trained.config, request.applied_to(trained.config)
     config = replace(own, eval=asked.eval, loader=asked.loader)
-    ignored = difference(own, replace(own, recipe=asked.recipe, input=asked.input, network=asked.network))
+    ignored = difference(own, replace(asked, preprocess=own.preprocess, eval=own.eval, loader=own.loader))
     if ignored:
-        print(f"note: the network and its input are the checkpoint's own; not used: {'; '.join(ignored)}")
+        print(f"note: the network and how it was trained are the checkpoint's own; not used: {'; '.join(ignored)}")
     views = views or config.eval.views
     # Ten views of 256 pictures would take 19 GB of a host's memory; a device's is asked for below.
     pictures = config.eval.batch_size if hasattr(ops, "check_memory") else max(1, config.eval.batch_size // views)

@@ -143,10 +143,10 @@ def _expand(files: Sequence[str], unreadable: Callable[[OSError], None]) -> Iter
     ``unreadable`` is called with the error of each folder that cannot be read.
     """
     for name in files:
-        folder = Path(name)
-        if name == STDIN or not folder.is_dir():
+        if name == STDIN or not os.path.isdir(name):  # where that cannot be told, opening it says why
             yield name
             continue
+        folder = Path(name)
         Image.init()
         below = (Path(place, file) for place, _, names in os.walk(folder, onerror=unreadable) for file in names)
         inside = sorted(path for path in below if not path.name.startswith(".") and _is_file(path))

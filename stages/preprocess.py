@@ -30,7 +30,8 @@ from data import demo, published
 from data.cluster import on_cluster
 from data.convert import ShardResult, ShardTask, make_shard
 from data.listing import SPLITS
-from data.manifest import defects, forget_damage, is_damage_noted, made_from, sound_manifest
+from data.manifest import defects, forget_damage, is_damage_noted, sound_manifest
+from data.origin import made_from
 from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
 from data.shards import read_layout, shard_bytes, shard_name
 from data.sources import read_source, stamp

@@ -16,6 +16,7 @@ import numpy as np
 
 from data.dataset import Dataset, read_classes, read_mean, require_size
 from data.manifest import require_sound_description
+from data.origin import preprocess_command
 from data.sampling import view_crops
 from net.layers import Array, Layer, Parameters, fuse
 from net.network import Preparation, prediction
@@ -150,12 +151,10 @@ def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.nd
         path, size = run_dir.preprocess / "mean.npy", config.preprocess.size
         if path.exists():
             require_sound_description(run_dir, path.name)
-        return read_mean(
-            path,
-            size,
-            f"the recipe subtracts this mean of the training pictures: {_again(run_dir)}, or import the weights with "
-            "--mean",
-        )
+        remedy = f"the recipe subtracts this mean of the training pictures: {_again(run_dir)}, or import with --mean"
+        if not path.exists():
+            raise PipelineError(f"{path} does not exist; {remedy}")
+        return read_mean(path, size, remedy)
     sides = (config.preprocess.size, config.input.crop)
     if imported.shape not in [(side, side, 3) for side in sides]:
         raise PipelineError(
@@ -166,4 +165,4 @@ def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.nd
 
 
 def _again(run_dir: RunDir) -> str:
-    return f"run python run_pipeline.py --stage preprocess {run_dir.flag}"
+    return f"run {preprocess_command(run_dir)}"

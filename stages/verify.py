@@ -7,7 +7,6 @@ shards are noted in the run, so that ``--stage preprocess`` makes exactly those 
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from data.listing import SPLITS
-from data.manifest import is_manifest, made_from, note_damage
+from data.manifest import is_manifest, note_damage
+from data.origin import preprocess_command
 from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint
 from pipeline.config_values import from_dict
 from pipeline.errors import PipelineError
@@ -99,7 +99,7 @@ def _indexes(run_dir: RunDir) -> tuple[dict[Path, str | None], dict[str, Any] | 
         try:
             read()
         except PipelineError as error:
-            found[path] = str(error)
+            found[path] = str(error).rstrip("; ")  # no remedy was given: all of them come at the end
         else:
             found[path] = None
     if run_dir.preprocess.exists() and not (run_dir.preprocess / "manifest.json").exists():
@@ -165,12 +165,7 @@ def _remedy(run_dir: RunDir, wrong: dict[Path, str]) -> str:
     """What mends all that is wrong, in one sentence."""
     remedies = []
     if any(path.parent == run_dir.preprocess for path in wrong):
-        source = made_from(run_dir)
-        named = "" if source is None else f" --source {shlex.quote(source)}"
-        remedies.append(
-            "make again what is damaged there, and nothing else, with: "
-            f"python run_pipeline.py --stage preprocess {run_dir.flag}{named}"
-        )
+        remedies.append(f"make again what is damaged there, and nothing else, with: {preprocess_command(run_dir)}")
     if any(path.suffix == ".ckpt" for path in wrong):
         remedies.append("remove the damaged checkpoints; --stage train --resume goes on from the newest that is sound")
     if run_dir.train / "latest.json" in wrong or run_dir.train / "best.json" in wrong:

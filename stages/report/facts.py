@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from data.manifest import made_from, read_manifest
+from data.manifest import read_manifest
+from data.origin import made_from
 from data.sampling import steps_per_epoch
 from net.backend import DEVICES
 from pipeline.config import RECIPES, Config

@@ -20,7 +20,7 @@ import pytest
 import run_pipeline
 from data.split import open_split
 from pipeline.checkpoint import checkpoints
-from pipeline.command_line import IN_ORDER
+from pipeline.command_line import IN_ORDER, parse
 from pipeline.run_dir import read_sealed, write_sealed
 from stages import preprocess, train
 from tests.command_line import QUICK, ROOT, finish, pipeline, settings, start, wait_until
@@ -61,6 +61,10 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> It
         (["--stage", "train", "cat.jpg"], "unrecognized arguments: cat.jpg"),
         (["--stage", "predict"], "--stage predict needs IMAGE..."),
         (["--stage", "import", "a", "b"], "--stage import takes one file, not 2"),
+        (["--stage", "preprocess", "--run", ""], "argument --run: takes a name, and this one is empty"),
+        (["--stage", "preprocess", "--source", ""], "argument --source: takes a name, and this one is empty"),
+        (["--stage", "train", "--config", ""], "argument --config: takes a name, and this one is empty"),
+        (["--stage", "predict", ""], "takes a name, and this one is empty"),
     ],
 )
 def test_wrong_usage_is_status_2(
@@ -72,6 +76,11 @@ def test_wrong_usage_is_status_2(
     assert caught.value.code == 2
     assert told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_comparisons_add_up() -> None:
+    assert parse(["--compare", "a", "--run", "b", "--compare", "c", "d"]).compare == ["a", "c", "d"]
+    assert parse([]).compare == []
 
 
 def test_the_help_of_a_stage_has_its_own_flags_only(capsys: pytest.CaptureFixture) -> None:

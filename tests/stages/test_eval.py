@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import net.cpu
+from data.dataset import open_dataset
 from net import network, reference
 from net.alexnet import alexnet
 from pipeline.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -21,7 +22,6 @@ from pipeline.config import from_dict
 from pipeline.run_dir import RunDir, read_sealed, write_sealed
 from run_pipeline import main
 from stages import eval as evaluation
-from stages.setup import open_dataset
 from tests.command_line import pipeline, settings
 
 
@@ -276,4 +276,6 @@ def test_settings_of_the_network_that_eval_cannot_change_are_named(trained: Path
     assert "checkpoint's own; not used: network.lrn_k (2.0 there, 1.0 here)\n" in said.out
     said = pipeline("--stage", "eval", "--run", trained, "--recipe", "caffe").done()
     assert "not used: recipe (seed there, caffe here); input.crop" in said.out
+    said = pipeline("--stage", "eval", "--run", trained, "--set", "train.batch_size=2").done()
+    assert "checkpoint's own; not used: train.batch_size (4 there, 2 here)\n" in said.out  # eval.batch_size was meant
     assert "not used" not in pipeline("--stage", "eval", "--run", trained, "--set", "eval.batch_size=5").done().out

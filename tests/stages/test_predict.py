@@ -106,7 +106,8 @@ def test_bad_pictures_are_named_and_the_others_shown(
     (folder / ".hidden.png").write_bytes(whole)
     (folder / "e.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
     missing = tmp_path / "missing.png"
-    assert predict(trained_run, folder, missing, picture) == 1
+    long = tmp_path / ("x" * 300)
+    assert predict(trained_run, folder, missing, long, picture) == 1
     out, err = capsys.readouterr()
     shown = [line for line in out.splitlines() if line and not line.startswith("  ")]
     assert shown == [str(folder / "a.png"), str(folder / "deep" / "d.PNG"), str(picture)]
@@ -114,8 +115,9 @@ def test_bad_pictures_are_named_and_the_others_shown(
     assert f"{folder / 'c.png'}: the decoder says" in err
     assert f"{folder / 'e.eps'}: not a picture" in err  # Ghostscript would run it
     assert f"{missing}: No such file" in err
+    assert f"{long}: File name too long" in err
     assert "1 of 6 files are no pictures" in err
-    assert err.splitlines()[-1] == "error: 4 of 7 pictures could not be read; the reasons are above"
+    assert err.splitlines()[-1] == "error: 5 of 8 pictures could not be read; the reasons are above"
 
     assert predict(trained_run, "--json", folder / "b.jpg", folder / "a.png") == 1
     bad, good = answers(capsys)

@@ -357,12 +357,18 @@ def test_an_evaluation_of_another_checkpoint_of_the_same_step_is_told(trained_ru
     path = run / "eval" / "metrics.json"
     metrics = json.loads(path.read_text())
     assert metrics["seal"] == load_trained(RunDir(run), "latest").seal
-    for seal, told in ((metrics["seal"], False), ("0" * 64, True)):
+    step = metrics["step"]
+    for of, seal, told in (
+        (step, metrics["seal"], None),
+        (step, "0" * 64, f"another checkpoint, also of step {step};"),
+        (step + 1, "0" * 64, f"step {step + 1}; the weights shown are of step {step}."),
+    ):
         path.unlink()  # a link to the file that other tests read
-        path.write_text(json.dumps({**metrics, "seal": seal}))
+        path.write_text(json.dumps({**metrics, "seal": seal, "step": of}))
         assert run_pipeline.main(["--stage", "report", "--run", str(run)]) == 0
-        said = "Accuracies are those of another checkpoint, also" in (run / "report" / "index.html").read_text()
-        assert said == told
+        text = (run / "report" / "index.html").read_text()
+        assert ("Accuracies are" in text) == (told is not None)
+        assert told is None or f"Accuracies are those of {told}" in text
     shutil.rmtree(run)
 
 

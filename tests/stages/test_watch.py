@@ -99,6 +99,10 @@ def test_watch_does_not_need_the_lock_and_says_what_is_missing(run: Path, capsys
     with locked(RunDir(run)):
         assert run_pipeline.main(["--stage", "watch", "--run", str(run)]) == 1
     assert "nothing has been trained; start it" in capsys.readouterr().err
+    config = run / "config.json"
+    config.write_text(config.read_text().replace('"epochs": 90', '"epochs": 91'))
+    assert run_pipeline.main(["--stage", "watch", "--run", str(run)]) == 1
+    assert "edited by hand; name the recipe with --recipe" in capsys.readouterr().err
 
 
 def scalars(folder: Path) -> list[tuple[str, int, float]]:
