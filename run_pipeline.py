@@ -23,21 +23,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Final
 
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
-from pipeline.config import changes, to_dict
+from pipeline.config_values import changes, to_dict
 from pipeline.errors import PipelineError, StoppedError
-from pipeline.ranks import Ranks, joined
+from pipeline.mpi import joined
+from pipeline.ranks import Ranks
 from pipeline.run_dir import RunDir, locked, write_sealed
 from pipeline.settings import Request, Settled, settle
 from pipeline.signals import Interruption
 
-_SETTLED = frozenset(("preprocess", "train"))  # these need settings of their own; the others find them in a checkpoint
-_BEGINNING = frozenset((None, "preprocess", "import"))  # these make a run where there is none
-_SHARED = frozenset(("train", "eval"))  # several processes can share these
-_READING = frozenset(("predict", "watch"))  # these write nothing, and need no lock
-_BESIDE = frozenset(("export", "report"))  # these write to a folder of their own, and lock that
+_SETTLED: Final = frozenset(("preprocess", "train"))  # these need settings of their own; others have a checkpoint's
+_BEGINNING: Final = frozenset((None, "preprocess", "import"))  # these make a run where there is none
+_SHARED: Final = frozenset(("train", "eval"))  # several processes can share these
+_READING: Final = frozenset(("predict", "watch"))  # these write nothing, and need no lock
+_BESIDE: Final = frozenset(("export", "report"))  # these write to a folder of their own, and lock that
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class _Job:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stages the command line asks for; returns the exit status."""
+    _open_streams()
     options = parse(arguments)
     try:
         # Outside the loops that save before they stop, a signal makes a stage leave with temporary files removed.
@@ -80,6 +83,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _open_streams() -> None:
+    """Open what is closed of standard input, output and error on nothing, as their numbers go to the next file opened.
+
+    What a library says on standard error would then stand in that file.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)  # for worker processes
+    os.close(number)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+
+
 def _unread() -> bool:
     """Whether what is printed has no reader any more; else it was another pipe that broke, such as one to a cluster."""
     poll = select.poll()
@@ -93,12 +109,16 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     run, stages = RunDir(Path(options.run)), [options.stage] if options.stage else list(IN_ORDER)
     _refuse(options, run, ranks)
     source = _source(options.source, must_exist="preprocess" in stages)
+    if source is not None and "preprocess" in stages:
+        _refuse_among_pictures(run, source)
     request = Request(options.recipe, changes(options.config, options.set, options.seed))
     settled = _settled(run, request, stages, demo=source is None) if _SETTLED.intersection(stages) else None
     job = _Job(options, run, source, request, settled, ranks)
     with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
         for stage in stages:
-            _stage(stage, job)
+            late = _stage(stage, job)
+            if late is not None and stage != stages[-1]:
+                raise StoppedError(late, f"stopped after the stage {stage}; everything finished so far is kept")
     if not options.stage and settled is not None:
         _summary(run, settled.train.recipe)
 
@@ -113,12 +133,26 @@ def _refuse(options: argparse.Namespace, run: RunDir, ranks: Ranks) -> None:
     if options.stage not in _BEGINNING and not run.root.is_dir():  # a mistyped --run leaves no folder behind
         raise PipelineError(
             f"there is no run {run.root}; name one with --run, or begin it: "
-            f"python run_pipeline.py --stage preprocess --run {run.root}"
+            f"python run_pipeline.py --stage preprocess {run.flag}"
         )
     if options.stage == "import":
         for file in (Path(options.files[0]), options.mean):
             if file is not None and not file.is_file():
                 raise PipelineError(f"there is no file {file}; check the path")
+
+
+def _refuse_among_pictures(run: RunDir, source: Path) -> None:
+    """Refuse a run whose folders would be taken for classes, or whose train/ is the pictures': --restart moves that."""
+    from data.ilsvrc import TRAIN
+    from data.listing import SPLITS
+
+    root, folders = run.root.resolve(), [(source / split).resolve() for split in SPLITS]
+    shared = run.train.resolve() in folders and run.train.is_dir() and not (source / TRAIN).exists()
+    if shared or any(root.is_relative_to(folder) for folder in folders):
+        raise PipelineError(
+            f"the run {run.root} would lie among the pictures of {source}, and its folders would mix with theirs; "
+            "name another directory with --run"
+        )
 
 
 def _settled(run: RunDir, request: Request, stages: list[str], *, demo: bool) -> Settled:
@@ -137,14 +171,15 @@ def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[N
     return locked(RunDir(run.root / stage) if stage in _BESIDE else run)
 
 
-def _stage(stage: str, job: _Job) -> None:
+def _stage(stage: str, job: _Job) -> int | None:
+    """Run a stage; returns the signal that came when it had nothing left to stop, None for none."""
     # Each stage is imported when it runs: preprocessing needs no network, and none should wait for the others' imports.
     options, run = job.options, job.run
     match stage:
         case "preprocess":
-            _preprocess(job)
+            return _preprocess(job)
         case "train":
-            _train(job)
+            return _train(job)
         case "watch":
             from stages import watch
 
@@ -191,9 +226,10 @@ def _stage(stage: str, job: _Job) -> None:
             from stages import import_weights
 
             import_weights.run(run, Path(options.files[0]), mean=options.mean, request=job.request)
+    return None
 
 
-def _preprocess(job: _Job) -> None:
+def _preprocess(job: _Job) -> int | None:
     import joblib
 
     from stages import preprocess
@@ -204,19 +240,20 @@ def _preprocess(job: _Job) -> None:
     if options.check_archives:
         preprocess.check_archives(job.source)
     jobs = options.jobs or joblib.cpu_count()  # the cores this process may use, not all there are
-    preprocess.run(settled.preprocess, job.run, source=job.source, jobs=jobs, scheduler=options.scheduler)
+    late = preprocess.run(settled.preprocess, job.run, source=job.source, jobs=jobs, scheduler=options.scheduler)
     if not checkpoints(job.run.train):  # what a network was trained with stays
         write_sealed(job.run.config, to_dict(settled.train))
+    return late
 
 
-def _train(job: _Job) -> None:
+def _train(job: _Job) -> int | None:
     from net.backend import choose
     from stages import train
 
     options, settled = job.options, job.settled
     assert settled is not None  # see _SETTLED
     device, why = choose(options.device)
-    train.run(
+    return train.run(
         settled.train,
         job.run,
         partial(_loaded, options, device, why),
@@ -253,7 +290,7 @@ def _source(named: str | None, *, must_exist: bool) -> Path | None:
     """The pictures' folder: as named, else $ILSVRC2012_ROOT, else datasets/ilsvrc2012, else None for the demo set."""
     if named is not None:
         path, origin = Path(named), "--source"
-    elif "ILSVRC2012_ROOT" in os.environ:
+    elif os.environ.get("ILSVRC2012_ROOT"):
         path, origin = Path(os.environ["ILSVRC2012_ROOT"]), "the environment variable ILSVRC2012_ROOT"
     else:
         path = Path("datasets/ilsvrc2012")
@@ -274,7 +311,7 @@ def _summary(run: RunDir, recipe: str) -> None:
         f"  report/      index.html, a page about this run to open in a browser\n"
         f"The network names {metrics['top1']:.1%} of {metrics['images']} pictures it never saw correctly "
         f"(top-1, {views}); the right class is among its first five for {metrics['top5']:.1%}.\n"
-        f"Next: train on with   python run_pipeline.py --stage train --resume --epochs 1 --run {run.root}\n"
+        f"Next: train on with   python run_pipeline.py --stage train --resume --epochs 1 {run.flag}\n"
         f"or on ILSVRC-2012:    python run_pipeline.py --source DIR --run runs/ilsvrc"
     )
 

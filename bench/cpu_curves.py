@@ -29,13 +29,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data.dataset import Dataset, open_dataset
 from data.loader import load
 from net.layers import fuse
 from net.network import Descent, initial_parameters, training_step
-from pipeline.config import RECIPES, Config, from_dict
+from pipeline.config import RECIPES, Config
+from pipeline.config_values import from_dict
 from pipeline.run_dir import RunDir, read_sealed
 from stages.batches import TrainingPlan, with_order
-from stages.setup import Dataset, decays, learning_rates, network_layers, open_dataset, preparation, shapes
+from stages.setup import decays, learning_rates, network_layers, preparation, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("hand", "hand-one", "torch", "torch-one")  # with all cores, and with one

@@ -48,6 +48,7 @@ import torch
 from PIL import Image
 
 from data import convert, loader
+from data.dataset import open_dataset
 from data.images import read_square, resized
 from data.plan import make_plan, shard_tasks
 from data.readahead import reading_ahead
@@ -59,6 +60,7 @@ from data.sampling import (
     block_groups,
     block_order,
     epoch_order,
+    group_ends,
     training_crops,
 )
 from data.sources import read_source
@@ -67,7 +69,6 @@ from pipeline.metrics import read_metrics
 from pipeline.run_dir import RunDir
 from stages import preprocess
 from stages.batches import TrainingPlan, with_order
-from stages.setup import open_dataset
 
 try:
     import cv2
@@ -110,7 +111,7 @@ def by_opencv(data: bytes) -> np.ndarray:
 
 def preprocessing(source: Path, folder: Path, rounds: int) -> dict[str, Any]:
     listed = read_source(source)
-    files = [data for _, data in convert._files(listed.splits["train"])]
+    files = [data for _, data in convert.read_files(listed.splits["train"])]
     ways: dict[str, Callable[[bytes], np.ndarray]] = {
         "plain Pillow": plain,
         "ours, pillow": lambda data: read_square(data, SIZE, "bicubic", Counter()),
@@ -167,7 +168,7 @@ def scaling(source: Path, folder: Path, rounds: int) -> dict[str, Any]:
     for split, copies in (("train", 8), ("val", 1)):
         home = big / split / "all"
         home.mkdir()
-        for row, data in convert._files(listed.splits[split]):
+        for row, data in convert.read_files(listed.splits[split]):
             for copy in range(copies):
                 (home / f"{copy}-{row}.jpg").write_bytes(data)
             if split == "val" and row > 2:
@@ -321,9 +322,7 @@ def blocks(folder: Path, rounds: int, gigabytes: float) -> dict[str, Any]:
 
     def block_wise() -> int:
         groups = block_groups(count, 0, 0)
-        sizes = np.full(len(groups), BLOCK)
-        sizes[-1] = count - BLOCK * (len(groups) - 1)
-        ends = np.cumsum(np.bincount(groups, weights=sizes))
+        ends = group_ends(groups, count)
 
         def groups_of(number: int) -> range:
             places = [number * BATCH, min((number + 1) * BATCH, count) - 1]
@@ -332,7 +331,7 @@ def blocks(folder: Path, rounds: int, gigabytes: float) -> dict[str, Any]:
 
         def pieces(group: int) -> list[tuple[Path, int, int]]:
             chosen = np.flatnonzero(groups == group).tolist()
-            return [(path, b * BLOCK * picture, int(sizes[b]) * picture) for b in chosen]
+            return [(path, b * BLOCK * picture, min(BLOCK, count - b * BLOCK) * picture) for b in chosen]
 
         steps = -(-count // BATCH)
         with reading_ahead(planned(block_order(count, 0, 0)), groups_of, pieces, 0, steps) as plan:

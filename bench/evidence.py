@@ -49,9 +49,10 @@ from data.manifest import read_manifest
 from data.sampling import steps_per_epoch
 from net.backend import choose
 from pipeline.checkpoint import checkpoints
-from pipeline.config import RECIPES, to_dict
+from pipeline.config import RECIPES
+from pipeline.config_values import to_dict
 from pipeline.metrics import read_metrics
-from pipeline.run_dir import RunDir, make_folder, read_json, write_atomic, write_json, write_sealed
+from pipeline.run_dir import RunDir, make_folder, read_json, write_bytes, write_json, write_sealed
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 THREADS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -286,7 +287,7 @@ def collect(runs: Sequence[Planned], out: Path, how: How) -> list[dict[str, Any]
 
 def write_results(results: Sequence[dict[str, Any]], out: Path, base: str) -> None:
     write_json(out / "evidence.json", {"base": base, "runs": list(results)})
-    write_atomic(out / "evidence.md", lambda file: file.write(markdown(results, base).encode()) and None)
+    write_bytes(out / "evidence.md", markdown(results, base).encode())
     picture(results, out / "evidence.png")
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from pipeline.config import RECIPES, Config, Schedule, override
+from pipeline.config import RECIPES, Config, Schedule
+from pipeline.config_values import changes
 from pipeline.run_dir import RunDir
 
 BASE: Final = "original"  # what the ablations leave something out of, and what PyTorch repeats
@@ -81,7 +82,7 @@ def scaled(schedule: Schedule, factor: float) -> Schedule:
 
 def configured(run: Planned, how: How) -> Config:
     """The run's complete configuration."""
-    config = override(RECIPES[run.recipe], None, [*run.changes, *how.changes], run.seed)
+    config = changes(None, [*run.changes, *how.changes], run.seed)(RECIPES[run.recipe])
     train, inp = config.train, config.input
     factor = how.epochs / train.epochs
     train = replace(
@@ -96,7 +97,7 @@ def configured(run: Planned, how: How) -> Config:
     )
     if inp.jitter_epochs is not None:
         inp = replace(inp, jitter_epochs=math.ceil(inp.jitter_epochs * factor))
-    return override(replace(config, train=train, input=inp))
+    return changes()(replace(config, train=train, input=inp))
 
 
 def folder_of(out: Path, run: Planned, how: How) -> RunDir:

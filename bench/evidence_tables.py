@@ -14,7 +14,7 @@ from typing import Any, Final
 from PIL import Image
 
 from bench.evidence_plan import ABLATIONS, LOG_EVERY
-from pipeline.run_dir import write_atomic
+from pipeline.run_dir import write_bytes
 
 FIRST_STEPS: Final = 500  # of the training curves, compared apart from the rest
 _CURVE: Final = 10  # logged losses whose mean is a point of a curve that is compared with another
@@ -197,7 +197,7 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
     # A page of a few colours: a third of the bytes.
     small = io.BytesIO()
     Image.open(file).convert("RGB").quantize(128).save(small, format="png", optimize=True)
-    write_atomic(path, lambda out: out.write(small.getvalue()) and None)
+    write_bytes(path, small.getvalue())
 
 
 def _epoch_means(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:

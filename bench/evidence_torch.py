@@ -25,20 +25,22 @@ import torch
 import torch.nn.functional as F
 
 from bench import parity
+from data.dataset import Dataset, open_dataset
 from data.loader import load
 from data.manifest import data_fingerprint
 from net import reference
 from net.network import initial_parameters
 from net.reference import philox
 from pipeline.checkpoint import newest_sound, note_best, prune, save_checkpoint
-from pipeline.config import Config, Network, at_epoch, from_dict, to_dict
+from pipeline.config import Config, Network, at_epoch
+from pipeline.config_values import from_dict, to_dict
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, cut_back
 from pipeline.run_dir import RunDir, read_sealed
 from pipeline.signals import StopRequest
 from stages.batches import TrainingPlan
 from stages.eval import evaluate
-from stages.setup import Dataset, decays, jittered, learning_rates, loader_slots, network_layers, open_dataset, shapes
+from stages.setup import MOMENTUM, decays, jittered, learning_rates, loader_slots, network_layers, shapes
 
 PRECISIONS: Final = ("fp32", "tf32", "bf16")
 Dropout = Callable[[torch.Tensor, int], torch.Tensor]
@@ -59,7 +61,7 @@ def train(run: RunDir, config: Config, device: str = "cpu", precision: str = "fp
     names = list(expected)
     parameters = {name: parity.to_torch(arrays[name], device).requires_grad_() for name in names}
     zeros = {name: np.zeros(shape, np.float32) for name, shape in expected.items()}
-    velocities = {name: parity.to_torch(arrays.get(f"momentum/{name}", zeros[name]), device) for name in names}
+    velocities = {name: parity.to_torch(arrays.get(f"{MOMENTUM}{name}", zeros[name]), device) for name in names}
     mean = torch.from_numpy(dataset.mean).permute(2, 0, 1).to(device)
     decay = decays(config, names)
     cut_back(run.train / "metrics.jsonl", done)
@@ -217,7 +219,7 @@ def _save(
     validation: dict[str, float] | None,
 ) -> None:
     arrays = {name: parity.from_torch(p.detach()) for name, p in parameters.items()}
-    arrays |= {f"momentum/{name}": parity.from_torch(v) for name, v in velocities.items()}
+    arrays |= {f"{MOMENTUM}{name}": parity.from_torch(v) for name, v in velocities.items()}
     header = {
         "schema": 1,
         "config": to_dict(config),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from PIL import Image
 
 from data import ilsvrc, shards
 from data.convert import ShardResult, ShardTask
+from data.dataset import open_dataset
 from data.listing import text
 from data.manifest import read_manifest
 from data.plan import make_plan, shard_tasks
@@ -40,8 +42,6 @@ from data.tally import Tally
 from pipeline.config import SEED
 from pipeline.metrics import MetricsLog
 from pipeline.run_dir import RunDir, put_in_place
-from stages import preprocess
-from stages.setup import open_dataset
 
 CLASSES, TRAIN, VAL = 1000, 1_281_167, 50_000
 HOLE = 4_000_000  # bytes; of a shard's parts only its pictures are larger
@@ -117,21 +117,25 @@ def synthetic(task: ShardTask, hole: np.ndarray) -> ShardResult:
     )
     path = task.folder / shards.shard_name(task.layout.split, task.index)
     temporary = path.with_name(f"{path.name}.tmp")
-    sha256 = shards.write_shard(temporary, task.layout, task.index, content)
+    sha256 = write_with_a_hole(temporary, shards.parts(task.layout, task.index, content))
     length = temporary.stat().st_size
     put_in_place(temporary, path)
     return ShardResult(path.name, task.layout.split, temporary, sha256, length, replace(content, images=None), 1.0, 0)
 
 
-def leave_a_hole(raw: io.FileIO, data: memoryview, digest: Any) -> None:
-    """What the shards' writer does with each part of a file, but for pictures, which are skipped."""
-    if len(data) > HOLE:
-        raw.seek(len(data), os.SEEK_CUR)
-        raw.truncate()
-        return
-    written = raw.write(data)
-    assert written == len(data)
-    digest.update(data)
+def write_with_a_hole(path: Path, parts: list[memoryview]) -> str:
+    """What the shards' writer does with the parts of a file, but for the pictures, which are skipped."""
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as raw:
+        for part in parts:
+            if len(part) > HOLE:
+                raw.seek(len(part), os.SEEK_CUR)
+                raw.truncate()
+            else:
+                written = raw.write(part)
+                assert written == len(part)
+                digest.update(part)
+    return digest.hexdigest()
 
 
 Timed = Callable[[str, Callable[[], Any]], Any]  # does the work and notes under a name how long it took
@@ -148,7 +152,6 @@ def rehearse(folder: Path, train: int, val: int, timed: Timed) -> tuple[int, int
     run = RunDir(folder / "run")
     run.preprocess.mkdir(parents=True)
     tally = Tally(plan)
-    shards._write = leave_a_hole
     hole = np.zeros((SEED.preprocess.shard_images, plan.size, plan.size, 3), np.uint8)  # never touched: no memory
 
     def made() -> None:
@@ -156,7 +159,7 @@ def rehearse(folder: Path, train: int, val: int, timed: Timed) -> tuple[int, int
             for task in tasks:
                 result = synthetic(replace(task, folder=run.preprocess), hole)
                 tally.add(result)
-                log.write(preprocess._record(tally, result, time.perf_counter() - 1))
+                log.write(tally.record(result, 1.0))
                 log.sync()
 
     timed("the shards without their pictures", made)

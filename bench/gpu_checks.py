@@ -16,6 +16,7 @@ from math import ceil
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
+from unittest import mock
 
 import numpy as np
 
@@ -173,10 +174,10 @@ def _marking(mark: Callable[[str], None]) -> Iterator[None]:
     """Call ``mark`` with the name of each kernel after it has been queued."""
     from net.gpu import cublas, kernels
 
-    make_kernel, multiply = kernels._kernel, cublas.multiply
+    compiled, multiply = kernels.compiled, cublas.multiply
 
     def marked_kernel(file: str, name: str, real: str) -> Callable[..., None]:
-        kernel = make_kernel(file, name, real)
+        kernel = compiled(file, name, real)
 
         def call(*arguments: Any, **options: Any) -> None:
             kernel(*arguments, **options)
@@ -189,11 +190,8 @@ def _marking(mark: Callable[[str], None]) -> Iterator[None]:
         multiply(*arguments, **options)
         mark("product")
 
-    kernels._kernel, cublas.multiply = marked_kernel, marked_product  # type: ignore[assignment]
-    try:
+    with mock.patch.object(kernels, "compiled", marked_kernel), mock.patch.object(cublas, "multiply", marked_product):
         yield
-    finally:
-        kernels._kernel, cublas.multiply = make_kernel, multiply
 
 
 def _card(device: Any) -> gpu_model.Card:
@@ -248,6 +246,9 @@ class InMemory:
 
     images: np.ndarray  # uint8 (N, size, size, 3)
     labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def row(self, index: int) -> np.ndarray:
         return self.images[index]

@@ -77,7 +77,7 @@ def measure(setting: Setting, rounds: int) -> float:
 
 def worker(part: str, batch: int, rounds: int) -> None:
     """One rank of a setting; the first prints the seconds of each step."""
-    from pipeline.ranks import joined
+    from pipeline.mpi import joined
 
     with joined() as ranks:
         step = _exchange() if part == "exchange alone" else _step(part, batch)

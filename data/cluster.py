@@ -8,7 +8,7 @@ called), so Dask's own client is used; ``python -m tests.cluster.joblib_waits`` 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import CancelledError
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ from pipeline.signals import StopRequest
 PATIENCE: Final = 30  # seconds to find the scheduler, and to see a worker
 
 
-def on_cluster(tasks: list[ShardTask], scheduler: str, stop: StopRequest) -> Iterator[ShardResult]:
+def on_cluster(tasks: list[ShardTask], scheduler: str, stop: StopRequest) -> Generator[ShardResult, None, None]:
     """Finished shards as they come. After a signal no shard is begun, and those under way are finished.
 
     Raises

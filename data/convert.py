@@ -136,7 +136,7 @@ def _convert(task: ShardTask) -> Content:
     rejects: dict[int, str] = {}
     noted: Counter[str] = Counter()
     color, crc = ColorSum(size), np.empty(len(pictures), dtype=np.uint32)
-    for row, data in _files(pictures):
+    for row, data in read_files(pictures):
         try:
             images[row] = read_square(data, size, task.layout.filter, noted, decoder=task.decoder["name"].lower())
         except UnreadableError as error:
@@ -161,8 +161,14 @@ def _convert(task: ShardTask) -> Content:
     )
 
 
-def _files(pictures: Listing) -> Iterator[tuple[int, bytes]]:
-    """Each row with its file's bytes, in the order they lie on the disk."""
+def read_files(pictures: Listing) -> Iterator[tuple[int, bytes]]:
+    """Each row with its file's bytes, in the order they lie on the disk.
+
+    Raises
+    ------
+    PipelineError
+        A file or archive cannot be read any more, or is shorter than when it was listed.
+    """
     container, handle = -1, -1
     try:
         for row in np.lexsort((pictures.offset, pictures.container)).tolist():

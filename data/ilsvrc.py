@@ -104,9 +104,10 @@ def index_train(path: Path, devkit: Devkit) -> tuple[Listing, list[Reject]]:
         for outer in tar.members(read, 0, stop, str(path)):
             name = outer.name.rpartition(b"/")[2]
             wnid, dot, ending = text(name).rpartition(".")
+            if name.startswith(b"."):
+                continue
             if outer.kind != "file" or not dot or ending != "tar":
-                if not name.startswith(b"."):
-                    rows.reject(name, f"{outer.kind} in place of a class's tar")
+                rows.reject(name, f"{outer.kind} in place of a class's tar")
                 continue
             if wnid not in classes:
                 raise PipelineError(

@@ -70,7 +70,7 @@ class UnreadableError(Exception):
     """The picture cannot be used; the message says why."""
 
 
-def decoder(name: str = "pillow") -> dict[str, str]:
+def decoder(name: str) -> dict[str, str]:
     """The decoder's name and versions; other versions may give other pixels.
 
     Raises

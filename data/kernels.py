@@ -45,7 +45,7 @@ def weights(inside: int, outside: int, first: int, count: int, kind: int) -> Wei
     """
     scale = inside / outside
     stretch = max(scale, 1.0)
-    support = stretch * (2.0 if kind == 0 else (1.0 if kind == 1 else 0.5))
+    support = stretch * (2.0 if kind == BICUBIC else (1.0 if kind == BILINEAR else 0.5))
     most = int(np.ceil(support)) * 2 + 1
     start = np.empty(count, np.int64)
     taps = np.empty(count, np.int64)
@@ -61,21 +61,21 @@ def weights(inside: int, outside: int, first: int, count: int, kind: int) -> Wei
         for k in range(taps[i]):
             x = (k + low - centre + 0.5) * inverse
             away = abs(x)
-            if kind == 0:
+            if kind == BICUBIC:
                 if away < 1.0:
                     value[k] = (1.5 * away - 2.5) * away * away + 1.0
                 elif away < 2.0:
                     value[k] = (((away - 5.0) * away + 8.0) * away - 4.0) * -0.5
                 else:
                     value[k] = 0.0
-            elif kind == 1:
+            elif kind == BILINEAR:
                 value[k] = max(1.0 - away, 0.0)
             else:
                 value[k] = 1.0 if -0.5 < x <= 0.5 else 0.0
             total += value[k]
         for k in range(taps[i]):
             share = value[k] / total if total != 0.0 else value[k]
-            weight[i, k] = int(share * (1 << 22) + (0.5 if share >= 0.0 else -0.5))
+            weight[i, k] = int(share * (1 << _BITS) + (0.5 if share >= 0.0 else -0.5))
     return start, taps, weight
 
 

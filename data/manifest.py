@@ -7,13 +7,13 @@ damaged since is noted beside it.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from pathlib import Path
 from typing import Any, Final
 
 from data.listing import SPLITS
-from data.shards import LABEL_ORDER, RULE, SCHEMA, remedy
+from data.origin import remedy
+from data.shards import LABEL_ORDER, RULE, SCHEMA
 from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
 from pipeline.run_dir import RunDir, fingerprint, hash_file, read_sealed, remove, write_json
@@ -48,16 +48,24 @@ def _sealed_manifest(run: RunDir) -> dict[str, Any]:
     return manifest
 
 
+def sound_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a ``preprocess`` folder, None where there is none that can be used."""
+    try:
+        manifest = read_sealed(folder / "manifest.json", "")
+    except PipelineError:
+        return None
+    return manifest if is_manifest(manifest) else None
+
+
 def made_with(run: RunDir) -> dict[str, Any]:
     """The settings that a run's shards were made with; empty where nothing says so, as in older manifests.
 
     The manifest says so; where it is lost or damaged, the last line of metrics.jsonl does.
     """
     said = [record.get("made_with") for record in read_metrics(run.preprocess / "metrics.jsonl")]
-    with contextlib.suppress(PipelineError):
-        manifest = read_sealed(run.preprocess / "manifest.json", "")
-        if is_manifest(manifest):
-            said.append(manifest.get("made_with", {}))
+    manifest = sound_manifest(run.preprocess)
+    if manifest is not None:
+        said.append(manifest.get("made_with", {}))
     made = next((entry for entry in reversed(said) if isinstance(entry, dict)), {})
     return {key: made[key] for key in ("seed", "preprocess") if key in made}
 
@@ -120,7 +128,7 @@ def forget_damage(folder: Path) -> None:
 def is_manifest(manifest: dict[str, Any]) -> bool:
     """Whether all that later stages rely on is there, with the right types."""
     try:
-        sound = (
+        return (
             manifest["schema"] == SCHEMA
             and manifest["label_order"] == LABEL_ORDER
             and manifest["resize"] == RULE
@@ -130,15 +138,23 @@ def is_manifest(manifest: dict[str, Any]) -> bool:
             and type(manifest["size"]) is int
             and all(isinstance(digest, str) and "/" not in name for name, digest in manifest["files"].items())
             and sorted(manifest["splits"]) == sorted(SPLITS)
+            and all(_is_part(manifest["splits"][split], split) for split in SPLITS)
         )
-        for split in SPLITS:
-            part = manifest["splits"][split]
-            for entry in part["shards"]:
-                sound = sound and _SHARD_NAME.fullmatch(entry["file"]) is not None
-                sound = sound and entry["file"].startswith(split) and isinstance(entry["sha256"], str)
-                sound = sound and isinstance(entry["index"], str)
-                sound = sound and type(entry["images"]) is int and type(entry["bytes"]) is int
-            sound = sound and part["images"] == sum(entry["images"] for entry in part["shards"]) > 0
     except (KeyError, TypeError, AttributeError):
         return False
-    return bool(sound)
+
+
+def _is_part(part: dict[str, Any], split: str) -> bool:
+    """Whether this is a manifest's entry of a split."""
+    return (
+        all(
+            _SHARD_NAME.fullmatch(entry["file"]) is not None
+            and entry["file"].startswith(split)
+            and isinstance(entry["sha256"], str)
+            and isinstance(entry["index"], str)
+            and type(entry["images"]) is int
+            and type(entry["bytes"]) is int
+            for entry in part["shards"]
+        )
+        and part["images"] == sum(entry["images"] for entry in part["shards"]) > 0
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,12 @@ import numpy as np
 from data.convert import ShardTask
 from data.images import decoder
 from data.listing import SPLITS, shuffled
-from data.manifest import is_manifest
+from data.manifest import sound_manifest
 from data.shards import LABEL_ORDER, RULE, SCHEMA, Layout, shard_name
 from data.sources import Source
 from pipeline.config import Config
-from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
-from pipeline.run_dir import fingerprint, read_sealed
+from pipeline.run_dir import fingerprint
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,8 @@ def _known_hashes(plan: Plan, folder: Path) -> dict[str, str]:
         and isinstance(record.get("shard"), str)
         and isinstance(record.get("sha256"), str)
     }
-    with contextlib.suppress(PipelineError):
-        manifest = read_sealed(folder / "manifest.json", "")
-        if is_manifest(manifest) and manifest["plan"] == plan.fingerprint:
-            for split in SPLITS:
-                known |= {entry["file"]: entry["sha256"] for entry in manifest["splits"][split]["shards"]}
+    manifest = sound_manifest(folder)
+    if manifest is not None and manifest["plan"] == plan.fingerprint:
+        for split in SPLITS:
+            known |= {entry["file"]: entry["sha256"] for entry in manifest["splits"][split]["shards"]}
     return known

@@ -8,7 +8,6 @@ Source: the sums stand on image-net.org's download page, and in torchvision's ``
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -16,6 +15,7 @@ from typing import Final
 from data import ilsvrc
 from data.sources import Source
 from pipeline.errors import PipelineError
+from pipeline.run_dir import hash_file
 
 # Name -> bytes (None where not published), MD5.
 ARCHIVES: Final[dict[str, tuple[int | None, str]]] = {
@@ -25,8 +25,6 @@ ARCHIVES: Final[dict[str, tuple[int | None, str]]] = {
 }
 PICTURES: Final = {ilsvrc.TRAIN: 1_281_167, ilsvrc.VAL: 50_000}
 CLASSES: Final = 1000
-
-_CHUNK: Final = 4 << 20  # bytes read at a time
 
 
 def archives_in(root: Path) -> list[Path]:
@@ -44,19 +42,15 @@ def check(path: Path, count: Callable[[int], None]) -> None:
     """
     size, published = ARCHIVES[path.name]
     again = "it is cut short, damaged or another one; get it again, or leave out --check-archives if it is meant to be"
-    digest, buffer = hashlib.md5(usedforsecurity=False), bytearray(_CHUNK)
     try:
         found = path.stat().st_size
         if size is not None and found != size:
             raise PipelineError(f"{path} has {found} bytes, the published archive {size}: {again}")
-        with open(path, "rb", buffering=0) as file:
-            while n := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:n])
-                count(n)
+        digest = hash_file(path, count, "md5")
     except OSError as error:
         raise PipelineError(f"cannot read {path}: {error.strerror or error}") from error
-    if digest.hexdigest() != published:
-        raise PipelineError(f"{path} has the MD5 sum {digest.hexdigest()}, the published archive {published}: {again}")
+    if digest != published:
+        raise PipelineError(f"{path} has the MD5 sum {digest}, the published archive {published}: {again}")
 
 
 def shortfalls(source: Source) -> list[str]:

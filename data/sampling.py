@@ -19,7 +19,7 @@ BLOCK: Final = 64  # pictures read in one go in the block-wise order: 12.6 MB
 OPEN_BLOCKS: Final = 64  # blocks whose pictures are mixed: 4,096 pictures, 0.8 GB
 
 _ORDER, _PICTURE, _COLOUR, _BLOCKS = 1, 2, 3, 4  # what a stream is for, so that no two purposes share one
-_WORDS = 4  # 64-bit words in a Philox block
+_WORDS: Final = 4  # 64-bit words in a Philox block
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,13 @@ def block_groups(pictures: int, seed: int, epoch: int, block: int = BLOCK, opene
     group = np.empty(blocks, dtype=np.int64)
     group[np.argsort(draws, kind="stable")] = np.arange(blocks) // opened
     return group
+
+
+def group_ends(groups: np.ndarray, pictures: int, block: int = BLOCK) -> np.ndarray:
+    """The position in the epoch at which each group ends, int64; ``groups`` as :func:`block_groups` gives them."""
+    sizes = np.full(len(groups), block)
+    sizes[-1] = pictures - block * (len(groups) - 1)
+    return np.cumsum(np.bincount(groups, weights=sizes)).astype(np.int64)
 
 
 def block_order(pictures: int, seed: int, epoch: int, block: int = BLOCK, opened: int = OPEN_BLOCKS) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The HDF5 shard: its schema, its writer and its memory-mapped reader.
+"""The HDF5 shard: its schema, its writer and its reader (``data/split.py`` maps the pictures of a whole split).
 
 A shard holds a slice of the shuffled split:
 
@@ -27,18 +27,16 @@ import hashlib
 import io
 import json
 import os
-import resource
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import h5py
 import numpy as np
 
+from data.origin import remedy
 from pipeline.errors import PipelineError
 from pipeline.run_dir import write_error
 
@@ -78,91 +76,6 @@ class Content:
     warnings: dict[str, int]
 
 
-@dataclass(frozen=True)
-class Split:
-    """The pictures of a split, mapped into memory and read only.
-
-    Attributes
-    ----------
-    images : list of uint8 (n_i, size, size, 3)
-        One memory map a shard, as plain arrays: a slice of ``np.memmap`` takes six times as long.
-    starts : int64 (shards + 1,)
-        Row of each shard's first picture in the split; the last entry is the number of pictures.
-    labels : int32 (N,)
-        All labels.
-    crc : uint32 (N,)
-        CRC-32 of each picture.
-    checked : bool (N,)
-        Which pictures this process has compared with their CRC-32.
-    """
-
-    folder: Path
-    files: tuple[str, ...]
-    images: list[np.ndarray]
-    starts: np.ndarray
-    labels: np.ndarray
-    crc: np.ndarray
-    checked: np.ndarray
-    offsets: tuple[int, ...] = ()  # bytes in each file before its first picture
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    @cached_property
-    def _firsts(self) -> list[int]:
-        """``starts`` as Python's numbers: looking up one picture in them is ten times as fast."""
-        return self.starts.tolist()
-
-    def row(self, index: int) -> np.ndarray:
-        """Picture ``index``, uint8 (size, size, 3), a view of the memory map.
-
-        Raises
-        ------
-        PipelineError
-            The picture is not the one that was written; found the first time it is used.
-        """
-        shard = bisect_right(self._firsts, index) - 1
-        picture = self.images[shard][index - self._firsts[shard]]
-        if not self.checked[index]:
-            self._check(index)
-        return picture
-
-    def _check(self, index: int) -> None:
-        """Read a picture and compare it with its checksum.
-
-        It is read, not looked at through the map: where a disk cannot read mapped bytes the process dies.
-        """
-        path, offset, size = self.pieces(index, index + 1)[0]
-        again = _rebuild(path.parent.parent)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            raise PipelineError(f"{path} cannot be read at picture {index} ({error.strerror}): {again}") from error
-        if zlib.crc32(data) != self.crc[index]:
-            raise PipelineError(f"{path} is damaged in picture {index}: {again}")
-        self.checked[index] = True
-
-    def pieces(self, first: int, last: int) -> list[tuple[Path, int, int]]:
-        """Where the pictures ``first`` to ``last - 1`` lie: file, offset and bytes of each piece."""
-        found = []
-        for shard, file in enumerate(self.files):
-            start, stop = max(first, int(self.starts[shard])), min(last, int(self.starts[shard + 1]))
-            if start < stop:
-                size = self.images[shard][0].nbytes
-                offset = self.offsets[shard] + (start - int(self.starts[shard])) * size
-                found.append((self.folder / file, offset, (stop - start) * size))
-        return found
-
-    def sources(self) -> np.ndarray:
-        """The pictures' names in the source, bytes (N,); read from the shards on each call."""
-        names = []
-        for file in self.files:
-            with _opened(self.folder / file) as shard:
-                names.append(_dataset(shard, "source")[()])
-        return np.concatenate(names)
-
-
 def shard_name(split: str, index: int) -> str:
     return f"{split}-{index:05d}.h5"
 
@@ -183,7 +96,7 @@ def index_hash(labels: np.ndarray, crc: np.ndarray) -> str:
 
 
 def write_shard(path: Path, layout: Layout, index: int, content: Content) -> str:
-    """Write a shard to ``path``. The bytes depend on the arguments alone (and on the HDF5 library's version).
+    """Write a shard to ``path``.
 
     Returns the SHA-256 of the file, which is taken from the bytes on their way, not from the disk: what the disk made
     of them is for ``--stage verify`` to find.
@@ -192,6 +105,21 @@ def write_shard(path: Path, layout: Layout, index: int, content: Content) -> str
     ------
     PipelineError
         The disk is full, the folder cannot be written, and the like.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "wb", buffering=0) as raw:
+            for part in parts(layout, index, content):
+                _write(raw, part, digest)
+    except OSError as error:
+        raise write_error(path, error) from error
+    return digest.hexdigest()
+
+
+def parts(layout: Layout, index: int, content: Content) -> list[memoryview]:
+    """A shard's file in pieces that follow each other; the pictures are one of them, not copied.
+
+    The bytes depend on the arguments alone (and on the HDF5 library's version).
     """
     images = content.images
     assert images is not None
@@ -228,15 +156,8 @@ def write_shard(path: Path, layout: Layout, index: int, content: Content) -> str
     first = len(buffer) if offset is None else offset
     last = first + len(pixels)
     # HDF5 fills neither the space up to the pictures, which start on a page, nor theirs; small shards go on after them.
-    parts = (buffer[:first], bytes(max(first - len(buffer), 0)), pixels, buffer[last:])
-    digest, written = hashlib.sha256(), sum(len(part) for part in parts)
-    try:
-        with open(path, "wb", buffering=0) as raw:
-            for part in (*parts, bytes(frame.length - written)):
-                _write(raw, memoryview(part), digest)
-    except OSError as error:
-        raise write_error(path, error) from error
-    return digest.hexdigest()
+    found = [buffer[:first], memoryview(bytes(max(first - len(buffer), 0))), pixels, buffer[last:]]
+    return [*found, memoryview(bytes(frame.length - sum(map(len, found))))]
 
 
 class _Frame(io.BytesIO):
@@ -301,56 +222,34 @@ def read_layout(path: Path) -> Layout:
         return _layout(file)
 
 
-def open_split(folder: Path, manifest: dict[str, Any], split: str) -> Split:
-    """Map a split's shards into memory.
+@dataclass(frozen=True)
+class Located:
+    """Where a shard's pictures lie in its file, with their labels and checksums."""
 
-    Parameters
-    ----------
-    folder : Path
-        The run's ``preprocess`` folder.
-    manifest : dict
-        As ``data.manifest.read_manifest`` gave it.
-    split : str
-        "train" or "val".
+    offset: int  # in bytes
+    shape: tuple[int, int, int, int]  # (N, size, size, 3), uint8
+    labels: np.ndarray
+    crc: np.ndarray
+
+
+def locate(path: Path, layout: Layout, entry: dict[str, Any], classes: int) -> Located:
+    """Where the pictures of a shard lie, which the manifest describes by ``entry``.
 
     Raises
     ------
     PipelineError
-        A shard is not what the manifest describes, or is laid out in a way that could not be mapped safely.
+        It is not what the manifest describes, or is laid out in a way that could not be mapped safely.
     """
-    entries = manifest["splits"][split]["shards"]
-    layout = Layout(split, manifest["plan"], manifest["size"], manifest["filter"])
-    _allow_open_files(len(entries))
-    images, labels, crcs, offsets = [], [], [], []
-    for entry in entries:
-        path = folder / entry["file"]
-        with _opened(path) as file:
-            dataset = _images(file, layout.size)
-            if _layout(file) != layout or dataset.shape[0] != entry["images"]:
-                raise ValueError("it is not the shard the manifest describes")
-            shard_labels = _array(file, "labels", "<i4", (entry["images"],))
-            crc = _array(file, "crc", "<u4", (entry["images"],))
-            if index_hash(shard_labels, crc) != entry["index"]:
-                raise ValueError("its labels or checksums are not those that were written")
-            offset, shape = dataset.id.get_offset(), dataset.shape
-        if len(shard_labels) and not 0 <= shard_labels.min() <= shard_labels.max() < manifest["classes"]:
-            raise _damaged(path, "it has labels of classes that do not exist")
-        labels.append(shard_labels)
-        crcs.append(crc)
-        offsets.append(offset)
-        mapped = np.memmap(path, np.uint8, "r", offset, shape) if shape[0] else np.empty(shape, dtype=np.uint8)
-        images.append(np.asarray(mapped))
-    counts = [len(part) for part in labels]
-    return Split(
-        folder=folder,
-        files=tuple(entry["file"] for entry in entries),
-        images=images,
-        starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        labels=np.concatenate(labels),
-        crc=np.concatenate(crcs),
-        checked=np.zeros(sum(counts), dtype=bool),
-        offsets=tuple(offsets),
-    )
+    with _opened(path) as file:
+        images, count = _images(file, layout.size), entry["images"]
+        if _layout(file) != layout or images.shape[0] != count:
+            raise ValueError("it is not the shard the manifest describes")
+        labels, crc = _array(file, "labels", "<i4", (count,)), _array(file, "crc", "<u4", (count,))
+        if index_hash(labels, crc) != entry["index"]:
+            raise ValueError("its labels or checksums are not those that were written")
+        if count and not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError("it has labels of classes that do not exist")
+        return Located(images.id.get_offset() or 0, images.shape, labels, crc)
 
 
 @contextlib.contextmanager
@@ -364,20 +263,9 @@ def _opened(path: Path) -> Iterator[h5py.File]:
                 raise ValueError("it has another schema")
             yield file
     except _DAMAGE as error:
-        raise _damaged(path, str(error)) from error
-
-
-def _damaged(path: Path, why: str) -> PipelineError:
-    return PipelineError(f"{path} is not usable ({why[:200]}); remove it and {remedy(path.parent.parent)}")
-
-
-def _rebuild(run: Path) -> str:
-    return f"run python run_pipeline.py --stage verify --run {run}, which finds all damage and says how to mend it"
-
-
-def remedy(run: Path) -> str:
-    """What mends shards that are not usable: the end of a sentence."""
-    return f"run python run_pipeline.py --stage preprocess --run {run}"
+        raise PipelineError(
+            f"{path} is not usable ({str(error)[:200]}); remove it and {remedy(path.parent.parent)}"
+        ) from error
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
@@ -465,14 +353,3 @@ def _json(file: h5py.File, name: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{name} is no {kind.__name__}")
     return value
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the process's limit of open files: each memory map holds one, and 1024 is a common limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = soft + count
-    if soft != resource.RLIM_INFINITY:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        # macOS allows less than its limit says; the files may still be few enough.
-        with contextlib.suppress(ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

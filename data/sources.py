@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from data.listing import SPLITS, Listing, Reject, digest, relabelled
 from pipeline.errors import PipelineError
 from pipeline.run_dir import fingerprint
 
-_ARCHIVE = {"train": ilsvrc.TRAIN, "val": ilsvrc.VAL}
+_ARCHIVE: Final = {"train": ilsvrc.TRAIN, "val": ilsvrc.VAL}
 
 
 @dataclass(frozen=True)

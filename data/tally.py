@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,14 @@ import numpy as np
 
 from data.color import mean_picture, statistics
 from data.convert import ShardResult
+from data.images import FORMATS
 from data.listing import SPLITS, Reject
 from data.plan import Plan
 from data.shards import LABEL_ORDER, RULE, SCHEMA, index_hash
 from pipeline.errors import PipelineError
 from pipeline.run_dir import hash_file, write_bytes, write_json, write_sealed
 
+_READ: Final = f"what is read are {', '.join(FORMATS)}"
 _DESCRIPTIONS: Final = ("color.json", "classes.json", "mean.npy", "rejects.jsonl")
 
 
@@ -67,6 +70,24 @@ class Tally:
         if split == "train":
             self._moments += content.moments
             self._total += content.total
+
+    def record(self, result: ShardResult, seconds: float) -> dict[str, Any]:
+        """The line of metrics.jsonl for a shard that has been added, after ``seconds`` of work.
+
+        The hash in it is what lets a run that was cut off keep the shard.
+        """
+        return {
+            "shard": result.file,
+            "plan": self.plan.fingerprint,
+            "sha256": result.sha256,
+            "images": len(result.content.labels),
+            "rejects": len(result.content.rejects),
+            "kept": result.temporary is None,
+            "seconds": round(result.seconds, 3),
+            "images_done": self.images,
+            "images_per_second": round(self.made / seconds, 2),
+            "time": round(time.time(), 3),
+        }
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write rejects, colour statistics, mean picture and classes, then the manifest; returns the manifest.
@@ -125,12 +146,14 @@ class Tally:
         rejects = folder / "rejects.jsonl"
         for split in SPLITS:
             if not self._readable[split].any():
-                raise PipelineError(f"none of the pictures of {split} in {source.root} can be read, see {rejects}")
+                raise PipelineError(
+                    f"none of the pictures of {split} in {source.root} can be read, see {rejects}; {_READ}"
+                )
         listed = np.bincount(source.splits["train"].label, minlength=len(source.classes))
         lost = np.flatnonzero((listed > 0) & (self._readable["train"] == 0)).tolist()
         if lost:
             names = ", ".join(source.classes[label].wnid for label in lost[:5])
             raise PipelineError(
-                f"none of the training pictures of the class {names} can be read, see {rejects}; "
+                f"none of the training pictures of the class {names} can be read, see {rejects}; {_READ}; "
                 f"mend or remove that class in {source.root}, then remove {folder} and run the same command again"
             )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from data.listing import text
 from pipeline.errors import PipelineError
 
 Read = Callable[[int, int], bytes]  # (offset, length) -> at most length bytes
@@ -92,7 +93,7 @@ def members(read: Read, start: int, stop: int, where: str) -> Iterator[Member]:
             length = size
         if length > stop - data:
             raise PipelineError(
-                f"{where} is cut short: it ends inside the member {_text(name or _name(header))}; get it again"
+                f"{where} is cut short: it ends inside the member {text(name or _name(header))}; get it again"
             )
         start = data + -(-length // _BLOCK) * _BLOCK
         if kind in b"xL":
@@ -165,7 +166,3 @@ def _pax(
             size = int(value)
         records = records[length:]
     return name, size
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")

@@ -93,7 +93,7 @@ def choose(device: str) -> tuple[str, str]:
     """Resolve ``auto``: the GPU where one works, else the CPU; returns the device and why it was chosen."""
     if device != "auto":
         return device, "as asked"
-    reason = importlib.import_module("net.gpu.device").availability()
+    reason = importlib.import_module("net.gpu.setup").availability()
     return ("gpu", "a GPU works here") if reason is None else ("cpu", reason)
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 Array = Any  # the backend's array type
 Shape = tuple[int, ...]
@@ -334,20 +334,19 @@ def fuse(layers: Sequence[Layer], ops: ModuleType) -> tuple[Layer, ...]:
         layer = rest.pop(0)
         if isinstance(layer, Conv) and _next_is(rest, Relu) and hasattr(ops, "conv_block_forward"):
             rest.pop(0)
-            lrn = rest.pop(0) if _next_is(rest, Lrn) else None
             # A pool that comes after something other than ReLU or LRN (block 2 of `original`) stays on its own.
-            pool = rest.pop(0) if _next_is(rest, MaxPool) else None
-            layer = ConvBlock(layer, lrn, pool)
+            layer = ConvBlock(layer, _take(rest, Lrn), _take(rest, MaxPool))
         elif isinstance(layer, Conv) and _relu_last(rest) and hasattr(ops, "conv_block_relu_last_forward"):
-            lrn = rest.pop(0) if _next_is(rest, Lrn) else None
-            pool = rest.pop(0)
+            layer = ConvBlock(layer, _take(rest, Lrn), _take(rest, MaxPool), relu_last=True)
             rest.pop(0)
-            layer = ConvBlock(layer, lrn, pool, relu_last=True)
         elif isinstance(layer, Linear) and _next_is(rest, Relu) and hasattr(ops, "linear_block_forward"):
             rest.pop(0)
             layer = LinearBlock(layer)
         fused.append(layer)
     return tuple(fused)
+
+
+_Kind = TypeVar("_Kind")
 
 
 def _relu_last(layers: list[Layer]) -> bool:
@@ -358,3 +357,12 @@ def _relu_last(layers: list[Layer]) -> bool:
 
 def _next_is(layers: list[Layer], kind: type) -> bool:
     return bool(layers) and isinstance(layers[0], kind)
+
+
+def _take(layers: list[Layer], kind: type[_Kind]) -> _Kind | None:
+    """The next layer, taken off the list, where it is of this kind."""
+    layer = layers[0] if layers else None
+    if not isinstance(layer, kind):
+        return None
+    del layers[0]
+    return layer

@@ -23,18 +23,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import PipelineError
-from pipeline.run_dir import (
-    make_folder,
-    read_sealed,
-    remove,
-    sync_folder,
-    write_atomic,
-    write_sealed,
-)
+from pipeline.run_dir import RunDir, make_folder, read_sealed, remove, sync_folder, write_atomic, write_sealed
 
 Arrays = dict[str, np.ndarray]
-_SEAL = "sha256"
-_NAME = re.compile(r"step-(\d{8,})\.ckpt")
+_SEAL: Final = "sha256"
+_NAME: Final = re.compile(r"step-(\d{8,})\.ckpt")
 _OTHER: Final = "choose another with --checkpoint, or let --stage train --resume go on from an older one"
 
 
@@ -159,7 +152,7 @@ def step_of(path: Path) -> int:
 
 def newest_sound(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that passes its check, and what was wrong with newer ones."""
-    complaints = []
+    complaints: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
             return load_checkpoint(path, "an older checkpoint is tried instead"), complaints
@@ -176,7 +169,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     if not checkpoints(folder):
         raise PipelineError(
             f"there is no checkpoint in {folder}; "
-            f"train first: python run_pipeline.py --stage train --run {folder.parent}"
+            f"train first: python run_pipeline.py --stage train {RunDir(folder.parent).flag}"
         )
     return folder / _read_index(index, "name a checkpoint file with --checkpoint PATH instead")["checkpoint"]
 
@@ -192,7 +185,7 @@ def best_of(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     return _read_index(
-        path, f"remove it and go on with: python run_pipeline.py --stage train --resume --run {folder.parent}"
+        path, f"remove it and go on with: python run_pipeline.py --stage train --resume {RunDir(folder.parent).flag}"
     )
 
 

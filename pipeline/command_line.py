@@ -152,12 +152,23 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _name(text: str) -> str:
+    """A file or folder. As a path the empty one that a script's unset variable leaves would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("takes a name, and this one is empty")
+    return text
+
+
+def _file(text: str) -> Path:
+    return Path(_name(text))
+
+
 _FLAGS: Final = (
     _Flag(
         "--source",
         ("preprocess",),
         "ILSVRC archives or class folders (default $ILSVRC2012_ROOT, else datasets/ilsvrc2012, else the demo set)",
-        {"metavar": "DIR"},
+        {"type": _name, "metavar": "DIR"},
     ),
     _Flag("--jobs", ("preprocess",), "processes (default: one a core)", {"type": _count, "metavar": "N"}),
     _Flag(
@@ -192,7 +203,7 @@ _FLAGS: Final = (
         "--checkpoint",
         _TRAINED,
         "latest, best or a file (default %(default)s)",
-        {"default": "latest", "metavar": "WHICH"},
+        {"type": _name, "default": "latest", "metavar": "WHICH"},
     ),
     _Flag("--json", ("predict",), "one JSON object a picture and line", {"action": "store_true"}),
     _Flag(
@@ -205,9 +216,9 @@ _FLAGS: Final = (
         "--compare",
         ("report",),
         "other runs to show beside this one",
-        {"nargs": "+", "metavar": "RUN", "default": []},
+        {"type": _name, "nargs": "+", "action": "extend", "metavar": "RUN", "default": []},
     ),
-    _Flag("--mean", ("import",), "Caffe's mean image, a .binaryproto", {"type": Path, "metavar": "FILE"}),
+    _Flag("--mean", ("import",), "Caffe's mean image, a .binaryproto", {"type": _file, "metavar": "FILE"}),
     _Flag(
         "--device",
         _COMPUTE,
@@ -227,7 +238,7 @@ _FLAGS: Final = (
         "caffe for a .caffemodel)",
         {"metavar": "NAME"},
     ),
-    _Flag("--config", _CONFIGURED, "change settings by a TOML file", {"type": Path, "metavar": "FILE.toml"}),
+    _Flag("--config", _CONFIGURED, "change settings by a TOML file", {"type": _file, "metavar": "FILE.toml"}),
     _Flag(
         "--set",
         _CONFIGURED,
@@ -235,7 +246,12 @@ _FLAGS: Final = (
         {"action": "append", "metavar": "KEY=VALUE"},
     ),
     _Flag("--seed", ("preprocess", "train"), "seed of everything random (default 0)", {"type": int, "metavar": "N"}),
-    _Flag("--run", _ALL, "run directory (default %(default)s)", {"default": "runs/default", "metavar": "DIR"}),
+    _Flag(
+        "--run",
+        _ALL,
+        "run directory (default %(default)s)",
+        {"type": _name, "default": "runs/default", "metavar": "DIR"},
+    ),
     _Flag("--debug", _ALL, "show the traceback of an error", {"action": "store_true"}),
 )
 _EXCLUSIVE: Final = (("--epochs", "--steps"), ("--resume", "--restart"), ("--jobs", "--scheduler"))
@@ -269,7 +285,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _parser(stage: str | None) -> argparse.ArgumentParser:
     """The parser; flags that do not matter to ``stage`` are accepted but not shown."""
-    width = min(shutil.get_terminal_size().columns, 110) - 2
+    width = max(20, min(shutil.get_terminal_size().columns, 110) - 2)
     parser = argparse.ArgumentParser(
         usage=_usage(stage),
         description=_description(stage, width),
@@ -278,7 +294,7 @@ def _parser(stage: str | None) -> argparse.ArgumentParser:
         add_help=False,
         allow_abbrev=False,
     )
-    parser.add_argument("files", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("files", nargs="*", type=_name, help=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
 
     def add(title: str, *names: str, **options: Any) -> None:

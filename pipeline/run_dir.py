@@ -12,15 +12,17 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from pipeline.errors import PipelineError
 
-_SEAL = "sha256"
+_SEAL: Final = "sha256"
+_CHUNK: Final = 4 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class RunDir:
     """Paths of a run. A plain value; nothing is created until :meth:`folder` or a writer is called."""
 
     root: Path
+
+    @property
+    def flag(self) -> str:
+        """``--run`` with this directory, as a shell reads it."""
+        return f"--run {shlex.quote(str(self.root))}"
 
     @property
     def config(self) -> Path:
@@ -98,7 +105,7 @@ def locked(run: RunDir) -> Iterator[None]:
         yield
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write`` with a temporary file beside ``path``, then put it in place durably.
 
     Raises
@@ -169,11 +176,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a whole file, atomically."""
-
-    def write(file: BinaryIO) -> None:
-        file.write(content)
-
-    write_atomic(path, write)
+    write_atomic(path, lambda file: file.write(content))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -217,10 +220,14 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hash_file(path: Path, told: Callable[[int], object] = lambda count: None, algorithm: str = "sha256") -> str:
+    """SHA-256, or another hash, of a file's bytes; ``told`` is called with their number as they are read."""
+    digest, buffer = hashlib.new(algorithm, usedforsecurity=False), bytearray(_CHUNK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            told(count)
+    return digest.hexdigest()
 
 
 def write_error(path: Path, error: OSError) -> PipelineError:

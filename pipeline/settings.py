@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.checkpoint import checkpoints, newest_sound
-from pipeline.config import Config, from_dict, load_config, with_values
+from pipeline.config import Config, load_config
+from pipeline.config_values import from_dict, with_values
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, read_sealed
 
@@ -21,7 +22,7 @@ class Request:
     """What the command line asks of the settings."""
 
     recipe: str | None  # --recipe
-    change: Callable[[Config], Config]  # --config, --set and --seed, see pipeline.config.changes
+    change: Callable[[Config], Config]  # --config, --set and --seed, see pipeline.config_values.changes
 
     def applied_to(self, config: Config) -> Config:
         """The recipe named, else ``config``, with the changes."""

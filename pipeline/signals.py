@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import signal
 import sys
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Final
 
 from pipeline.errors import StoppedError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_RAISING = (signal.SIGTERM, signal.SIGUSR1)  # SIGINT does so by itself
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_RAISING: Final = (signal.SIGTERM, signal.SIGUSR1)  # SIGINT does so by itself
 _AGAIN: Final = 0.02  # seconds after which an exception that was lost is raised anew
 
 
@@ -29,9 +29,7 @@ class StopRequest:
         self._before = [signal.signal(number, self._note) for number in _SIGNALS]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in zip(_SIGNALS, self._before, strict=True):
             signal.signal(number, handler)
 
@@ -58,9 +56,7 @@ class Interruption:
         sys.unraisablehook = self._unraisable
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = self._hook
         signal.signal(signal.SIGALRM, self._alarm)

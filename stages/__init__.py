@@ -1,1 +1,1 @@
-"""One file a stage, each with a function ``run``, and what several share: setup, batches, start, trained."""
+"""One file a stage, each with a function ``run``; ``docs/design.md`` says what the files hold that several share."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
 
+from data.dataset import Dataset
 from data.readahead import Piece, reading_ahead, total_memory
 from data.sampling import (
     BLOCK,
@@ -18,12 +20,13 @@ from data.sampling import (
     block_groups,
     block_order,
     epoch_order,
+    group_ends,
     steps_per_epoch,
     training_crops,
 )
 from pipeline.config import Config
 from pipeline.ranks import ALONE, Ranks
-from stages.setup import Dataset, jittered
+from stages.setup import jittered
 
 _FITS: Final = 0.75  # of the memory; the rest is for the network and for others
 
@@ -70,9 +73,10 @@ class TrainingPlan:
         self._how = Augmentation(
             config.preprocess.size, inp.crop, inp.random_crop, inp.flip, inp.jitter, dataset.directions
         )
-        self._orders: dict[int, np.ndarray] = {}
         self._split = dataset.train
-        self._ends: dict[int, np.ndarray] = {}
+        # Two epochs at most are under way at a time; two threads that both come for a new one compute the same.
+        self._order = lru_cache(maxsize=2)(self._epochs_order)
+        self._group_ends = lru_cache(maxsize=2)(self._epochs_group_ends)
 
     def __call__(self, step: int) -> Crops:
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -96,18 +100,11 @@ class TrainingPlan:
         """Pictures in the largest part of a batch."""
         return -(-self._config.train.batch_size // self._ranks.size)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        order = self._orders.get(epoch)
-        if order is None:
-            seed = self._config.seed
-            if self._config.train.order == "blocks":
-                order = block_order(self._pictures, seed, epoch, BLOCK, OPEN_BLOCKS)
-            else:
-                order = epoch_order(self._pictures, seed, epoch)
-            # Two epochs at most are under way at a time. Replacing the dictionary is one atomic assignment; two
-            # threads that both come here compute the same order.
-            self._orders = {epoch: order, **{e: o for e, o in self._orders.items() if e == epoch - 1}}
-        return order
+    def _epochs_order(self, epoch: int) -> np.ndarray:
+        seed = self._config.seed
+        if self._config.train.order == "blocks":
+            return block_order(self._pictures, seed, epoch, BLOCK, OPEN_BLOCKS)
+        return epoch_order(self._pictures, seed, epoch)
 
     @contextmanager
     def read_ahead(self, first: int, last: int) -> Iterator[Callable[[int], Crops]]:
@@ -135,12 +132,5 @@ class TrainingPlan:
     def _groups(self, epoch: int) -> np.ndarray:
         return block_groups(self._pictures, self._config.seed, epoch, BLOCK, OPEN_BLOCKS)
 
-    def _group_ends(self, epoch: int) -> np.ndarray:
-        """The position in the epoch at which each group ends."""
-        ends = self._ends.get(epoch)
-        if ends is None:
-            sizes = np.full(-(-self._pictures // BLOCK), BLOCK)
-            sizes[-1] = self._pictures - BLOCK * (len(sizes) - 1)
-            ends = np.cumsum(np.bincount(self._groups(epoch), weights=sizes))
-            self._ends = {epoch: ends, **{e: old for e, old in self._ends.items() if e == epoch - 1}}
-        return ends
+    def _epochs_group_ends(self, epoch: int) -> np.ndarray:
+        return group_ends(self._groups(epoch), self._pictures, BLOCK)

@@ -6,7 +6,7 @@ import contextlib
 import csv
 import io
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -14,33 +14,20 @@ from typing import Any, Final
 
 import numpy as np
 
+from data.dataset import Dataset, open_dataset
 from data.loader import Batch, Pictures, load
 from data.sampling import Crops, steps_per_epoch, view_crops
-from net.layers import Array, Parameters, fuse
-from net.network import prediction
-from pipeline.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
-from pipeline.config import Config, difference, from_dict
+from pipeline.config import Config
+from pipeline.config_values import difference
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir, make_folder, write_bytes, write_json
 from pipeline.settings import Request
-from stages.setup import (
-    MEAN,
-    Dataset,
-    loader_threads,
-    network_layers,
-    open_dataset,
-    parameter_names,
-    preparation,
-    require_memory,
-    require_size,
-    shapes,
-)
+from stages.setup import loader_threads, require_memory
+from stages.trained import Predict, load_trained
 
 TOP: Final = 5
-
-Predict = Callable[[dict[str, Array]], Array]  # see net.network.prediction
 
 
 @dataclass(frozen=True)
@@ -58,13 +45,17 @@ class Evaluation:
     loss: np.ndarray
     seconds: float
 
+    def hits(self, first: int) -> np.ndarray:
+        """Whether the true class is among each picture's ``first`` most probable ones: bool (N,)."""
+        return np.any(self.top[:, :first] == self.labels[:, None], axis=1)
+
     @property
     def top1(self) -> float:
-        return float(np.mean(self.top[:, 0] == self.labels))
+        return float(np.mean(self.hits(1)))
 
     @property
     def top5(self) -> float:
-        return float(np.mean(np.any(self.top == self.labels[:, None], axis=1)))
+        return float(np.mean(self.hits(5)))
 
 
 def run(
@@ -87,23 +78,17 @@ def run(
         There is no usable checkpoint, it does not fit the shards, or the device has no memory for a batch.
     """
     dataset = open_dataset(run_dir)
-    saved = load_checkpoint(find_checkpoint(run_dir.train, checkpoint))
-    own = checkpoint_config(saved, dataset)
-    asked = request.applied_to(own)
+    trained = load_trained(run_dir, checkpoint, dataset)
+    own, asked = trained.config, request.applied_to(trained.config)
     config = replace(own, eval=asked.eval, loader=asked.loader)
-    require_size(config, dataset, run_dir)
-    ignored = difference(own, replace(own, recipe=asked.recipe, input=asked.input, network=asked.network))
+    ignored = difference(own, replace(asked, preprocess=own.preprocess, eval=own.eval, loader=own.loader))
     if ignored:
-        print(f"note: the network and its input are the checkpoint's own; not used: {'; '.join(ignored)}")
+        print(f"note: the network and how it was trained are the checkpoint's own; not used: {'; '.join(ignored)}")
     views = views or config.eval.views
-    parameters = {name: ops.asarray(saved.arrays[name]) for name in parameter_names(saved.arrays)}
-    mean = saved.arrays.get(MEAN, dataset.mean)
     # Ten views of 256 pictures would take 19 GB of a host's memory; a device's is asked for below.
     pictures = config.eval.batch_size if hasattr(ops, "check_memory") else max(1, config.eval.batch_size // views)
-    batch = min(pictures, len(dataset.val))
-    layers = network_layers(config, len(dataset.classes))
-    require_memory(ops, layers, config, batch, training=False, views=views)
-    predict = predictor(config, len(dataset.classes), mean, ops, parameters, views)
+    require_memory(ops, trained.layers, config, min(pictures, len(dataset.val)), training=False, views=views)
+    predict = trained.predictor(ops, views)
     with Progress("evaluate", len(dataset.val), "images") as progress:
         result = evaluate(ops, predict, dataset.val, config, pictures, views, progress, ranks)
     metrics = {
@@ -113,26 +98,18 @@ def run(
         "top5": result.top5,
         "views": views,
         "images_per_second": len(result.labels) / result.seconds,
-        "checkpoint": saved.path.name,
-        "step": saved.header["step"],
-        "seal": saved.seal,
+        "checkpoint": trained.path.name,
+        "step": trained.step,
+        "seal": trained.seal,
     }
     if ranks.leads:
-        _write(make_folder(run_dir.eval), dataset, result, metrics)
+        write_results(make_folder(run_dir.eval), dataset, result, metrics)
     print(
-        f"evaluated {saved.path.name} on {metrics['images']} pictures, {views} view{'s' if views > 1 else ''}: "
+        f"evaluated {trained.path.name} on {metrics['images']} pictures, {views} view{'s' if views > 1 else ''}: "
         f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, loss {metrics['loss']:.4f}, "
         f"{metrics['images_per_second']:.1f} images/s; written to {run_dir.eval}"
     )
     return metrics
-
-
-def predictor(
-    config: Config, classes: int, mean: np.ndarray, ops: ModuleType, parameters: Parameters, views: int
-) -> Predict:
-    """The network of a configuration as a function from crops to class probabilities."""
-    layers = fuse(network_layers(config, classes), ops)
-    return prediction(ops, layers, parameters, preparation(config, mean, ops, jittered=False), views)
 
 
 def evaluate(
@@ -178,7 +155,7 @@ def evaluate(
     columns = ranks.largest(tops[0].shape[1] if tops else 0)  # a rank may have had no batch
 
     def whole(parts: list[np.ndarray], dtype: type, *shape: int) -> np.ndarray:
-        rows = np.zeros((count, *shape), dtype)
+        rows: np.ndarray = np.zeros((count, *shape), dtype)
         if parts:
             rows[mine] = np.concatenate(parts)
         ranks.unite(rows)
@@ -241,44 +218,19 @@ def most_probable(p: np.ndarray) -> np.ndarray:
     return top
 
 
-def checkpoint_config(saved: Checkpoint, dataset: Dataset) -> Config:
-    """The configuration a checkpoint was trained with, after checking that it fits the data and itself."""
-    values = saved.header.get("config")
-    if not isinstance(values, dict):
-        raise PipelineError(f"{saved.path} holds no configuration; choose a checkpoint written by --stage train")
-    config = from_dict(values, str(saved.path))
-    classes = len(dataset.classes)
-    if saved.header.get("classes") != classes:
-        raise PipelineError(
-            f"{saved.path} was trained on {saved.header.get('classes')} classes, but the data have {classes}; "
-            "choose the run directory it belongs to with --run"
-        )
-    wnids = saved.header.get("wnids")
-    if wnids is not None and wnids != [entry["wnid"] for entry in dataset.classes]:
-        raise PipelineError(
-            f"{saved.path} was trained on other classes than the data have; "
-            "choose the run directory it belongs to with --run"
-        )
-    expected = shapes(network_layers(config, classes), config)
-    found = {name: saved.arrays[name].shape for name in parameter_names(saved.arrays)}
-    if found != expected:
-        raise PipelineError(f"{saved.path} holds other arrays than its configuration says; choose another checkpoint")
-    return config
-
-
-def _write(folder: Path, dataset: Dataset, result: Evaluation, metrics: dict[str, Any]) -> None:
+def write_results(folder: Path, dataset: Dataset, result: Evaluation, metrics: dict[str, Any]) -> None:
+    """Write an evaluation's files: what the network says of each picture, the rates of each class, the metrics."""
     predictions = io.BytesIO()
     np.savez(predictions, labels=result.labels, top=result.top, probability=result.probability, loss=result.loss)
     write_bytes(folder / "predictions.npz", predictions.getbuffer())
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["class", "wnid", "words", "images", "top1", "top5"])
-    hit1 = result.top[:, 0] == result.labels
-    hit5 = np.any(result.top == result.labels[:, None], axis=1)
+    hits = (result.hits(1), result.hits(5))
     for number, entry in enumerate(dataset.classes):
         mine = result.labels == number
         images = int(mine.sum())
-        rates = [f"{hit[mine].mean():.6f}" if images else "" for hit in (hit1, hit5)]
+        rates = [f"{hit[mine].mean():.6f}" if images else "" for hit in hits]
         writer.writerow([number, entry["wnid"], entry["words"], images, *rates])
     write_bytes(folder / "per_class.csv", table.getvalue().encode())
     write_json(folder / "metrics.json", metrics)

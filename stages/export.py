@@ -11,12 +11,12 @@ from typing import Final
 import numpy as np
 
 from data.manifest import read_manifest
-from data.shards import open_split
+from data.split import open_split
 from net.layers import Run, fuse
 from net.network import forward, prepare
 from net.weights.layout import to_torch
 from net.weights.tensors import to_bytes
-from pipeline.config import to_dict
+from pipeline.config_values import to_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, make_folder, write_bytes
 from stages.setup import MEAN, input_shape
@@ -116,7 +116,7 @@ def _inputs(run_dir: RunDir, trained: Trained) -> tuple[dict[str, np.ndarray], s
     size, crop = trained.config.preprocess.size, trained.config.input.crop
     if not (run_dir.preprocess / "manifest.json").exists():
         noise = np.random.default_rng(0).integers(0, 256, (2, crop, crop, 3), dtype=np.uint8)
-        nothing = np.zeros((2, size, size, 3), np.uint8)
+        nothing = [np.zeros((size, size, 3), np.uint8)] * 2
         return {**trained.inputs(nothing, views=1), "images": noise}, "2 pictures of noise"
     split = open_split(run_dir.preprocess, read_manifest(run_dir), "val")
     count = min(_PICTURES, len(split))

@@ -15,7 +15,8 @@ from net.weights import caffe, tensors
 from net.weights.errors import WeightsError
 from net.weights.layout import from_torch, torch_shapes
 from pipeline.checkpoint import checkpoints, save_checkpoint
-from pipeline.config import Config, from_dict, load_config, to_dict
+from pipeline.config import Config, load_config
+from pipeline.config_values import from_dict, to_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file, read_sealed, write_sealed
 from pipeline.settings import Request
@@ -65,11 +66,14 @@ def run(run_dir: RunDir, file: Path, *, mean: Path | None, request: Request) -> 
     path = save_checkpoint(run_dir.train, 0, header, arrays)
     if not run_dir.config.exists():
         write_sealed(run_dir.config, to_dict(config))
+    lacks_mean = config.input.mean != "none" and MEAN not in arrays and not (run_dir.preprocess / "mean.npy").exists()
+    pictures = f"--stage preprocess --source DIR {run_dir.flag}"
     print(
-        f"imported {file.name}, {len(arrays['fc8.b'])} classes, recipe {config.recipe}, as {path}; use it with\n"
-        f"  python run_pipeline.py --stage predict IMAGE... --run {run_dir.root}\n"
-        f"or, after --stage preprocess --source DIR --run {run_dir.root}, with\n"
-        f"  python run_pipeline.py --stage eval --run {run_dir.root}"
+        f"imported {file.name}, {len(arrays['fc8.b'])} classes, recipe {config.recipe}, as {path}; use it"
+        + (f", after {pictures}, whose mean picture the recipe subtracts," if lacks_mean else "")
+        + f" with\n  python run_pipeline.py --stage predict IMAGE... {run_dir.flag}\n"
+        + ("or with\n" if lacks_mean else f"or, after {pictures}, with\n")
+        + f"  python run_pipeline.py --stage eval {run_dir.flag}"
     )
     return path
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,13 +25,11 @@ from PIL import Image
 
 from data.images import UnreadableError, read_square
 from data.listing import LARGEST_FILE
-from net.layers import fuse
-from net.network import prediction
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
-from stages.eval import Predict, most_probable
-from stages.trained import Trained, load_trained
+from stages.eval import most_probable
+from stages.trained import Predict, Trained, load_trained
 
 STDIN: Final = "-"
 _CROPS: Final = 40  # computed at a time
@@ -85,7 +84,7 @@ def run(
 
 def predict(trained: Trained, ops: ModuleType, names: Iterator[str], views: int) -> Iterator[Answer]:
     """The answers for pictures, in their order; some at a time go through the network."""
-    network = prediction(ops, fuse(trained.layers, ops), trained.on_device(ops), trained.preparation(ops), views)
+    network = trained.predictor(ops, views)
     while chunk := list(islice(names, max(1, _CROPS // views))):
         squares, errors = _read_all(chunk, trained.config)
         rows = iter(_probabilities(network, ops, trained.inputs(squares, views)) if squares else ())
@@ -144,10 +143,10 @@ def _expand(files: Sequence[str], unreadable: Callable[[OSError], None]) -> Iter
     ``unreadable`` is called with the error of each folder that cannot be read.
     """
     for name in files:
-        folder = Path(name)
-        if name == STDIN or not folder.is_dir():
+        if name == STDIN or not os.path.isdir(name):  # where that cannot be told, opening it says why
             yield name
             continue
+        folder = Path(name)
         Image.init()
         below = (Path(place, file) for place, _, names in os.walk(folder, onerror=unreadable) for file in names)
         inside = sorted(path for path in below if not path.name.startswith(".") and _is_file(path))
@@ -192,19 +191,31 @@ def _bars(answer: Answer, trained: Trained) -> None:
         return
     width = max(40, min(shutil.get_terminal_size().columns, 100))
     names = [trained.label(number) for number, _ in answer.top]
-    name_width = min(max(map(len, names)), width // 2)
+    name_width = min(max(map(_columns, names)), width // 2)
     bar_width = width - name_width - 12
     print(title)
     for name, (_, probability) in zip(names, answer.top, strict=True):
-        short = _printable(name if len(name) <= name_width else name[: name_width - 2] + "..")
-        print(f"  {short:<{name_width}}  {probability:6.1%}  {bar(probability, bar_width)}".rstrip())
+        short = _printable(name)
+        if _columns(short) > name_width:
+            while _columns(short) > name_width - 2:
+                short = short[:-1]
+            short += ".."
+        space = " " * (name_width - _columns(short))
+        print(f"  {short}{space}  {probability:6.1%}  {bar(probability, bar_width)}".rstrip())
     print(flush=True)
 
 
+def _columns(text: str) -> int:
+    """How many columns a terminal gives to a text: two for a Chinese sign, none for an accent on its own."""
+    wide = sum(unicodedata.east_asian_width(sign) in "WF" for sign in text)
+    return len(text) + wide - sum(unicodedata.combining(sign) > 0 for sign in text)
+
+
 def _printable(text: str) -> str:
-    """The text with what the terminal cannot show replaced; file names may hold any bytes."""
+    """The text with what the terminal cannot show, or would obey, replaced; file names may hold any bytes."""
     encoding = sys.stdout.encoding or "ascii"
-    return text.encode(encoding, errors="replace").decode(encoding)
+    shown = "".join(sign if sign.isprintable() else "?" for sign in text)
+    return shown.encode(encoding, errors="replace").decode(encoding)
 
 
 def bar(share: float, width: int) -> str:

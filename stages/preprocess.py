@@ -10,8 +10,11 @@ The manifest is written last.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.resource_tracker
 import os
+import shlex
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,29 +23,34 @@ from typing import Any, Final
 
 import joblib
 from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.backend import resource_tracker
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from data import demo, published
 from data.cluster import on_cluster
 from data.convert import ShardResult, ShardTask, make_shard
 from data.listing import SPLITS
-from data.manifest import defects, forget_damage, is_damage_noted, is_manifest
+from data.manifest import defects, forget_damage, is_damage_noted, sound_manifest
+from data.origin import made_from
 from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
 from data.shards import read_layout, shard_bytes, shard_name
 from data.sources import read_source, stamp
 from data.tally import Tally
-from pipeline.config import Config, difference, with_values
+from pipeline.config import Config
+from pipeline.config_values import difference, with_values
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, read_metrics
 from pipeline.progress import Megabytes, Progress, megabytes, volume
-from pipeline.run_dir import RunDir, make_folder, put_in_place, read_sealed
+from pipeline.run_dir import RunDir, make_folder, put_in_place
 from pipeline.signals import StopRequest
 
 _WORDS: Final = {"train": "training", "val": "validation"}
 
 
-def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, scheduler: str | None = None) -> None:
+def run(config: Config, run_dir: RunDir, *, source: Path | None, jobs: int, scheduler: str | None = None) -> int | None:
     """Fill ``<run>/preprocess``, or say that there is nothing to do.
+
+    Returns the signal that came when nothing was left to stop, None for none.
 
     Parameters
     ----------
@@ -62,12 +70,12 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, schedule
         SIGINT or SIGTERM came; finished shards are kept.
     """
     if scheduler:  # the workers' current folder is another one
-        run, source = RunDir(run.root.absolute()), None if source is None else source.absolute()
-    folder = make_folder(run.preprocess)
+        run_dir, source = RunDir(run_dir.root.absolute()), None if source is None else source.absolute()
+    folder = make_folder(run_dir.preprocess)
     if _finished(config, folder, source):
         print(f"preprocess: nothing to do, {folder} is complete")
-        return
-    root = source if source is not None else _draw_demo(run)
+        return None
+    root = source if source is not None else _draw_demo(run_dir)
     start = time.perf_counter()
     listed = read_source(root)
     for note in (*listed.unread, *published.shortfalls(listed)):
@@ -88,13 +96,14 @@ def run(config: Config, run: RunDir, *, source: Path | None, jobs: int, schedule
                     # Waiting for the disk here, not in the workers, lets them decode on.
                     put_in_place(result.temporary, folder / result.file)
                 tally.add(result)
-                log.write(_record(tally, result, start))
+                log.write(tally.record(result, time.perf_counter() - start))
                 log.sync()
                 progress.advance(len(result.content.labels) + len(result.content.rejects))
         manifest = tally.write(folder)
         forget_damage(folder)
         log.write(_last_record(tally, {"scheduler": scheduler} if scheduler else {"jobs": jobs}, root, folder, start))
     _summary(tally, manifest, folder, time.perf_counter() - start)
+    return stop.signum
 
 
 def check_archives(source: Path | None) -> None:
@@ -124,11 +133,8 @@ def _finished(config: Config, folder: Path, source: Path | None) -> bool:
     path = folder / "manifest.json"
     if not path.exists():
         return False
-    try:
-        manifest = read_sealed(path, "")
-    except PipelineError:
-        manifest = {}
-    if not is_manifest(manifest):
+    manifest = sound_manifest(folder)
+    if manifest is None:
         print(f"preprocess: {path} is damaged; making it again")
         return False
     if manifest["settings"] != settings_fingerprint(config):
@@ -159,10 +165,10 @@ def _rejected(folder: Path) -> list[str]:
 def _draw_demo(run: RunDir) -> Path:
     """The demo set's folder; refuses where it would take the place of pictures of the user's own."""
     folder = run.root / "demo"
-    made_from = [record["source"] for record in read_metrics(run.preprocess / "metrics.jsonl") if "source" in record]
-    if made_from and Path(made_from[-1]).absolute() != folder.absolute():
+    source = made_from(run)
+    if source is not None:
         raise PipelineError(
-            f"{run.preprocess} was made from {made_from[-1]}, but no pictures are named: add --source {made_from[-1]}, "
+            f"{run.preprocess} was made from {source}, but no pictures are named: add --source {shlex.quote(source)}, "
             "or start a new run with --run"
         )
     if not folder.exists():
@@ -221,7 +227,10 @@ def _results(
     else:
         jobs = min(jobs, max(1, len(tasks)))
         begun = (joblib.delayed(make_shard)(task) for task in tasks if stop.signum is None)
-        results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=jobs)(begun)
+        with _workers_spared():
+            results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=jobs)(
+                begun
+            )
     done = 0
     try:
         for result in results:
@@ -246,20 +255,19 @@ def _results(
         )
 
 
-def _record(tally: Tally, result: ShardResult, start: float) -> dict[str, Any]:
-    """A line of metrics.jsonl; the hash in it is what lets a run that was cut off keep the shard."""
-    return {
-        "shard": result.file,
-        "plan": tally.plan.fingerprint,
-        "sha256": result.sha256,
-        "images": len(result.content.labels),
-        "rejects": len(result.content.rejects),
-        "kept": result.temporary is None,
-        "seconds": round(result.seconds, 3),
-        "images_done": tally.images,
-        "images_per_second": round(tally.made / (time.perf_counter() - start), 2),
-        "time": round(time.time(), 3),
-    }
+@contextlib.contextmanager
+def _workers_spared() -> Iterator[None]:
+    """Processes begun here do not get SIGINT: it is blocked, and a process has that from the one that began it.
+
+    Ctrl-C on a terminal reaches the workers too. While they still import, nothing of ours could ignore it there.
+    """
+    for tracker in (multiprocessing.resource_tracker, resource_tracker):
+        tracker.ensure_running()  # else they begin with the first worker, and older ones leave SIGINT unblocked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _last_record(tally: Tally, by: dict[str, Any], root: Path, folder: Path, start: float) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from data.dataset import Dataset, open_dataset, require_stored
 from data.manifest import data_fingerprint
 from net.layers import Layer, Shape
 from net.network import Reduce, drawing, initial_parameters, zeros
@@ -34,14 +35,15 @@ from pipeline.checkpoint import (
     step_of,
     superfluous,
 )
-from pipeline.config import Config, difference, from_dict, to_dict
+from pipeline.config import Config
+from pipeline.config_values import difference, from_dict, to_dict
 from pipeline.errors import PipelineError
 from pipeline.metrics import cut_back
 from pipeline.progress import volume
 from pipeline.ranks import Ranks
 from pipeline.run_dir import RunDir, fingerprint, make_folder, move_aside, remove, write_sealed
 from stages.batches import TrainingPlan, with_order
-from stages.setup import MOMENTUM, Dataset, network_layers, open_dataset, require_memory, require_stored, shapes
+from stages.setup import MOMENTUM, network_layers, require_memory, shapes
 
 # Settings that may differ between the run so far and its continuation: they change no weight.
 _FREE: Final = (
@@ -62,6 +64,15 @@ class State:
     step: int
     parameters: dict[str, Any]
     momenta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What training computes with and on: the backend, how gradients are summed over the ranks, and the state."""
+
+    ops: ModuleType
+    reduce: Reduce | None  # None for a process on its own
+    state: State
 
 
 @dataclass(frozen=True)
@@ -108,8 +119,8 @@ def open_training(config: Config, run_dir: RunDir, device: str, precision: str, 
 
 def begin(
     training: Training, load_backend: Callable[[], ModuleType], last_step: Callable[[int], int], *, resume: bool
-) -> tuple[ModuleType, Reduce | None, State]:
-    """The backend, how it sums gradients over the ranks, and the state to train on from, on its device.
+) -> Begun:
+    """Load the backend and put on its device the state to train on from.
 
     The state is the newest sound checkpoint's when resuming, a fresh one otherwise. ``last_step`` tells from the steps
     that are done to which one training will go.
@@ -117,7 +128,7 @@ def begin(
     config, ranks = training.config, training.ranks
     how = (training.shapes, config.network.weight_std, config.network.bias, config.seed)
     with contextlib.ExitStack() as beside:
-        fresh = partial(initial_parameters, *how)
+        fresh: Callable[[], dict[str, np.ndarray]] = partial(initial_parameters, *how)
         if ranks.leads and not resume:
             # Loading the backend takes most of a second and one core, and so does drawing: both at once.
             fresh = beside.enter_context(drawing(*how))
@@ -140,7 +151,7 @@ def begin(
     ranks.wait()  # a rank that cannot begin does not come here
     if ranks.leads:
         _make_ready(training, saved)
-    return ops, reduce, state
+    return Begun(ops, reduce, state)
 
 
 def _reduction(ops: ModuleType, ranks: Ranks) -> Reduce | None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +11,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from data.loader import Batch, load
-from net.layers import Layer, fuse
-from net.network import Descent, Reduce, prediction, training_step
+from data.loader import load
 from pipeline.checkpoint import note_best, prune, save_checkpoint
-from pipeline.config import Config, at_epoch
+from pipeline.config import Config
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, read_metrics
 from pipeline.progress import Progress
@@ -26,18 +21,9 @@ from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir
 from pipeline.signals import StopRequest
 from pipeline.tensorboard import events, require_tensorboard
-from stages.batches import Part
-from stages.eval import evaluate
-from stages.setup import MOMENTUM, decays, jittered, learning_rates, loader_slots, loader_threads, preparation
+from stages.setup import MOMENTUM, loader_slots, loader_threads
 from stages.start import State, Training, begin, open_training, require_way_on
-
-
-@dataclass(frozen=True)
-class Records:
-    """What of a run outlives its process: lines of metrics, and checkpoints. Only the first rank keeps any."""
-
-    write: Callable[[dict[str, Any]], None]
-    save: Callable[[State, dict[str, Any]], None]
+from stages.trainer import Records, Trainer
 
 
 @dataclass(frozen=True)
@@ -67,8 +53,10 @@ def run(
     precision: str = "fp32",
     tensorboard: bool = False,
     ranks: Ranks = ALONE,
-) -> None:
+) -> int | None:
     """Train from the beginning or from the newest sound checkpoint, and write ``<run>/train/``.
+
+    Returns the signal that came when nothing was left to stop, None for none.
 
     ``load_backend`` is called once it is known what to compute. ``device`` and ``precision`` are what the backend
     computes on and in, for the checkpoints' headers. ``tensorboard`` writes the metrics as event files too, to
@@ -82,25 +70,25 @@ def run(
     training = open_training(config, run_dir, device, precision, ranks)
     config, dataset, plan = training.config, training.dataset, training.plan
     last_step = partial(goal.last_step, config, steps_per_epoch=plan.steps_per_epoch)
-    ops, reduce, state = begin(training, load_backend, last_step, resume=resume)
-    last = last_step(state.step)
-    if state.step >= last:
-        print(f"nothing to train: {state.step} steps are done; add --epochs N or --steps N to train on")
-        return
-    fused = fuse(training.layers, ops)
+    begun = begin(training, load_backend, last_step, resume=resume)
+    ops, first = begun.ops, begun.state.step
+    last = last_step(first)
+    if first >= last:
+        print(f"nothing to train: {first} steps are done; add --epochs N or --steps N to train on")
+        return None
     print(
         f"train {len(dataset.train)} pictures, {len(dataset.classes)} classes, recipe {config.recipe}: "
-        f"step {state.step} to {last}, {plan.steps_per_epoch} steps an epoch, batch {config.train.batch_size}"
+        f"step {first} to {last}, {plan.steps_per_epoch} steps an epoch, batch {config.train.batch_size}"
         + (f" shared by {ranks.size} ranks" if ranks.size > 1 else ""),
         flush=True,
     )
     with contextlib.ExitStack() as stack:
         records = stack.enter_context(_records(config, run_dir, ops, tensorboard)) if ranks.leads else _NO_RECORDS
         stop = stack.enter_context(StopRequest())
-        with Progress("train", last, "steps", done=state.step) as progress:
-            trainer = _Trainer(training, ops, fused, reduce, state, records, progress)
-            _loop(training, ops, trainer, last, stop)
-    print(f"trained to step {state.step}; checkpoints and metrics are in {run_dir.train}")
+        with Progress("train", last, "steps", done=first) as progress:
+            _loop(training, ops, Trainer(training, begun, records, progress), last, stop)
+    print(f"trained to step {last}; checkpoints and metrics are in {run_dir.train}")
+    return stop.signum
 
 
 _NO_RECORDS: Final = Records(write=lambda record: None, save=lambda state, header: None)
@@ -114,10 +102,10 @@ def _records(config: Config, run_dir: RunDir, ops: ModuleType, tensorboard: bool
         if tensorboard:
             mirror = stack.enter_context(events(run_dir.train / "tensorboard", read_metrics(path)))
         log = stack.enter_context(MetricsLog(path, mirror))
-        yield Records(log.write, partial(_save, run_dir, ops, log, config.train.keep_checkpoints))
+        yield Records(log.write, partial(save, run_dir, ops, log, config.train.keep_checkpoints))
 
 
-def _loop(training: Training, ops: ModuleType, trainer: _Trainer, last: int, stop: StopRequest) -> None:
+def _loop(training: Training, ops: ModuleType, trainer: Trainer, last: int, stop: StopRequest) -> None:
     """Step from batch to batch; validate and save at an epoch's end; save every so many steps and when told to stop."""
     config, train, plan = training.config, training.config.train, training.plan
     threads = loader_threads(config, ops, plan.largest)
@@ -148,11 +136,11 @@ def _loop(training: Training, ops: ModuleType, trainer: _Trainer, last: int, sto
                 raise StoppedError(
                     signum,
                     f"stopped at step {done}, everything is saved; go on with: "
-                    f"python run_pipeline.py --stage train --resume --run {training.run_dir.root}",
+                    f"python run_pipeline.py --stage train --resume {training.run_dir.flag}",
                 )
 
 
-def _validated(training: Training, trainer: _Trainer) -> dict[str, float]:
+def _validated(training: Training, trainer: Trainer) -> dict[str, float]:
     """The epoch's scores; where they cannot be had, the epoch is saved before that ends the training."""
     try:
         return trainer.validate()
@@ -162,194 +150,14 @@ def _validated(training: Training, trainer: _Trainer) -> dict[str, float]:
         raise
 
 
-class _Trainer:
-    """One step after another, with its metrics."""
+def save(run_dir: RunDir, ops: ModuleType, log: MetricsLog, keep: int, state: State, header: dict[str, Any]) -> None:
+    """Write a checkpoint of the state, and bring latest, best and the older checkpoints in line with it.
 
-    def __init__(
-        self,
-        training: Training,
-        ops: ModuleType,
-        layers: tuple[Layer, ...],
-        reduce: Reduce | None,
-        state: State,
-        records: Records,
-        progress: Progress,
-    ) -> None:
-        self.state = state
-        self._config, self._dataset, self._ranks = training.config, training.dataset, training.ranks
-        self._plan, self._steps_per_epoch = training.plan, training.plan.steps_per_epoch
-        self._ops, self._layers, self._reduce = ops, layers, reduce
-        self._records, self._progress = records, progress
-        self._names = list(state.parameters)
-        self._descent = Descent(self._config.train.momentum, decays(self._config, self._names))
-        self._function: Callable[[dict[str, Any]], Any] | None = None
-        self._jittered: bool | None = None
-        self._pending: tuple[int, int, Any, int] | None = None
-        self._plateau = Plateau(len(self._dataset.classes), self._config.train.plateau_steps)
-        self._restart_clock()
-
-    def step(self, batch: Batch) -> None:
-        """Start the step of this batch, then note the loss of the one before."""
-        epoch, part = batch.number // self._steps_per_epoch, self._plan.part(batch.number)
-        arrays = {
-            **batch.arrays,
-            "rates": learning_rates(self._config, self._names, epoch),
-            "step": np.array([batch.number], dtype=np.uint64),
-            **_place(part, self._ranks),
-        }
-        # A device that exchanges gradients by itself waits for the other ranks, and the host for the device: here, and
-        # where a loss is read.
-        with self._ranks.watched():
-            inputs = self._ops.upload(arrays)
-        loss = self._step_function(epoch)(inputs)
-        self.settle()
-        self._waited += batch.waited
-        self._images += part.total
-        self.state.step = batch.number + 1
-        # On a device of its own, reading a loss makes the host wait: only the losses that are logged are read, each
-        # after the next step has been started. On the host every loss is there to look at.
-        on_host = isinstance(loss, np.ndarray)
-        if on_host or self.state.step % self._config.train.log_every == 0:
-            self._pending = self.state.step, epoch, loss, part.counted
-        if on_host:
-            self.settle()
-        self._progress.advance(1)
-
-    def settle(self) -> None:
-        """Look at the loss that is still pending: stop on NaN, warn of a plateau, write the metrics line."""
-        if self._pending is None:
-            return
-        step, epoch, loss_each, counted = self._pending
-        self._pending = None
-        with self._ranks.watched():
-            losses = self._ops.to_host(loss_each)[:counted]
-        loss = self._ranks.mean(losses)
-        if not math.isfinite(loss):
-            raise PipelineError(
-                f"the loss is {loss} at step {step}: training has diverged; the last good checkpoint is kept. "
-                "Lower train.lr (--set train.lr=...) or look at the weights' start, in a new run (--run)"
-            )
-        if self._plateau.stays(step, loss):
-            self._progress.say(self._plateau.advice(loss))
-        if step % self._config.train.log_every == 0:
-            self._write_line(step, epoch, loss)
-
-    def validate(self) -> dict[str, float]:
-        """Accuracy and loss on the validation pictures, centre view, at the end of an epoch."""
-        self._finish_steps()
-        ops, config = self._ops, self._config
-        prepared = preparation(config, self._dataset.mean, ops, jittered=False)
-        predict = prediction(ops, self._layers, self.state.parameters, prepared, views=1)
-        result = evaluate(ops, predict, self._dataset.val, config, config.eval.batch_size, 1, ranks=self._ranks)
-        epochs = self.state.step // self._steps_per_epoch
-        scores = {"top1": result.top1, "top5": result.top5, "validation_loss": float(result.loss.mean())}
-        self._records.write({"step": self.state.step, "epochs_done": epochs, **scores, "seconds": result.seconds})
-        self._progress.say(
-            f"epoch {epochs} done: validation top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%}, "
-            f"loss {scores['validation_loss']:.4f}"
-        )
-        self._restart_clock()
-        return scores
-
-    def save(self, header: dict[str, Any]) -> None:
-        """Write a checkpoint, once all ranks have been found to have the same weights."""
-        self._finish_steps()
-        start = time.perf_counter()
-        ops, parameters = self._ops, self.state.parameters
-        self._ranks.require_same(
-            lambda: b"".join(hashlib.sha256(ops.to_host(value)).digest() for value in parameters.values()),
-            f"the ranks' weights have come apart at step {self.state.step}, which a sound machine does not do; "
-            "the last checkpoint is kept",
-        )
-        self._records.save(self.state, header)
-        self._ranks.wait()
-        self._clock += time.perf_counter() - start  # rates are those of steps
-
-    def _finish_steps(self) -> None:
-        with self._ranks.watched():
-            self._ops.synchronize()
-        self.settle()
-
-    def _step_function(self, epoch: int) -> Callable[[dict[str, Any]], Any]:
-        now = jittered(self._config, epoch)
-        if self._function is None or now != self._jittered:
-            self._jittered = now
-            prepared = preparation(self._config, self._dataset.mean, self._ops, jittered=now)
-            self._function = training_step(
-                self._ops,
-                self._layers,
-                self.state.parameters,
-                self.state.momenta,
-                prepared,
-                self._descent,
-                self._config.seed,
-                self._reduce,
-            )
-        return self._function
-
-    def _write_line(self, step: int, epoch: int, loss: float) -> None:
-        elapsed = max(time.perf_counter() - self._clock, 1e-9)
-        rate, wait = self._images / elapsed, min(self._waited / elapsed, 1.0)
-        self._records.write(
-            {
-                "step": step,
-                "epoch": epoch,
-                "loss": loss,
-                "lr": at_epoch(self._config.train.lr, epoch),
-                "images_per_second": round(rate, 2),
-                "data_wait": round(wait, 5),
-            }
-        )
-        self._progress.advance(0, f"loss {loss:.4f}, {rate:.1f} images/s, waiting for data {wait:.1%}")
-        self._restart_clock()
-
-    def _restart_clock(self) -> None:
-        self._clock = time.perf_counter()
-        self._images, self._waited = 0, 0.0
-
-
-class Plateau:
-    """Notices a loss that stays at ln(classes), what a network scores that says the same of every picture."""
-
-    WIDTH = 0.02
-
-    def __init__(self, classes: int, patience: int) -> None:
-        self._level, self._patience = math.log(classes), patience
-        self._since: int | None = None
-        self._told = False
-
-    def stays(self, step: int, loss: float) -> bool:
-        """True once, when the loss has been within 0.02 of ln(classes) for ``patience`` steps."""
-        if abs(loss - self._level) > self.WIDTH or self._level == 0:  # a single class has no other loss
-            self._since = None
-            return False
-        if self._since is None:
-            self._since = step
-        if self._told or step - self._since < self._patience:
-            return False
-        self._told = True
-        return True
-
-    def advice(self, loss: float) -> str:
-        return (
-            f"warning: the loss has stayed at {loss:.3f}, which is ln(classes) = {self._level:.3f}, for "
-            f"{self._patience} steps: the network says the same of every picture. Known causes are initial biases of "
-            "1 together with weights of standard deviation 0.01 everywhere (the paper's text), or scores that have all "
-            "become negative before a last ReLU (network.final_relu; the loss is then exactly ln(classes)); try "
-            "--recipe original or --recipe caffe, --set network.weight_std=[0,0,0,0,0,0,0,0] (He's rule), or another "
-            "--seed, each in a new run (--run)"
-        )
-
-
-def _place(part: Part, ranks: Ranks) -> dict[str, np.ndarray]:
-    """What a training step must know of a rank's place in the batch; nothing for a process on its own."""
-    if ranks.size == 1:
-        return {}
-    share = np.array([part.counted / part.total], dtype=np.float32)
-    return {"first": np.array([part.first], dtype=np.uint64), "share": share}
-
-
-def _save(run_dir: RunDir, ops: ModuleType, log: MetricsLog, keep: int, state: State, header: dict[str, Any]) -> None:
+    Raises
+    ------
+    PipelineError
+        A number is not finite, or the disk is full and the like; the checkpoints before it are kept.
+    """
     arrays = state.parameters | {f"{MOMENTUM}{name}": value for name, value in state.momenta.items()}
 
     def to_host(name: str, value: Any) -> np.ndarray:

@@ -1,12 +1,12 @@
 """A checkpoint with all that is needed to use it: configuration, layers, parameters, mean picture, class names.
 
-Unlike ``stages.setup.open_dataset`` this asks for no shards: a checkpoint that was imported, or whose shards have been
+Unlike ``data.dataset.open_dataset`` this asks for no shards: a checkpoint that was imported, or whose shards have been
 removed, can still predict and be exported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,24 +14,20 @@ from typing import Any
 
 import numpy as np
 
+from data.dataset import Dataset, read_classes, read_mean, require_size
 from data.manifest import require_sound_description
+from data.origin import preprocess_command
 from data.sampling import view_crops
-from net.layers import Layer, Parameters
-from net.network import Preparation
-from pipeline.checkpoint import Arrays, find_checkpoint, load_checkpoint
-from pipeline.config import Config, from_dict
+from net.layers import Array, Layer, Parameters, fuse
+from net.network import Preparation, prediction
+from pipeline.checkpoint import Arrays, Checkpoint, find_checkpoint, load_checkpoint
+from pipeline.config import Config
+from pipeline.config_values import from_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
-from stages.setup import (
-    MEAN,
-    MOMENTUM,
-    network_layers,
-    parameter_names,
-    preparation,
-    read_classes,
-    read_mean,
-    shapes,
-)
+from stages.setup import MEAN, MOMENTUM, network_layers, parameter_names, preparation, shapes
+
+Predict = Callable[[dict[str, Array]], Array]  # see net.network.prediction
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,10 @@ class Trained:
         """The parameters as arrays of the backend."""
         return {name: ops.asarray(value) for name, value in self.parameters.items()}
 
+    def predictor(self, ops: ModuleType, views: int) -> Predict:
+        """The network as a function from crops to class probabilities."""
+        return prediction(ops, fuse(self.layers, ops), self.on_device(ops), self.preparation(ops), views)
+
     def inputs(self, squares: Sequence[np.ndarray], views: int) -> dict[str, np.ndarray]:
         """The views of stored squares, uint8 (size, size, 3), as host arrays for ``net.network.prepare``."""
         crop = self.config.input.crop
@@ -83,19 +83,25 @@ def label(entry: dict[str, Any], number: int) -> str:
     return words or str(entry.get("wnid") or f"class {number}")
 
 
-def load_trained(run_dir: RunDir, checkpoint: str) -> Trained:
+def load_trained(run_dir: RunDir, checkpoint: str, dataset: Dataset | None = None) -> Trained:
     """Read the checkpoint that ``latest``, ``best`` or a path stands for.
+
+    ``dataset`` are the run's pictures where the network is to be used on them.
 
     Raises
     ------
     PipelineError
-        It is missing or damaged, does not fit its own configuration, or belongs to other classes than the run's.
+        It is missing or damaged, does not fit its own configuration, or belongs to other classes or to pictures of
+        another size than the run's.
     """
     saved = load_checkpoint(find_checkpoint(run_dir.train, checkpoint))
     values, count = saved.header.get("config"), saved.header.get("classes")
     if not isinstance(values, dict) or not isinstance(count, int):
         raise PipelineError(f"{saved.path} holds no configuration; choose a checkpoint written by --stage train")
     config = from_dict(values, str(saved.path))
+    listed = _listed_classes(run_dir, saved, count)
+    if dataset is not None:
+        require_size(config, dataset, run_dir)
     layers = network_layers(config, count)
     parameters = {name: saved.arrays[name] for name in parameter_names(saved.arrays)}
     if {name: array.shape for name, array in parameters.items()} != shapes(layers, config):
@@ -107,7 +113,7 @@ def load_trained(run_dir: RunDir, checkpoint: str) -> Trained:
         seal=saved.seal,
         header=saved.header,
         config=config,
-        classes=_classes(run_dir, saved.path, saved.header, count),
+        classes=_own_classes(saved, count) if listed is None else listed,
         layers=layers,
         parameters=parameters,
         momenta=momenta,
@@ -115,21 +121,29 @@ def load_trained(run_dir: RunDir, checkpoint: str) -> Trained:
     )
 
 
-def _classes(run_dir: RunDir, path: Path, header: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The run's class names, where they are those of the checkpoint; else what the checkpoint itself knows."""
-    wnids = header.get("wnids")
-    listed = run_dir.preprocess / "classes.json"
-    if listed.exists():
-        require_sound_description(run_dir, listed.name)
-        classes = read_classes(listed, None, f"make it again: {_again(run_dir)}")
-        if len(classes) == count and wnids in (None, [entry["wnid"] for entry in classes]):
-            return classes
+def _listed_classes(run_dir: RunDir, saved: Checkpoint, count: int) -> list[dict[str, Any]] | None:
+    """The run's classes, which must be those of the checkpoint; None where it has none."""
+    path = run_dir.preprocess / "classes.json"
+    if not path.exists():
+        return None
+    require_sound_description(run_dir, path.name)
+    classes = read_classes(path, None, f"make it again: {_again(run_dir)}")
+    elsewhere = f"({path}); choose the run directory it belongs to with --run"
+    if len(classes) != count:
         raise PipelineError(
-            f"{path} was trained on other classes than {listed} names; "
-            "choose the run directory it belongs to with --run"
+            f"{saved.path} was trained on {count} classes, but the data have {len(classes)} {elsewhere}"
         )
-    words = header.get("words") or [""] * count
-    return [{"wnid": wnid, "words": text} for wnid, text in zip(wnids or [""] * count, words, strict=True)]
+    if saved.header.get("wnids") not in (None, [entry["wnid"] for entry in classes]):
+        raise PipelineError(f"{saved.path} was trained on other classes than the data have {elsewhere}")
+    return classes
+
+
+def _own_classes(saved: Checkpoint, count: int) -> list[dict[str, Any]]:
+    """What the checkpoint itself knows of its classes."""
+    wnids, words = (saved.header.get(key) or [""] * count for key in ("wnids", "words"))
+    if not all(isinstance(names, list) and len(names) == count for names in (wnids, words)):
+        raise PipelineError(f"{saved.path} names other classes than its {count}; choose another checkpoint")
+    return [{"wnid": wnid, "words": text} for wnid, text in zip(wnids, words, strict=True)]
 
 
 def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.ndarray:
@@ -137,12 +151,10 @@ def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.nd
         path, size = run_dir.preprocess / "mean.npy", config.preprocess.size
         if path.exists():
             require_sound_description(run_dir, path.name)
-        return read_mean(
-            path,
-            size,
-            f"the recipe subtracts this mean of the training pictures: {_again(run_dir)}, or import the weights with "
-            "--mean",
-        )
+        remedy = f"the recipe subtracts this mean of the training pictures: {_again(run_dir)}, or import with --mean"
+        if not path.exists():
+            raise PipelineError(f"{path} does not exist; {remedy}")
+        return read_mean(path, size, remedy)
     sides = (config.preprocess.size, config.input.crop)
     if imported.shape not in [(side, side, 3) for side in sides]:
         raise PipelineError(
@@ -153,4 +165,4 @@ def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.nd
 
 
 def _again(run_dir: RunDir) -> str:
-    return f"run python run_pipeline.py --stage preprocess --run {run_dir.root}"
+    return f"run {preprocess_command(run_dir)}"

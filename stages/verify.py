@@ -6,26 +6,23 @@ shards are noted in the run, so that ``--stage preprocess`` makes exactly those 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from data.listing import SPLITS
 from data.manifest import is_manifest, note_damage
+from data.origin import preprocess_command
 from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint
-from pipeline.config import from_dict
+from pipeline.config_values import from_dict
 from pipeline.errors import PipelineError
-from pipeline.metrics import read_metrics
 from pipeline.progress import MB, Megabytes, Progress, megabytes
-from pipeline.run_dir import RunDir, read_sealed
+from pipeline.run_dir import RunDir, hash_file, read_sealed
 from pipeline.settings import remedy_of_config
-
-_CHUNK: Final = 4 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def _indexes(run_dir: RunDir) -> tuple[dict[Path, str | None], dict[str, Any] | 
         try:
             read()
         except PipelineError as error:
-            found[path] = str(error)
+            found[path] = str(error).rstrip("; ")  # no remedy was given: all of them come at the end
         else:
             found[path] = None
     if run_dir.preprocess.exists() and not (run_dir.preprocess / "manifest.json").exists():
@@ -132,16 +129,11 @@ def _preprocessed(folder: Path, manifest: dict[str, Any]) -> list[_Item]:
 
 def _file(path: Path, expected: str) -> Callable[[Callable[[int], None]], str | None]:
     def check(count: Callable[[int], None]) -> str | None:
-        digest = hashlib.sha256()
-        buffer = bytearray(_CHUNK)
         try:
-            with open(path, "rb", buffering=0) as file:
-                while n := file.readinto(buffer):
-                    digest.update(memoryview(buffer)[:n])
-                    count(n)
+            sound = hash_file(path, count) == expected
         except OSError as error:
             return f"it cannot be read ({error.strerror})"
-        return None if digest.hexdigest() == expected else "it is not the file that was written"
+        return None if sound else "it is not the file that was written"
 
     return check
 
@@ -173,13 +165,7 @@ def _remedy(run_dir: RunDir, wrong: dict[Path, str]) -> str:
     """What mends all that is wrong, in one sentence."""
     remedies = []
     if any(path.parent == run_dir.preprocess for path in wrong):
-        records = [r["source"] for r in read_metrics(run_dir.preprocess / "metrics.jsonl") if "source" in r]
-        demo = not records or records[-1] == str(run_dir.root / "demo")
-        source = "" if demo else f" --source {records[-1]}"
-        remedies.append(
-            "make again what is damaged there, and nothing else, with: "
-            f"python run_pipeline.py --stage preprocess --run {run_dir.root}{source}"
-        )
+        remedies.append(f"make again what is damaged there, and nothing else, with: {preprocess_command(run_dir)}")
     if any(path.suffix == ".ckpt" for path in wrong):
         remedies.append("remove the damaged checkpoints; --stage train --resume goes on from the newest that is sound")
     if run_dir.train / "latest.json" in wrong or run_dir.train / "best.json" in wrong:

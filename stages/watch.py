@@ -12,11 +12,13 @@ from typing import Any, Final
 
 from data.manifest import read_manifest
 from data.sampling import steps_per_epoch
-from pipeline.config import Config, from_dict
+from pipeline.config import Config
+from pipeline.config_values import from_dict
 from pipeline.errors import PipelineError
 from pipeline.metrics import has_numbers, read_metrics
 from pipeline.progress import duration
 from pipeline.run_dir import RunDir, read_sealed
+from pipeline.settings import remedy_of_config
 
 SECONDS: Final = 2.0  # between two looks
 _RATES: Final = 10  # last logged lines whose median speed tells the remaining time
@@ -31,12 +33,13 @@ def run(run_dir: RunDir) -> None:
     PipelineError
         The run has not been preprocessed, or never trained.
     """
-    remedy = f"start it: python run_pipeline.py --stage train --resume --run {run_dir.root}"
+    start = f"start it: python run_pipeline.py --stage train --resume {run_dir.flag}"
+    remedy = remedy_of_config(run_dir) if run_dir.config.exists() else start
     config = from_dict(read_sealed(run_dir.config, remedy), str(run_dir.config))
     per_epoch = steps_per_epoch(read_manifest(run_dir)["splits"]["train"]["images"], config.train.batch_size)
     path = run_dir.train / "metrics.jsonl"
     if not path.exists():
-        raise PipelineError(f"{path} does not exist: nothing has been trained; {remedy}")
+        raise PipelineError(f"{path} does not exist: nothing has been trained; {start}")
     if not sys.stdout.isatty():
         print(screen(run_dir.root, config, per_epoch, read_metrics(path), path.stat().st_mtime, 80, 24))
         return

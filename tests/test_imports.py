@@ -24,7 +24,7 @@ ONLY_IN = {
     "cupy": "net/gpu/",
     "cupyx": "net/gpu/",
     "cupy_backends": "net/gpu/",
-    "mpi4py": "pipeline/ranks.py",
+    "mpi4py": "pipeline/mpi.py",
     "distributed": "data/cluster.py",
 }
 NEVER = {"torch", "tensorflow", "jax", "keras", "autograd", "pickle", "cloudpickle", "dill"}
@@ -86,8 +86,8 @@ def test_no_cycles_between_modules():
     graph = {}
     for name, path in paths.items():
         targets = set()
-        # Only what runs at import time can make a cycle: imports inside functions come later.
-        for node in ast.parse((ROOT / path).read_text()).body:
+        # Imports inside functions too: they are there to come later, not to hide a cycle.
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
             if isinstance(node, ast.Import):
                 targets |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

@@ -2,9 +2,10 @@
 
 Left to their first call, the kernels would be compiled one after another on one core, a minute of it. So the first
 training on a machine compiles them by calling each operation on arrays of a few pixels: sizes do not matter to a
-compiled kernel, types do. :data:`PARTS` divides the operations among processes, this one and helpers that live as
-long as that takes; no kernel belongs to two parts. What the helpers have compiled, this process then loads from the
-folder of compiled kernels. A file there says that all is done, and later starts look no further.
+compiled kernel, types do. :data:`PARTS` divides the operations among helpers, processes that live as long as that
+takes; no kernel belongs to two parts. What they have compiled, this process then loads from the folder of compiled
+kernels, as every later one does: code that a process has compiled itself may round otherwise in the last bit, and a
+resumed run must have the bits of its first part. A file there says that all is done, and later starts look no further.
 
 Gain: see docs/cpu.md.
 """
@@ -54,9 +55,8 @@ def _compile_parts() -> bool:
     """Compile all parts on as many cores as there are; False where a helper failed and its part is left to be done."""
     processes = min(len(PARTS), numba.get_num_threads())
     with contextlib.ExitStack() as helpers:
-        started = [helpers.enter_context(_helper(range(n, len(PARTS), processes))) for n in range(1, processes)]
-        for part in PARTS[::processes]:
-            part()
+        jit.announce()
+        started = [helpers.enter_context(_helper(range(n, len(PARTS), processes))) for n in range(processes)]
         ended_well = [_ended_well(*helper) for helper in started]
     return all(ended_well)
 

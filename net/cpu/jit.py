@@ -141,8 +141,11 @@ class _Announce(event.Listener):
 
     def on_start(self, event: Any) -> None:
         # Numba compiles for everybody in this process; only this package's kernels are worth a line.
-        function = event.data["dispatcher"].py_func
-        if not self._said and function.__module__.startswith("net.cpu"):
+        if event.data["dispatcher"].py_func.__module__.startswith("net.cpu"):
+            self.say()
+
+    def say(self) -> None:
+        if not self._said:
             self._said = True
             print(
                 "compiling CPU kernels for this machine (kept for next time), up to a minute",
@@ -154,4 +157,6 @@ class _Announce(event.Listener):
         pass
 
 
-event.register("numba:compile", _Announce())
+_announcement = _Announce()
+announce = _announcement.say
+event.register("numba:compile", _announcement)

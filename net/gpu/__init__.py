@@ -14,7 +14,7 @@ from net.gpu.blocks import (
     linear_block_forward,
 )
 from net.gpu.convolution import conv2d_backward, conv2d_forward
-from net.gpu.device import availability, describe, start
+from net.gpu.device import describe
 from net.gpu.graph import replayable
 from net.gpu.layers import (
     augment,
@@ -35,6 +35,7 @@ from net.gpu.layers import (
 from net.gpu.linear import linear_backward, linear_forward
 from net.gpu.memory import bytes_needed, check_memory, largest_batch
 from net.gpu.nccl import reduction
+from net.gpu.setup import availability, start
 
 __all__ = [
     "asarray",

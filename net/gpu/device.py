@@ -1,25 +1,14 @@
-"""The GPU: whether it can be used, and what is set up once when it is.
-
-Nothing here runs at import: ``cupy`` is imported by :func:`availability` and :func:`start`, so the package can be
-imported, and asked why it cannot be used, on any machine.
-"""
+"""The GPU in use: what ``net.gpu.setup`` has set up once, for all that compute on it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
-
-from net.backend import BackendUnavailableError
-
-PRECISIONS: Final = ("fp32", "tf32", "bf16")
-INSTALL: Final = "python -m pip install '.[gpu]' (or '.[gpu13]' for CUDA 13, which needs driver 580 or newer)"
-
-_PROBE: Final = 'extern "C" __global__ void __launch_bounds__(32) probe() {}'
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Device:
-    """What :func:`start` sets up: the module ``cupy``, the stream everything is queued on, and the arithmetic."""
+    """The module ``cupy``, the stream that everything is queued on, the card, and the arithmetic."""
 
     cupy: Any
     stream: Any
@@ -35,90 +24,19 @@ class Device:
 _device: Device | None = None
 
 
-def availability() -> str | None:
-    """None where a GPU can be used, else one sentence that says why not and what mends it."""
-    try:
-        import cupy
-    except ImportError as error:
-        if getattr(error, "name", None) == "cupy":
-            return f"CuPy is not installed: {INSTALL}"
-        return f"CuPy is installed but cannot be loaded ({_first_line(error)}): {INSTALL}"
-    if not cupy.cuda.is_available():
-        driver, made_for = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
-        if 0 < driver // 1000 < made_for // 1000:
-            return (
-                f"the driver knows CUDA up to {driver // 1000}.{driver % 1000 // 10}, but CuPy was made for CUDA "
-                f"{made_for // 1000}: install a newer driver, or CuPy for the older CUDA: {INSTALL}"
-            )
-        return "no NVIDIA GPU with a working driver was found: nvidia-smi shows what the driver sees"
-    try:
-        cupy.cuda.nvrtc.getVersion()
-        from net.gpu import cublas
-
-        cublas.load_library()
-    except (ImportError, RuntimeError, OSError) as error:
-        return f"the CUDA libraries NVRTC and cuBLAS cannot be loaded ({_first_line(error)}): {INSTALL}"
-    try:
-        cupy.cuda.Device().use()
-        capability = int(cupy.cuda.Device().compute_capability)
-    except RuntimeError as error:
-        return f"the GPU cannot be used ({_first_line(error)}): nvidia-smi shows what the driver sees"
-    if capability < 70:
-        return f"the GPU is too old (compute capability {capability / 10}, 7.0 is needed): use --device cpu"
-    try:
-        # CuPy needs the toolkit's headers for every kernel and looks for them when it compiles the first.
-        cupy.RawModule(code=_PROBE).get_function("probe")
-    except (RuntimeError, cupy.cuda.compiler.CompileException) as error:
-        older = "; CUDA 13 has no code for cards below compute capability 7.5" if capability < 75 else ""
-        return f"CuPy cannot compile kernels ({_first_line(error)}{older}): {INSTALL}"
-    return None
-
-
-def start(precision: str = "fp32") -> None:
-    """Set the GPU up for ``precision``, once per process; later calls may only change the precision.
-
-    Raises
-    ------
-    BackendUnavailableError
-        No driver, no CuPy, a missing CUDA library, or a precision the GPU does not have.
-    """
+def use(device: Device) -> None:
+    """Compute on this device from now on."""
     global _device
-    if precision not in PRECISIONS:
-        raise BackendUnavailableError(f"the GPU computes in {', '.join(PRECISIONS)}, not in {precision!r}")
-    reason = availability()
-    if reason is not None:
-        raise BackendUnavailableError(reason)
-    import cupy
+    _device = device
 
-    device = cupy.cuda.Device()
-    if precision != "fp32" and int(device.compute_capability) < 80:
-        raise BackendUnavailableError(
-            f"this GPU (compute capability {int(device.compute_capability) / 10}) has no {precision} arithmetic, "
-            "which needs 8.0: use --precision fp32"
-        )
-    # With priority over the stream beside it (beside.py), whose kernels would else go first when queued first.
-    stream = _device.stream if _device is not None else cupy.cuda.Stream(non_blocking=True, priority=-1)
-    stream.use()
-    properties = cupy.cuda.runtime.getDeviceProperties(device.id)
-    name = properties["name"]
-    _device = Device(
-        cupy=cupy,
-        stream=stream,
-        name=name.decode() if isinstance(name, bytes) else name,
-        capability=int(device.compute_capability),
-        memory=int(properties["totalGlobalMem"]),
-        processors=int(properties["multiProcessorCount"]),
-        shared_processor=int(properties["sharedMemPerMultiprocessor"]),
-        precision=precision,
-        storage="uint16" if precision == "bf16" else "float32",
-    )
-    from net.gpu import cublas
 
-    cublas.start()
+def started() -> bool:
+    """Whether there is one."""
+    return _device is not None
 
 
 def current() -> Device:
-    """The device that :func:`start` set up."""
+    """The device that ``net.gpu.setup.start`` set up."""
     if _device is None:
         raise RuntimeError("the GPU backend has not been started; use net.backend.load('gpu', precision)")
     return _device
@@ -133,7 +51,3 @@ def describe() -> str:
         "bf16": "bfloat16 tensor cores and pictures, float32 sums, statistics and weights",
     }[device.precision]
     return f"{device.name}, {device.memory / 2**30:.0f} GiB, {device.precision} ({arithmetic})"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -46,14 +46,21 @@ def suits(shape: Shape) -> bool:
 def takes(shape: Shape) -> bool:
     """Whether a convolution of this shape is better off with these kernels, and possible.
 
-    They are made for 16-byte pieces of each group's channels and maps. Of one group and stride 1 (conv3) cuBLAS's
-    product is faster by more than writing the columns costs: 302 us beside 350 in all (docs/gpu.md).
+    Of one group and stride 1 (conv3) cuBLAS's product is faster by more than writing the columns costs: 302 us beside
+    350 in all (docs/gpu.md).
     """
-    folds = shape.stride > 1
-    if folds == (shape.groups > 1) or (folds and shape.pad > 0):
+    return possible(shape) and (shape.stride > 1 or shape.groups > 1)
+
+
+def possible(shape: Shape) -> bool:
+    """Whether these kernels can compute a convolution of this shape.
+
+    They are made for 16-byte pieces of each group's channels and maps, and hold rows and columns in 16 bits, places in
+    memory in 32.
+    """
+    if shape.stride > 1 and (shape.groups > 1 or shape.pad > 0):
         return False
     folded = fold_shape(shape)
-    # The kernels hold rows and columns in 16 bits, places in memory in 32.
     small = max(folded.height, folded.width) < 2**14
     elements = max(folded.height * folded.width * folded.channels, shape.pixels * shape.maps) * shape.images
     pieces = folded.channels // folded.groups % 8 == 0 and shape.maps // shape.groups % 8 == 0
@@ -194,7 +201,7 @@ def product_plan(shape: Shape, pixels: int, room: Room) -> Plan:
     places = ceil(shape.depth / DEPTH) * (DEPTH // 8) * 8
 
     def plan(tile: int) -> Plan:
-        stages = _stages(tile, places, room)
+        stages = slices(tile, places, room)
         count = rows * shape.groups * ceil(shape.maps // shape.groups / tile)
         return Plan(tile, count, stages, stages * _stage(tile) + places)
 
@@ -207,7 +214,7 @@ def gradient_plan(shape: Shape, room: Room) -> Plan:
     corners = 2 * DEPTH * 8
 
     def plan(tile: int) -> Plan:
-        stages = _stages(tile, corners, room)
+        stages = slices(tile, corners, room)
         shared = stages * _stage(tile) + corners
         blocks = ceil(folded.depth / ROWS) * shape.groups * ceil(shape.maps // shape.groups / tile)
         whole = Plan(tile, blocks, stages, shared)
@@ -223,8 +230,8 @@ def _stage(tile: int) -> int:
     return 2 * DEPTH * (ROWS + ceil(tile / PANEL) * PANEL)
 
 
-def _stages(tile: int, beside: int, room: Room) -> int:
-    """Slices in shared memory: three where that lets two blocks share a multiprocessor, else two."""
+def slices(tile: int, beside: int, room: Room) -> int:
+    """How many slices are in shared memory (a plan's stages): three where two blocks then share a multiprocessor."""
     return 3 if 2 * (3 * _stage(tile) + beside + 1024) <= room.shared_processor else 2
 
 

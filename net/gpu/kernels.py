@@ -24,7 +24,7 @@ FOLDER: Final = Path(__file__).parent
 THREADS: Final = 256  # threads a block, as in common.cuh
 OPTIONS: Final = ("--std=c++17",)
 
-_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\([\w, ]+\) (\w+)\(([^)]*)\)')
+_KERNEL: Final = re.compile(r'extern "C" __global__ void __launch_bounds__\([\w, ]+\) (\w+)\(([^)]*)\)')
 _SCALARS: Final = {
     "int": np.int32,
     "float": np.float32,
@@ -81,7 +81,7 @@ def launch(
     if len(args) != len(parameters):
         raise TypeError(f"{name} takes {len(parameters)} arguments, not {len(args)}")
     converted = tuple(fit(arg) for fit, arg in zip(parameters, args, strict=True))
-    kernel = _kernel(file, name, real)
+    kernel = compiled(file, name, real)
     if shared > 48 * 1024 and kernel.max_dynamic_shared_size_bytes < shared:
         kernel.max_dynamic_shared_size_bytes = shared
     kernel(grid, (block,), converted, shared_mem=shared)
@@ -98,7 +98,8 @@ def _prepared(name: str, dtype: np.dtype[Any]) -> tuple[str, str, tuple[Callable
 
 
 @cache
-def _kernel(file: str, name: str, real: str) -> Any:
+def compiled(file: str, name: str, real: str) -> Any:
+    """A kernel of a CUDA file, with ``real`` (float32, or uint16 for bfloat16) as the type of activations."""
     return _module(file, real).get_function(name)
 
 

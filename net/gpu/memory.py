@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from math import prod
 from typing import Final
 
-from net.gpu import graph, implicit
+from net.gpu import blocks, graph, implicit
 from net.gpu.cublas import WORKSPACE
-from net.gpu.device import Device, current
+from net.gpu.device import current
 from net.gpu.shape import Shape
 from net.layers import Conv, ConvBlock, Dropout, Flatten, Layer, Linear, LinearBlock, fuse
 
@@ -18,7 +18,43 @@ SLACK: Final = 1.1  # a pool of blocks of many sizes leaves gaps
 
 def bytes_needed(layers: Sequence[Layer], shape: tuple[int, int, int], batch: int, *, training: bool) -> int:
     """Estimated device memory, in bytes, of a training step or a forward pass on pictures of ``shape``."""
-    return _bytes_needed(layers, shape, batch, training, current())
+    device = current()
+    picture = 2 if device.precision == "bf16" else 4
+    parameters = largest = 0
+    current_shape: tuple[int, ...] = shape
+    total = batch * prod(shape) * picture
+    for layer in fuse(layers, blocks):
+        output = layer.output_shape(current_shape)
+        values = sum(prod(s) for s in layer.parameter_shapes(current_shape).values())
+        parameters += values
+        item = picture if len(output) == 3 else 4
+        own, passing = batch * prod(output) * item, batch * prod(current_shape) * item
+        if isinstance(layer, Conv | ConvBlock):
+            conv = layer.conv if isinstance(layer, ConvBlock) else layer
+            sizes = _conv_shape(conv, current_shape, batch)
+            result = batch * sizes.pixels * sizes.maps * picture
+            if picture == 2 and implicit.takes(sizes):
+                folded = implicit.fold_shape(sizes)
+                room = batch * folded.height * folded.width * folded.channels * picture if sizes.stride > 1 else 0
+                kept = True
+            else:
+                piece = sizes.images_at_once(device.memory, picture)
+                room, kept = piece * sizes.pixels * sizes.row * picture, piece == batch
+            if training and kept and isinstance(layer, ConvBlock):
+                own += room
+            passing += room + result
+            if isinstance(layer, ConvBlock) and layer.pool:
+                own += result + batch * prod(output)
+        if isinstance(layer, Linear | LinearBlock) and picture == 2:
+            own += values * picture
+        if isinstance(layer, Flatten) or (isinstance(layer, Dropout) and not training):
+            own = 0
+        total += own if training else 0
+        largest = max(largest, own + passing + values * 4)
+        current_shape = output
+    states = parameters * 4 * (3 if training else 1)  # gradients wait for their updates beside the backward pass
+    inputs = 4 * batch * prod(shape)  # three slots of uint8 pictures, and the recording's own
+    return int(SLACK * (total + largest + states + inputs)) + WORKSPACE + CONTEXT
 
 
 def largest_batch(layers: Sequence[Layer], shape: tuple[int, int, int], *, training: bool) -> int:
@@ -60,49 +96,6 @@ def check_memory(
         f"a batch of {batch} needs about {_gib(needed)} and {device.name} has {_gib(device.memory)}{others}; "
         + (f"the largest batch that fits is {largest}: --set {key}={largest}" if largest else "not even one fits")
     )
-
-
-def _bytes_needed(
-    layers: Sequence[Layer], shape: tuple[int, int, int], batch: int, training: bool, device: Device
-) -> int:
-    import net.gpu
-
-    picture = 2 if device.precision == "bf16" else 4
-    parameters = largest = 0
-    current_shape: tuple[int, ...] = shape
-    total = batch * prod(shape) * picture
-    for layer in fuse(layers, net.gpu):
-        output = layer.output_shape(current_shape)
-        values = sum(prod(s) for s in layer.parameter_shapes(current_shape).values())
-        parameters += values
-        item = picture if len(output) == 3 else 4
-        own, passing = batch * prod(output) * item, batch * prod(current_shape) * item
-        if isinstance(layer, Conv | ConvBlock):
-            conv = layer.conv if isinstance(layer, ConvBlock) else layer
-            sizes = _conv_shape(conv, current_shape, batch)
-            result = batch * sizes.pixels * sizes.maps * picture
-            if picture == 2 and implicit.takes(sizes):
-                folded = implicit.fold_shape(sizes)
-                room = batch * folded.height * folded.width * folded.channels * picture if sizes.stride > 1 else 0
-                kept = True
-            else:
-                piece = sizes.images_at_once(device.memory, picture)
-                room, kept = piece * sizes.pixels * sizes.row * picture, piece == batch
-            if training and kept and isinstance(layer, ConvBlock):
-                own += room
-            passing += room + result
-            if isinstance(layer, ConvBlock) and layer.pool:
-                own += result + batch * prod(output)
-        if isinstance(layer, Linear | LinearBlock) and picture == 2:
-            own += values * picture
-        if isinstance(layer, Flatten) or (isinstance(layer, Dropout) and not training):
-            own = 0
-        total += own if training else 0
-        largest = max(largest, own + passing + values * 4)
-        current_shape = output
-    states = parameters * 4 * (3 if training else 1)  # gradients wait for their updates beside the backward pass
-    inputs = 4 * batch * prod(shape)  # three slots of uint8 pictures, and the recording's own
-    return int(SLACK * (total + largest + states + inputs)) + WORKSPACE + CONTEXT
 
 
 def _conv_shape(conv: Conv, shape: tuple[int, ...], batch: int) -> Shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,8 @@ from net.layers import Shape
 from net.weights.errors import WeightsError
 from net.weights.layout import check_shapes
 
-_ERRORS = (SafetensorError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file makes it raise
+# What a damaged file makes it raise.
+_ERRORS: Final = (SafetensorError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)

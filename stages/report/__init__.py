@@ -17,13 +17,13 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from data.shards import Split
+from data.dataset import Dataset, open_dataset
+from data.split import Split
 from net.backend import DEVICES
 from pipeline.run_dir import RunDir, make_folder, write_bytes
-from stages.eval import evaluate, predictor
+from stages.eval import evaluate
 from stages.report import charts, facts, pictures
 from stages.report.facts import Facts
-from stages.setup import Dataset, open_dataset
 from stages.trained import Trained, label, load_trained
 
 PHOTOS: Final = 8  # shown of the most confident right and wrong ones each
@@ -40,8 +40,8 @@ def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str) -> Path:
     PipelineError
         There is no usable checkpoint or no shards, or files of the run do not fit together.
     """
-    trained = load_trained(run_dir, checkpoint)
     dataset = open_dataset(run_dir)
+    trained = load_trained(run_dir, checkpoint, dataset)
     known = facts.read_facts(run_dir, trained)
     folder = make_folder(run_dir.report)
     sample = _sample(trained, dataset, ops)
@@ -77,7 +77,8 @@ def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str) -> Path:
 
 def compare(run_dirs: list[RunDir]) -> Path:
     """Write ``<first run>/report/compare.html``: the runs' newest checkpoints, curves and settings side by side."""
-    columns, runs = [], []
+    columns: list[dict[str, Any]] = []
+    runs: list[Facts] = []
     for run_dir in run_dirs:
         trained = load_trained(run_dir, "latest")
         known = facts.read_facts(run_dir, trained)
@@ -119,52 +120,54 @@ class _Shown:
 
 
 def _shown(known: Facts, dataset: Dataset, trained: Trained, ops: ModuleType) -> _Shown:
-    filters = pictures.filters(trained)
-    files = {"filters.png": pictures.encoded(pictures.on_white(pictures.enlarged(filters, 6)))}
-    chosen = _for_activations(known, dataset.val)
+    filters, chosen = pictures.filters(trained), _for_activations(known, dataset.val)
     squares = [dataset.val.row(index) for index in chosen]
     maps = pictures.activations(trained, ops, squares)
+    shifted = pictures.jitter(squares[0], dataset.directions, known.config.input.jitter or 0.1)
+    photos = {
+        kind: [_photo(known, dataset.val, i) for i in facts.confident(known, right=kind == "right", most=PHOTOS)]
+        for kind in ("right", "wrong")
+    }
+    images = {
+        "filters": pictures.on_white(pictures.enlarged(filters, 6)),
+        "jitter": pictures.on_white(shifted),
+    }
     for number, (square, layers) in enumerate(zip(squares, maps, strict=True), start=1):
-        files[f"activations-{number}.png"] = pictures.encoded(pictures.maps_sheet(square, layers))
-    sigma = known.config.input.jitter
-    shifted = pictures.jitter(squares[0], dataset.directions, sigma or 0.1)
-    files["jitter.png"] = pictures.encoded(pictures.on_white(shifted))
-    photos = {}
-    for kind in ("right", "wrong"):
-        photos[kind] = [
-            _photo(known, dataset.val, index) for index in facts.confident(known, right=kind == "right", most=PHOTOS)
-        ]
-        if photos[kind]:
-            captions = [
-                [f"{p['said']} {p['probability']:.1%}", *([] if kind == "right" else [f"is {p['true']}"])]
-                for p in photos[kind]
-            ]
-            sheet = pictures.sheet([dataset.val.row(p["index"]) for p in photos[kind]], captions)
-            files[f"confident-{kind}.png"] = pictures.encoded(sheet)
+        images[f"activations-{number}"] = pictures.maps_sheet(square, layers)
+    for kind, shown in photos.items():
+        if shown:
+            images[f"confident-{kind}"] = _sheet(dataset.val, shown, right=kind == "right")
     page = {
         "filters": pictures.data_uri(filters),
         "activations": [
             {
                 "photo": pictures.photo(square),
                 "label": trained.label(int(dataset.val.labels[index])),
-                "layers": [
-                    {
-                        "title": m.title,
-                        "shape": m.shape,
-                        "note": m.note,
-                        "image": pictures.data_uri(
-                            m.image.quantize(64, method=Image.Quantize.FASTOCTREE), optimize=True
-                        ),
-                    }
-                    for m in layers
-                ],
+                "layers": [_layer(shown) for shown in layers],
             }
             for index, square, layers in zip(chosen, squares, maps, strict=True)
         ],
         "jitter": pictures.data_uri(shifted.quantize(256, method=Image.Quantize.FASTOCTREE)),
         "photos": photos,
     }
+    files = {f"{name}.png": pictures.encoded(image) for name, image in images.items()}
     return _Shown(page, files)
+
+
+def _layer(maps: pictures.Maps) -> dict[str, str]:
+    image = maps.image.quantize(64, method=Image.Quantize.FASTOCTREE)
+    return {
+        "title": maps.title,
+        "shape": maps.shape,
+        "note": maps.note,
+        "image": pictures.data_uri(image, optimize=True),
+    }
+
+
+def _sheet(split: Split, photos: list[dict[str, Any]], *, right: bool) -> Image.Image:
+    """Photographs with what the network says of them, and where that is wrong with what they are."""
+    captions = [[f"{p['said']} {p['probability']:.1%}", *([] if right else [f"is {p['true']}"])] for p in photos]
+    return pictures.sheet([split.row(p["index"]) for p in photos], captions)
 
 
 def _photo(known: Facts, split: Split, index: int) -> dict[str, Any]:
@@ -215,11 +218,8 @@ def _sample(trained: Trained, dataset: Dataset, ops: ModuleType) -> dict[str, An
     """How the checkpoint does on pictures it was trained on, evenly spread over the shards; centre view."""
     count = min(SAMPLE, len(dataset.train))
     rows = np.arange(count) * len(dataset.train) // count
-    config = trained.config
-    mean = dataset.mean if trained.mean is None else trained.mean
-    predict = predictor(config, len(trained.classes), mean, ops, trained.on_device(ops), views=1)
-    part = _Part(dataset.train, rows)
-    result = evaluate(ops, predict, part, config, min(config.eval.batch_size, 64), 1)
+    predict, config = trained.predictor(ops, views=1), trained.config
+    result = evaluate(ops, predict, _Part(dataset.train, rows), config, min(config.eval.batch_size, 64), 1)
     return {"images": count, "top1": result.top1, "loss": float(result.loss.mean())}
 
 
@@ -269,8 +269,8 @@ def _template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["style"] = Markup((_HERE / "page.css").read_text())
-    environment.globals["script"] = Markup((_HERE / "page.js").read_text())
+    environment.globals["style"] = Markup((_HERE / "page.css").read_text("utf-8"))
+    environment.globals["script"] = Markup((_HERE / "page.js").read_text("utf-8"))
     environment.filters["percent"] = lambda value, digits=1: f"{value:.{digits}%}"
     environment.filters["short"] = _short
     environment.filters["setting"] = facts.setting_text

@@ -110,20 +110,19 @@ def curves_png(shown: Sequence[Chart]) -> bytes:
     for place, chart in enumerate(shown):
         axes = figure.add_subplot(1, len(shown), place + 1)
         for s in chart.series:
-            x, y = [p[0] for p in s.points], [p[1] for p in s.points]
-            look = {"marker": "o", "markersize": 3.5} if s.style == "dots" else {}
             axes.plot(
-                x,
-                y,
+                [x for x, _ in s.points],
+                [y for _, y in s.points],
                 color=_COLOURS[s.colour % len(_COLOURS)],
                 alpha=0.3 if s.style == "faint" else 1,
                 label=s.name,
-                **look,
+                marker="o" if s.style == "dots" else None,
+                markersize=3.5,
             )
         for x, text in chart.marks:
             axes.axvline(x, color="#888888", linewidth=0.8, linestyle="--")
-            where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(text, (x, 1), (0, 3), fontsize=7, **where)
+            above, unit = ("data", "axes fraction"), "offset points"
+            axes.annotate(text, (x, 1), (0, 3), xycoords=above, textcoords=unit, ha="center", fontsize=7)
         axes.set_title(chart.title, pad=14)
         axes.set_xlabel("epoch")
         axes.set_ylabel(chart.y)

@@ -14,9 +14,11 @@ from typing import Any, Final
 import numpy as np
 
 from data.manifest import read_manifest
+from data.origin import made_from
 from data.sampling import steps_per_epoch
 from net.backend import DEVICES
-from pipeline.config import RECIPES, Config, flatten, to_dict, with_values
+from pipeline.config import RECIPES, Config
+from pipeline.config_values import flatten, to_dict, with_values
 from pipeline.errors import PipelineError
 from pipeline.metrics import has_numbers, read_metrics
 from pipeline.run_dir import RunDir, hash_file, read_json
@@ -105,7 +107,7 @@ def _evaluation(run: RunDir, classes: int) -> tuple[dict[str, Any] | None, dict[
     path = run.eval / "metrics.json"
     if not path.exists():
         return None, None
-    remedy = f"make it again: python run_pipeline.py --stage eval --run {run.root}"
+    remedy = f"make it again: python run_pipeline.py --stage eval {run.flag}"
     evaluation = read_json(path, remedy)
     try:
         # Opened here, because NumPy leaves a file open that turns out to be no archive.
@@ -118,9 +120,12 @@ def _evaluation(run: RunDir, classes: int) -> tuple[dict[str, Any] | None, dict[
         sound = (
             has_numbers(evaluation, "images", "loss", "top1", "top5", "views", "step")
             and evaluation["images"] == count
-            and all(len(array) == count for array in predictions.values())
+            and predictions["labels"].shape == predictions["loss"].shape == (count,)
             and predictions["top"].shape == predictions["probability"].shape == (count, min(5, classes))
-            and all(a.min() >= 0 and a.max() < classes for a in (predictions["labels"], predictions["top"]))
+            and all(
+                a.dtype.kind == "i" and a.min() >= 0 and a.max() < classes
+                for a in (predictions["labels"], predictions["top"])
+            )
         )
     except _UNREADABLE as error:
         raise PipelineError(f"{run.eval / 'predictions.npz'} cannot be read ({error}); {remedy}") from error
@@ -247,10 +252,9 @@ def commands(facts: Facts) -> list[str]:
     if prepared.seed:
         options = f" --seed {prepared.seed}{options}"
     reseeded = f" --seed {facts.config.seed}" if facts.config.seed != prepared.seed else ""
-    started = [r["source"] for r in read_metrics(facts.run.preprocess / "metrics.jsonl") if "source" in r]
-    own = not started or started[-1].startswith(str(facts.run.root))
-    source = "" if own else f" --source {shlex.quote(str(started[-1]))}"
-    where = f" --run {shlex.quote(str(facts.run.root))}"
+    pictures = made_from(facts.run)
+    source = "" if pictures is None else f" --source {shlex.quote(pictures)}"
+    where = f" {facts.run.flag}"
     computing = f" --device {facts.device}" if facts.device in DEVICES else ""
     if computing and facts.precision in ("tf32", "bf16"):
         computing += f" --precision {facts.precision}"

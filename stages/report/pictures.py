@@ -18,6 +18,8 @@ from stages.trained import Trained
 
 MAPS: Final = 16  # of a layer, the strongest
 _ROW: Final = 8  # maps a row
+_COLUMNS: Final = 4  # photographs a row of a sheet
+_PHOTO: Final = 168  # side in pixels of a photograph on the page
 _TILE: Final = 52  # pixels a map is enlarged to, at least where it is smaller
 # Black, purple, orange, white: matplotlib's magma at nine places.
 _MAGMA: Final = np.array(
@@ -59,7 +61,8 @@ def activations(trained: Trained, ops: ModuleType, squares: Sequence[np.ndarray]
     parameters = trained.on_device(ops)
     x = prepare(ops, trained.preparation(ops), ops.upload(trained.inputs(squares, views=1)))
     shown: list[list[Maps]] = [[] for _ in squares]
-    name, done = "", []
+    name = ""
+    done: list[str] = []
     for layer in trained.layers:
         x, _ = layer.forward(ops, parameters, x, Run(training=False))
         match layer:
@@ -85,16 +88,16 @@ def jitter(square: np.ndarray, directions: np.ndarray, sigma: float) -> Image.Im
     return tiled(np.clip(np.round(np.stack(tiles)), 0, 255).astype(np.uint8), 5, gap=4)
 
 
-def sheet(squares: Sequence[np.ndarray], captions: Sequence[Sequence[str]], columns: int = 4) -> Image.Image:
+def sheet(squares: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) -> Image.Image:
     """Pictures with lines of text below each."""
     side, line, pad = 192, 16, 8
     lines = max(map(len, captions))
     cell = (side + pad, side + lines * line + 2 * pad)
-    rows = -(-len(squares) // columns)
-    image = Image.new("RGB", (columns * cell[0] + pad, rows * cell[1] + pad), "white")
+    rows = -(-len(squares) // _COLUMNS)
+    image = Image.new("RGB", (_COLUMNS * cell[0] + pad, rows * cell[1] + pad), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     for place, (square, texts) in enumerate(zip(squares, captions, strict=True)):
-        x, y = pad + place % columns * cell[0], pad + place // columns * cell[1]
+        x, y = pad + place % _COLUMNS * cell[0], pad + place // _COLUMNS * cell[1]
         image.paste(Image.fromarray(square).resize((side, side)), (x, y))
         for number, text in enumerate(texts):
             draw.text((x, y + side + 4 + number * line), _fitted(draw, text, font, side), fill="black", font=font)
@@ -141,9 +144,9 @@ def enlarged(image: Image.Image, factor: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def photo(square: np.ndarray, side: int = 168) -> str:
+def photo(square: np.ndarray) -> str:
     """A picture as a small JPEG in a data URI."""
-    return data_uri(Image.fromarray(square).resize((side, side), Image.Resampling.LANCZOS), "JPEG", quality=85)
+    return data_uri(Image.fromarray(square).resize((_PHOTO, _PHOTO), Image.Resampling.LANCZOS), "JPEG", quality=85)
 
 
 def data_uri(image: Image.Image, format: str = "PNG", **options: Any) -> str:

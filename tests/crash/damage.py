@@ -22,15 +22,16 @@ from unittest import mock
 import numpy as np
 
 from data import ilsvrc, published
+from data.dataset import open_dataset
 from data.images import UnreadableError, read_square
 from data.listing import digest
 from data.sources import read_source
 from pipeline.checkpoint import find_checkpoint, load_checkpoint, note_best, save_checkpoint
-from pipeline.config import from_dict, load_config, override, to_dict
+from pipeline.config import load_config
+from pipeline.config_values import changes, from_dict, to_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, read_sealed, write_sealed
 from stages import preprocess, verify
-from stages.setup import open_dataset
 from tests import pictures
 from tests.command_line import QUICK
 from tests.data import archives
@@ -106,7 +107,7 @@ def damage_many(folder: Path, cases: int, seed: int, *, say: Callable[[object], 
 
 def _subject(folder: Path) -> Subject:
     run, source = RunDir(folder / "run"), pictures.draw(folder / "source")
-    config = override(load_config("seed"), settings=list(QUICK))
+    config = changes(settings=list(QUICK))(load_config("seed"))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         preprocess.run(config, run, source=source, jobs=1)
     write_sealed(run.config, to_dict(config))

@@ -28,7 +28,8 @@ from data.shards import Content, Layout, checksum, read_shard, write_shard
 from net.weights import caffe, tensors
 from net.weights.errors import WeightsError
 from pipeline.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from pipeline.config import from_dict, load_config, override, to_dict
+from pipeline.config import load_config
+from pipeline.config_values import changes, from_dict, to_dict
 from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
 from pipeline.run_dir import read_sealed, write_sealed
@@ -97,7 +98,7 @@ def parsers(folder: Path) -> dict[str, Parser]:
         "checkpoint": Parser(checkpoint.read_bytes(), load_checkpoint, PipelineError),
         "index": Parser((folder / "train" / "latest.json").read_bytes(), read_index, PipelineError),
         "configuration": Parser(config.read_bytes(), read_config, PipelineError),
-        "TOML": Parser(toml, lambda path: override(load_config("seed"), path), PipelineError),
+        "TOML": Parser(toml, lambda path: changes(path)(load_config("seed")), PipelineError),
         "metrics": Parser(metrics, read_metrics, PipelineError),
         "caffemodel": Parser(model, read_caffe, WeightsError),
         "binaryproto": Parser(blob(np.ones((1, 3, 2, 2)), old=True), caffe.read_mean, WeightsError),

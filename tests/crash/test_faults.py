@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 
 from pipeline.checkpoint import best_of, checkpoints, find_checkpoint, load_checkpoint
-from pipeline.config import load_config, override
+from pipeline.config import load_config
+from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.metrics import MetricsLog
 from pipeline.run_dir import RunDir, hash_file, locked, make_folder, read_json, read_sealed, write_sealed
 from stages import preprocess
-from stages.eval import Evaluation, _write
+from stages.eval import Evaluation, write_results
 from stages.start import State
-from stages.train import _save
+from stages.train import save as save_state
 from tests.command_line import QUICK
 from tests.conftest import mounted
 
@@ -135,7 +136,7 @@ def shards_are_sound(run: RunDir, reference: Path) -> None:
 
 
 def test_every_failing_write_of_preprocessing(quick: RunDir, prepared: Path, small_source: Path) -> None:
-    config = override(load_config("seed"), settings=list(QUICK))
+    config = changes(settings=list(QUICK))(load_config("seed"))
 
     def work() -> None:
         with locked(quick):
@@ -153,7 +154,7 @@ def test_every_failing_write_of_preprocessing(quick: RunDir, prepared: Path, sma
 def test_disk_that_fills_up_anywhere_while_preprocessing(
     tmp_path: Path, prepared: Path, small_source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = override(load_config("seed"), settings=list(QUICK))
+    config = changes(settings=list(QUICK))(load_config("seed"))
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1 << 40))
     disk = tmp_path / "disk"
@@ -185,7 +186,7 @@ def test_every_failing_write_of_saving_a_checkpoint(quick: RunDir) -> None:
     def save(step: int, top1: float | None) -> None:
         with MetricsLog(make_folder(quick.train) / "metrics.jsonl") as log:
             header = {"config": {}, "validation": None if top1 is None else {"top1": top1}}
-            _save(quick, ops, log, 2, State(step, parameters, parameters), header)  # type: ignore[arg-type]
+            save_state(quick, ops, log, 2, State(step, parameters, parameters), header)  # type: ignore[arg-type]
 
     def prepare() -> None:
         shutil.rmtree(quick.root, ignore_errors=True)
@@ -215,7 +216,7 @@ def test_every_failing_write_of_an_evaluation(quick: RunDir) -> None:
         top = np.array([[0, 1], [1, 0], [0, 1]], dtype=np.int32)
         result = Evaluation(labels, top, np.full((3, 2), 0.5, np.float32), np.full(3, loss), 1.0)
         dataset = SimpleNamespace(classes=[{"wnid": "a", "words": None}, {"wnid": "b", "words": None}])
-        _write(make_folder(quick.eval), dataset, result, {"loss": loss})  # type: ignore[arg-type]
+        write_results(make_folder(quick.eval), dataset, result, {"loss": loss})  # type: ignore[arg-type]
 
     def prepare() -> None:
         shutil.rmtree(quick.root, ignore_errors=True)

@@ -45,7 +45,7 @@ def packed(files: Files, form: int = tarfile.GNU_FORMAT) -> bytes:
 
 def write_devkit(folder: Path, ids: dict[str, int], truth: list[int]) -> None:
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
-    rows = [(identity, wnid, f"words of {wnid}", 0) for wnid, identity in ids.items()]
+    rows = [(identity, wnid, f"words of {wnid}", 0) for identity, wnid in sorted((i, w) for w, i in ids.items())]
     rows.append((1001, "n00", "their ancestor", len(ids)))
     meta = io.BytesIO()
     scipy.io.savemat(meta, {"synsets": np.array(rows, dtype=fields).reshape(-1, 1)})

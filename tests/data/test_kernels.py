@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data import kernels
@@ -22,3 +23,11 @@ def test_where_no_cache_can_be_written_they_are_compiled_without(monkeypatch: py
     monkeypatch.setattr(kernels.numba, "njit", njit)
     assert kernels._compiled(len) is len
     assert asked == [True, False]
+
+
+def test_what_works_with_bare_addresses_refuses_another_layout() -> None:
+    pixels = np.zeros((4, 8), np.uint32)
+    with pytest.raises(ValueError, match="turned: wrong layout"):
+        kernels.turned(pixels, np.zeros((4, 8), np.uint32))
+    with pytest.raises(ValueError, match="without_fourth: wrong layout"):
+        kernels.without_fourth(np.zeros((4, 8, 3), np.uint8))

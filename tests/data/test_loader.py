@@ -7,6 +7,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +72,23 @@ def test_batches_come_in_order_with_exact_crops(slots: int, threads: int) -> Non
     assert numbers == list(range(3, 14))
 
 
+def test_a_batch_says_how_long_it_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [0.0], threading.Event()
+
+    def clock() -> float:
+        value = now[0]
+        asked.set()
+        return value
+
+    def late(number: int) -> Crops:
+        asked.wait()
+        now[0] += 5
+        return plan(number)
+
+    monkeypatch.setattr(loader, "time", SimpleNamespace(perf_counter=clock))
+    assert [batch.waited for batch in load(range(1), plan=late)] == [5]
+
+
 def test_every_picture_comes_once_an_epoch() -> None:
     labels = np.concatenate([b.arrays["labels"].copy() for b in load(range(5, 10))])
     assert np.array_equal(np.sort(labels), np.arange(COUNT))
@@ -121,6 +139,8 @@ def test_closing_early_ends_the_threads(taken: int) -> None:
     with contextlib.closing(load(range(1000), threads=4)) as batches:
         for _ in range(taken):
             next(batches)
+        if taken:
+            assert sum(thread.name.startswith("loader-") for thread in threading.enumerate()) == 4
 
 
 def test_an_error_of_the_consumer_ends_the_threads() -> None:

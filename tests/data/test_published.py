@@ -12,7 +12,7 @@ from data import ilsvrc, published
 from data.sources import ClassEntry, read_source
 from pipeline.errors import PipelineError
 from stages.preprocess import check_archives
-from tests.command_line import pipeline
+from tests.command_line import ROOT, pipeline
 from tests.data.archives import small_official
 
 
@@ -30,6 +30,9 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_published_archives_pass(official: Path, capsys: pytest.CaptureFixture[str]):
     check_archives(official)
     assert "are the published archives, by their MD5 sums" in capsys.readouterr().out
+    counted: list[int] = []
+    published.check(official / ilsvrc.TRAIN, counted.append)
+    assert sum(counted) == (official / ilsvrc.TRAIN).stat().st_size
 
 
 @pytest.mark.parametrize("name", list(published.ARCHIVES))
@@ -52,11 +55,18 @@ def test_the_real_command_line_names_an_archive_that_is_not_the_published_one(tm
     assert not list((tmp_path / "run").rglob("*.h5"))
 
 
+def test_the_published_archives_have_the_pictures_that_readme_counts():
+    readme = (ROOT / "README.md").read_text()
+    assert f"hold {sum(published.PICTURES.values()):,} pictures" in readme
+
+
 def test_missing_pictures_are_told(official: Path, monkeypatch: pytest.MonkeyPatch):
     source = read_source(official)
     assert published.shortfalls(source) == []  # three classes: another set altogether
     source = replace(source, classes=(ClassEntry("n", None, None),) * 1000)
     monkeypatch.setattr(published, "PICTURES", {ilsvrc.TRAIN: 9, ilsvrc.VAL: 5})
     assert published.shortfalls(source) == [f"{official / ilsvrc.VAL} holds 4 of the 5 published pictures"]
+    monkeypatch.setattr(published, "PICTURES", {ilsvrc.TRAIN: 8, ilsvrc.VAL: 4})
+    assert published.shortfalls(source) == [f"{official / ilsvrc.TRAIN} holds 9 of the 8 published pictures"]
     monkeypatch.setattr(published, "PICTURES", {ilsvrc.TRAIN: 9, ilsvrc.VAL: 4})
     assert published.shortfalls(source) == []

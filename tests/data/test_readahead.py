@@ -15,10 +15,10 @@ from pipeline.errors import PipelineError
 
 
 @pytest.fixture(autouse=True)
-def _no_thread_is_left() -> Iterator[None]:
-    before = threading.active_count()
+def _no_thread_and_no_open_file_is_left() -> Iterator[None]:
+    before = threading.active_count(), len(os.listdir("/dev/fd"))
     yield
-    assert threading.active_count() == before
+    assert (threading.active_count(), len(os.listdir("/dev/fd"))) == before
 
 
 def groups_of(number: int) -> range:
@@ -52,6 +52,33 @@ def test_a_failing_read_is_raised_at_the_batch_that_needs_it(tmp_path: Path):
         with pytest.raises(PipelineError, match=r"cannot read .*gone: No such file"):
             plan(3)
         assert plan(2) == "2"
+
+
+def test_a_batch_on_both_sides_of_a_groups_end_waits_for_both(tmp_path: Path):
+    file = tmp_path / "shard"
+    file.write_bytes(bytes(100))
+
+    def pieces(group: int) -> list[tuple[Path, int, int]]:
+        return [(file if group == 0 else tmp_path / "gone", 0, 9)]
+
+    with reading_ahead(str, lambda number: range(number, number + 2), pieces, 0, 1) as plan:
+        with pytest.raises(PipelineError, match=r"cannot read .*gone"):
+            plan(0)
+
+
+def test_a_read_that_brings_less_than_asked_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "shard"
+    file.write_bytes(bytes(100))
+    asked, read = [], os.preadv
+
+    def some(handle: int, buffers: list[memoryview], offset: int) -> int:
+        asked.append((offset, len(buffers[0])))
+        return read(handle, [buffers[0][:4]], offset)
+
+    monkeypatch.setattr(os, "preadv", some)
+    with reading_ahead(str, groups_of, lambda _: [(file, 20, 10)], 0, 3) as plan:
+        plan(0)
+    assert asked == [(20, 10), (24, 6), (28, 2)]
 
 
 def test_memory_is_that_of_this_machine():

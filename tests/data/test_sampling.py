@@ -187,3 +187,4 @@ def test_the_block_order_mixes_within_a_group_and_differs_from_epoch_to_epoch():
 def test_the_block_order_is_the_one_of_earlier_versions() -> None:
     """A changed value here breaks the resuming of every run in block-wise order that exists."""
     assert s.block_order(1000, 7, 3, 50, 4)[:8].tolist() == [256, 439, 219, 409, 447, 432, 492, 486]
+    assert s.block_order(10_000, 7, 3)[:8].tolist() == [5145, 7088, 8356, 5455, 9496, 1650, 1001, 6834]

@@ -22,15 +22,16 @@ from data.shards import (
     Layout,
     checksum,
     index_hash,
-    open_split,
     read_layout,
     read_shard,
     shard_name,
     write_shard,
 )
+from data.split import open_split
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file, read_sealed, write_sealed
 from tests.conftest import ROOT
+from tests.pictures import sources
 
 SIZE = 8
 
@@ -138,7 +139,7 @@ def test_a_split_serves_all_shards_as_one(run: RunDir):
     assert split.starts.dtype == np.int64
     assert split.labels.dtype == np.int32
     np.testing.assert_array_equal(split.labels, np.concatenate([e.labels for e in expected]))
-    np.testing.assert_array_equal(split.sources(), np.concatenate([e.source for e in expected]))
+    np.testing.assert_array_equal(sources(split), np.concatenate([e.source for e in expected]))
     for row, image in enumerate(np.concatenate([e.images for e in expected])):
         np.testing.assert_array_equal(split.row(row), image)
     assert isinstance(split.images[0].base, np.memmap)
@@ -154,7 +155,7 @@ from pathlib import Path
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
 from data.manifest import read_manifest
-from data.shards import open_split
+from data.split import open_split
 from pipeline.run_dir import RunDir
 run = RunDir(Path({str(tmp_path / "run")!r}))
 print(len(open_split(run.preprocess, read_manifest(run), "train")))

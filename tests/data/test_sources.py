@@ -70,6 +70,18 @@ def test_validation_pictures_are_paired_by_the_number_in_their_name(tmp_path: Pa
     assert rows(read_source(tmp_path).splits["val"]) == [(names[1], 2), (names[0], 0)]
 
 
+def test_validation_pictures_whose_names_tell_no_class_are_rejected(official: Path):
+    names = ["ILSVRC2012.JPEG", "._ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG"]
+    (official / ilsvrc.VAL).write_bytes(packed(dict.fromkeys(names, b"x")))
+    source = read_source(official)
+    assert rows(source.splits["val"]) == [(names[2], 0)]
+    assert [(r.split, r.name, r.reason) for r in source.rejects] == [
+        ("val", names[0], "its name has no number that would tell its class")
+    ]
+    (official / ilsvrc.VAL).write_bytes(packed({"ILSVRC2012_val_00000000.JPEG": b"x"}))
+    assert "holds ILSVRC2012_val_00000000.JPEG, but the ground truth in" in refused(official)
+
+
 @pytest.mark.parametrize("as_tars", [True, False])
 def test_class_tars_and_folders_list_the_same_pictures(official: Path, tmp_path: Path, as_tars):
     other = tmp_path / "other"
@@ -121,7 +133,7 @@ def test_what_is_no_picture_file_is_rejected_and_hidden_files_are_left_out(offic
             member = tarfile.TarInfo(name)
             member.type, member.size, member.linkname = kind, len(data), "/etc/passwd"
             archive.addfile(member, io.BytesIO(data))
-    outer = {"n01.tar": stream.getvalue(), "n02.tar": packed({"a": b"1"}), "README": b"text"}
+    outer = {"n01.tar": stream.getvalue(), "n02.tar": packed({"a": b"1"}), "README": b"text", "._n02.tar": b"x"}
     (official / ilsvrc.TRAIN).write_bytes(packed(outer))
     source = read_source(official)
     assert rows(source.splits["train"]) == [("n01/n01_0.JPEG", 0), ("n01/n01_1.JPEG", 0), ("n02/a", 1)]
@@ -165,24 +177,25 @@ def test_what_lies_where_no_pictures_are_looked_for_is_told(tmp_path: Path):
     assert read_source(tmp_path).unread == ("train/ holds 1 loose file, such as x.jpg: it is not read",)
     for name in ("readme.txt", os.fsdecode(b"p\xff")):
         (train / name).write_bytes(b"x")
+    os.mkfifo(train / "queue.tar")
     for name in ("sub", "other"):
         (train / "n01" / name).mkdir()
         (train / "n01" / name / "x.jpg").write_bytes(b"x")
     (tmp_path / "val" / "n01" / "sub").mkdir()
     source = read_source(tmp_path)
     assert source.unread == (
-        r"train/ holds 3 loose files, such as p\xff, and 2 folders inside class folders, such as n01/other: "
+        r"train/ holds 4 loose files, such as p\xff, and 2 folders inside class folders, such as n01/other: "
         "they are not read",
         "val/ holds 1 folder inside a class folder, such as n01/sub: it is not read",
     )
     assert source.fingerprint() == before.fingerprint()
     assert source.rejects == ()
     (train / "n01" / "a.JPEG").rename(train / "n01" / "sub" / "a.JPEG")
-    assert "holds no pictures (train/ holds 3 loose files" in refused(tmp_path)
+    assert "holds no pictures (train/ holds 4 loose files" in refused(tmp_path)
     (train / "n02").mkdir()
     (train / "n02" / "b.JPEG").write_bytes(b"b")
     assert "the class n01 in" in refused(tmp_path)
-    assert "remove it (train/ holds 3 loose files" in refused(tmp_path)
+    assert "remove it (train/ holds 4 loose files" in refused(tmp_path)
 
 
 def refused(root: Path) -> str:
@@ -234,6 +247,13 @@ def test_a_ground_truth_of_unknown_ids_is_refused(official: Path):
     assert "line 3 of its ground truth is no class ID" in refused(official)
 
 
+def test_class_ids_that_tell_no_classes_apart_are_refused(official: Path):
+    write_devkit(official, {"n01": 1, "n02": 2, "n03": 2}, [1, 2, 2, 1])
+    assert "the class IDs in its meta.mat are not distinct" in refused(official)
+    write_devkit(official, {"n01": 1, "n02": 2, "n03": -1}, [1, 2, 2, 1])  # would be the last of an array
+    assert "holds the class n03, which" in refused(official)
+
+
 @pytest.mark.parametrize("name", [ilsvrc.TRAIN, ilsvrc.VAL, ilsvrc.DEVKIT])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.99])
 def test_an_archive_cut_short_is_named(official: Path, name, share):
@@ -246,7 +266,14 @@ def test_an_archive_cut_short_is_named(official: Path, name, share):
 
 
 def test_a_devkit_that_is_something_else_is_refused(official: Path):
-    for data in (b"", b"text", gzip.compress(b"text"), gzip.compress(packed({"data/meta.mat": b"MATLAB 5.0" * 30}))):
+    no_block = gzip.compress(b"text")[:10] + b"\xff" * 30
+    for data in (
+        b"",
+        b"text",
+        no_block,
+        gzip.compress(b"text"),
+        gzip.compress(packed({"data/meta.mat": b"MATLAB 5.0" * 30})),
+    ):
         (official / ilsvrc.DEVKIT).write_bytes(data)
         assert ilsvrc.DEVKIT in refused(official)
 

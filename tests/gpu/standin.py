@@ -580,7 +580,7 @@ def forget() -> None:
     from net.gpu import arrays, beside, cublas, device, graph, kernels, nccl
 
     device._device = None
-    caches = (kernels._kernel, kernels._module, kernels._prepared, kernels.signatures, kernels.source)
+    caches = (kernels.compiled, kernels._module, kernels._prepared, kernels.signatures, kernels.source)
     for cached in (
         *caches,
         cublas._handle,

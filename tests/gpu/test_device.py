@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from net.alexnet import alexnet
-from net.backend import BackendUnavailableError, load
-from net.gpu import cublas, device, memory
+from net.backend import BackendUnavailableError, choose, load
+from net.gpu import cublas, memory, setup
 from net.layers import fuse
 from tests.gpu import standin, test_network
 
@@ -47,24 +47,32 @@ def test_importing_the_backend_needs_neither_gpu_nor_cupy() -> None:
 
 def test_no_cupy(without_cupy: Callable[[BaseException], None]) -> None:
     without_cupy(ModuleNotFoundError("No module named 'cupy'", name="cupy"))
-    reason = device.availability()
-    assert reason == f"CuPy is not installed: {device.INSTALL}"
+    reason = setup.availability()
+    assert reason == f"CuPy is not installed: {setup.INSTALL}"
     with pytest.raises(BackendUnavailableError, match="CuPy is not installed"):
         load("gpu")
 
 
 def test_a_cupy_that_does_not_load(without_cupy: Callable[[BaseException], None]) -> None:
     without_cupy(ImportError("libcuda is odd.\nand more", name="cupy._core"))
-    assert "cannot be loaded (libcuda is odd)" in str(device.availability())
+    assert "cannot be loaded (libcuda is odd)" in str(setup.availability())
+
+
+def test_a_home_where_cupy_cannot_make_its_folder(without_cupy: Callable[[BaseException], None]) -> None:
+    """CuPy makes it when it is imported; a run on the CPU must not end by that."""
+    without_cupy(PermissionError(13, "Permission denied", "/.cupy"))
+    assert "cannot make its folder for compiled kernels ([Errno 13] Permission" in str(setup.availability())
+    assert "CUPY_CACHE_DIR" in str(setup.availability())
+    assert choose("auto")[0] == "cpu"
 
 
 def test_no_driver(pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["cupy"].cuda, "is_available", lambda: False)
-    assert "no NVIDIA GPU" in str(device.availability())
-    assert "nvidia-smi" in str(device.availability())
+    assert "no NVIDIA GPU" in str(setup.availability())
+    assert "nvidia-smi" in str(setup.availability())
     monkeypatch.setattr(sys.modules["cupy"].cuda.runtime, "driverGetVersion", lambda: 12040)
     monkeypatch.setattr(sys.modules["cupy"].cuda.runtime, "runtimeGetVersion", lambda: 13000)
-    assert "driver knows CUDA up to 12.4, but CuPy was made for CUDA 13" in str(device.availability())
+    assert "driver knows CUDA up to 12.4, but CuPy was made for CUDA 13" in str(setup.availability())
 
 
 @pytest.mark.parametrize("missing", ["NVRTC", "cuBLAS"])
@@ -76,9 +84,9 @@ def test_a_missing_library(pretended: standin.Machine, monkeypatch: pytest.Monke
         monkeypatch.setattr(sys.modules["cupy"].cuda.nvrtc, "getVersion", fail)
     else:
         monkeypatch.setattr(cublas, "load_library", fail)
-    reason = str(device.availability())
+    reason = str(setup.availability())
     assert f"lib{missing.lower()}" in reason
-    assert device.INSTALL in reason
+    assert setup.INSTALL in reason
     assert "\n" not in reason
 
 
@@ -87,7 +95,7 @@ def test_missing_headers(pretended: standin.Machine, monkeypatch: pytest.MonkeyP
         raise RuntimeError("Failed to find CUDA headers.\nPlease install ...")
 
     monkeypatch.setattr(sys.modules["cupy"], "RawModule", fail)
-    assert device.availability() == f"CuPy cannot compile kernels (Failed to find CUDA headers): {device.INSTALL}"
+    assert setup.availability() == f"CuPy cannot compile kernels (Failed to find CUDA headers): {setup.INSTALL}"
 
 
 def test_a_card_that_the_compiler_has_left_behind(pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,17 +104,17 @@ def test_a_card_that_the_compiler_has_left_behind(pretended: standin.Machine, mo
 
     monkeypatch.setattr(sys.modules["cupy"], "RawModule", fail)
     complaint = "CuPy cannot compile kernels (nvrtc: error: invalid value for --gpu-architecture (-arch)"
-    assert device.availability() == f"{complaint}): {device.INSTALL}"
+    assert setup.availability() == f"{complaint}): {setup.INSTALL}"
     pretended.capability = "70"
     older = "; CUDA 13 has no code for cards below compute capability 7.5"
-    assert device.availability() == f"{complaint}{older}): {device.INSTALL}"
+    assert setup.availability() == f"{complaint}{older}): {setup.INSTALL}"
 
 
 def test_an_old_card(pretended: standin.Machine) -> None:
     pretended.capability = "61"
-    assert "6.1" in str(device.availability())
+    assert "6.1" in str(setup.availability())
     pretended.capability = "75"
-    assert device.availability() is None
+    assert setup.availability() is None
     with pytest.raises(BackendUnavailableError, match="no bf16 arithmetic"):
         load("gpu", "bf16")
     load("gpu", "fp32")

@@ -71,7 +71,7 @@ def ops(request: pytest.FixtureRequest, backend: Callable[[str], ModuleType]) ->
 
 
 def forget_kernels() -> None:
-    kernels._kernel.cache_clear()
+    kernels.compiled.cache_clear()
     kernels._module.cache_clear()
 
 
@@ -123,7 +123,7 @@ def test_every_tile_and_number_of_stages(
     ops: ModuleType, monkeypatch: pytest.MonkeyPatch, tile: int, stages: int
 ) -> None:
     monkeypatch.setattr(implicit, "TILES", (tile, *((96,) if tile == 48 else ())))  # dw has no kernel for 48
-    monkeypatch.setattr(implicit, "_stages", lambda tile, beside, room: stages)
+    monkeypatch.setattr(implicit, "slices", lambda tile, beside, room: stages)
     if tile == 48:
         monkeypatch.setattr(implicit, "_cost", lambda plan, room: plan.tile)
     check(ops, CASES[1])

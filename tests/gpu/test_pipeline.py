@@ -15,7 +15,6 @@ from PIL import Image
 
 import run_pipeline
 from pipeline.checkpoint import checkpoints, load_checkpoint
-from stages import eval as eval_stage
 from stages import setup, start, trained
 from tests.gpu import standin, test_network
 from tests.gpu.conftest import REAL
@@ -27,7 +26,7 @@ SMALL = ("preprocess.size=80", "input.crop=72", "train.batch_size=4", "eval.batc
 def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe's layers with few maps and units: it is the stages that are tried here."""
     original = setup.network_layers
-    for stage in (setup, start, eval_stage, trained):
+    for stage in (setup, start, trained):
         monkeypatch.setattr(stage, "network_layers", lambda *a: test_network.small(original(*a)))
 
 

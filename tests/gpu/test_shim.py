@@ -146,7 +146,7 @@ def with_mistake(
 
 
 def _forget_kernels() -> None:
-    kernels._kernel.cache_clear()
+    kernels.compiled.cache_clear()
     kernels._module.cache_clear()
 
 

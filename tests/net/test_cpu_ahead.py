@@ -71,11 +71,9 @@ def test_parts_are_compiled_until_that_has_been_done_once(tmp_path: Path, monkey
 def test_a_helper_s_end_is_told_and_its_part_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done: list[int] = []
     monkeypatch.setattr(ahead.numba, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(ahead, "PARTS", [lambda n=n: done.append(n) for n in range(11)])  # the helper knows four
+    monkeypatch.setattr(ahead, "PARTS", [pytest.fail] * 11)  # the helpers know four; this process compiles none
     assert not ahead._compile_parts()
-    assert done == [0, 2, 4, 6, 8, 10]
     said = capsys.readouterr().err
     assert "status 1" in said
     assert "IndexError" in said

@@ -20,7 +20,8 @@ from net.weights import caffe
 from net.weights.errors import WeightsError
 from net.weights.layout import from_torch, to_torch, torch_shapes
 from net.weights.tensors import read_arrays, read_header, to_bytes
-from pipeline.config import RECIPES, Config, override, to_dict
+from pipeline.config import RECIPES, Config
+from pipeline.config_values import changes, to_dict
 from stages.setup import network_layers, shapes
 from tests.net.caffe_files import blob, caffemodel, field, varint
 
@@ -38,7 +39,7 @@ def small(recipe: str, *settings: str) -> Config:
     # 99 x 99 with the border: the smallest at which rounding sizes up, as Caffe does, and down agree.
     crop = 99 if recipe == "caffe" else 96
     sizes = [f"input.crop={crop}", "preprocess.size=120", "network.weight_std=[0,0,0,0,0,0,0,0]"]
-    return override(RECIPES[recipe], settings=[*sizes, *settings])
+    return changes(settings=[*sizes, *settings])(RECIPES[recipe])
 
 
 def side_of(config: Config) -> tuple[int, int, int]:
@@ -59,7 +60,7 @@ def parameters_of(config: Config) -> dict[str, np.ndarray]:
 
 @functools.cache
 def _weights(pool_size: int) -> dict[str, np.ndarray]:
-    config = override(small("caffe"), settings=[f"network.pool_size={pool_size}"])
+    config = changes(settings=[f"network.pool_size={pool_size}"])(small("caffe"))
     return initial_parameters(shapes(network_layers(config, CLASSES), config), (0.0,) * 8, (0.0,) * 8, 0)
 
 

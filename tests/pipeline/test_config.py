@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import config as c
+from pipeline import config_values as v
 from pipeline.errors import PipelineError
 from stages.setup import network_layers
 
@@ -19,8 +20,8 @@ from stages.setup import network_layers
 @pytest.mark.parametrize("name", c.RECIPES)
 def test_recipe_survives_json(name: str) -> None:
     recipe = c.load_config(name)
-    text = json.dumps(c.to_dict(recipe), allow_nan=False)
-    assert c.from_dict(json.loads(text), "config.json") == recipe
+    text = json.dumps(v.to_dict(recipe), allow_nan=False)
+    assert v.from_dict(json.loads(text), "config.json") == recipe
     assert recipe.recipe == name
 
 
@@ -48,23 +49,23 @@ def test_recipes_hold_the_published_numbers() -> None:
 def test_every_key_can_be_set_to_its_own_value() -> None:
     values = dict(_flat(dataclasses.asdict(c.ORIGINAL)))
     del values["recipe"]
-    assert sorted(values) == sorted(c.keys())
+    assert sorted(values) == sorted(v.keys())
     for key, value in values.items():
         text = "none" if value is None else json.dumps(value)
-        assert c.override(c.ORIGINAL, settings=[f"{key}={text}"]) == c.ORIGINAL, key
+        assert v.changes(settings=[f"{key}={text}"])(c.ORIGINAL) == c.ORIGINAL, key
 
 
 def test_every_type_has_words_for_people() -> None:
     """A value of no type is refused for each key, with a sentence that names no Python type."""
-    names = c.keys()
+    names = v.keys()
     for key in names:
         with pytest.raises(PipelineError, match=rf"{key} takes (a|two|true|pairs)") as caught:
-            c.override(c.SEED, settings=[f"{key}=2024-01-01"])
+            v.changes(settings=[f"{key}=2024-01-01"])(c.SEED)
         assert not re.search(r"\b(tuple|int|float|bool|str)\b", str(caught.value))
 
 
 def test_set_changes_exactly_one_field() -> None:
-    changed = c.override(c.SEED, settings=["train.batch_size=7", "network.lrn_beta=1", "input.mean=image"], seed=3)
+    changed = v.changes(settings=["train.batch_size=7", "network.lrn_beta=1", "input.mean=image"], seed=3)(c.SEED)
     expected = dataclasses.replace(
         c.SEED,
         seed=3,
@@ -74,7 +75,7 @@ def test_set_changes_exactly_one_field() -> None:
     )
     assert changed == expected
     assert isinstance(changed.network.lrn_beta, float)
-    assert c.difference(c.SEED, changed) == [
+    assert v.difference(c.SEED, changed) == [
         "seed (0 there, 3 here)",
         "input.mean (none there, image here)",
         "network.lrn_beta (0.75 there, 1.0 here)",
@@ -83,7 +84,7 @@ def test_set_changes_exactly_one_field() -> None:
 
 
 def test_none_and_schedules_can_be_set() -> None:
-    changed = c.override(c.ORIGINAL, settings=["input.jitter_epochs=none", "train.lr=[[0, 1], [2, 0.5]]"])
+    changed = v.changes(settings=["input.jitter_epochs=none", "train.lr=[[0, 1], [2, 0.5]]"])(c.ORIGINAL)
     assert changed.input.jitter_epochs is None
     assert changed.train.lr == ((0, 1.0), (2, 0.5))
 
@@ -129,7 +130,7 @@ def test_none_and_schedules_can_be_set() -> None:
 )
 def test_wrong_settings_are_refused(setting: str, pattern: str) -> None:
     with pytest.raises(PipelineError, match=pattern) as caught:
-        c.override(c.SEED, settings=[setting])
+        v.changes(settings=[setting])(c.SEED)
     assert "\n" not in str(caught.value)
 
 
@@ -183,21 +184,21 @@ def test_wrong_settings_are_refused(setting: str, pattern: str) -> None:
 def test_values_out_of_range_are_refused(setting: str) -> None:
     key = setting.partition("=")[0]
     with pytest.raises(PipelineError, match=re.escape(key)):
-        c.override(c.SEED, settings=[setting])
+        v.changes(settings=[setting])(c.SEED)
 
 
 @pytest.mark.parametrize(("pool", "least"), [((3, 2), 67), ((2, 2), 39), ((3, 1), 35), ((4, 3), 167)])
 def test_the_least_input_is_the_one_that_leaves_a_pixel(pool: tuple[int, int], least: int) -> None:
     size, stride = pool
     pools = [f"network.pool_size={size}", f"network.pool_stride={stride}", "input.border=[0, 0]"]
-    config = c.override(c.SEED, settings=[*pools, f"input.crop={least}"])
+    config = v.changes(settings=[*pools, f"input.crop={least}"])(c.SEED)
     layers = network_layers(config, classes=10)
     shapes = [(least, least, 3)]
     for layer in layers:
         shapes.append(layer.output_shape(shapes[-1]))
     assert min(min(shape) for shape in shapes) == 1
     with pytest.raises(PipelineError, match=rf"input\.crop plus input\.border must be at least {least}, or nothing"):
-        c.override(c.SEED, settings=[*pools, f"input.crop={least - 1}"])
+        v.changes(settings=[*pools, f"input.crop={least - 1}"])(c.SEED)
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
@@ -208,10 +209,34 @@ def test_unknown_recipe_names_the_nearest() -> None:
 def test_toml_file_then_settings_then_seed(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('seed = 5\n[train]\nbatch_size = 4\nlr = [[0, 0.5]]\n[input]\nmean = "center"\n')
-    changed = c.override(c.SEED, file, ["train.batch_size=8"], seed=6)
+    changed = v.changes(file, ["train.batch_size=8"], seed=6)(c.SEED)
     assert (changed.seed, changed.train.batch_size, changed.train.lr) == (6, 8, ((0, 0.5),))
     assert changed.input.mean == "center"
-    assert c.override(c.SEED, file, seed=0).seed == 0
+    assert v.changes(file, seed=0)(c.SEED).seed == 0
+
+
+def test_toml_may_begin_with_the_mark_that_some_editors_write(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes(b"\xef\xbb\xbf[train]\r\nbatch_size = 4\r\n")
+    assert v.changes(file)(c.SEED).train.batch_size == 4
+
+
+def test_one_setting_sets_one_key() -> None:
+    with pytest.raises(PipelineError, match=r"train.batch_size takes a whole number"):
+        v.changes(settings=["train.batch_size=4\ntrain.epochs=1"])(c.SEED)
+
+
+@pytest.mark.parametrize(
+    ("setting", "pattern"),
+    [
+        ("train.plateau_steps=0", "train.plateau_steps must be at least 1"),
+        ("input.jitter_epochs=-1", "input.jitter_epochs must not be negative"),
+        ("network.lrn_size=1000000", "network.lrn_size must lie between 0 and 512"),  # a step would take minutes
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(setting: str, pattern: str) -> None:
+    with pytest.raises(PipelineError, match=pattern):
+        v.changes(settings=[setting])(c.SEED)
 
 
 @pytest.mark.parametrize(
@@ -230,13 +255,13 @@ def test_bad_toml_is_refused_by_name(tmp_path: Path, text: bytes, pattern: str) 
     file = tmp_path / "mine.toml"
     file.write_bytes(text)
     with pytest.raises(PipelineError, match=pattern) as caught:
-        c.override(c.SEED, file)
+        v.changes(file)(c.SEED)
     assert str(file) in str(caught.value)
 
 
 def test_missing_toml_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"cannot read the configuration file .*none\.toml"):
-        c.override(c.SEED, tmp_path / "none.toml")
+        v.changes(tmp_path / "none.toml")(c.SEED)
 
 
 def test_at_epoch_holds_until_the_next_entry() -> None:
@@ -254,31 +279,31 @@ _json = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
-@given(key=st.sampled_from([*c.keys(), "recipe", "train", "x.y"]), value=_json)
+@given(key=st.sampled_from([*v.keys(), "recipe", "train", "x.y"]), value=_json)
 def test_any_value_for_any_key_is_taken_or_refused_plainly(key: str, value: object) -> None:
-    values = c.to_dict(c.DEMO)
+    values = v.to_dict(c.DEMO)
     section = values
     *path, last = key.split(".")
     for name in path:
         section = section.setdefault(name, {})
     section[last] = value
     try:
-        config = c.from_dict(values, "config.json")
+        config = v.from_dict(values, "config.json")
     except PipelineError:
         return
-    json.dumps(c.to_dict(config), allow_nan=False)
+    json.dumps(v.to_dict(config), allow_nan=False)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    text=st.text(max_size=30) | st.sampled_from(c.keys()).flatmap(lambda k: st.text(max_size=12).map(f"{k}=".__add__))
+    text=st.text(max_size=30) | st.sampled_from(v.keys()).flatmap(lambda k: st.text(max_size=12).map(f"{k}=".__add__))
 )
 def test_any_setting_is_taken_or_refused_plainly(text: str) -> None:
     try:
-        config = c.override(c.DEMO, settings=[text])
+        config = v.changes(settings=[text])(c.DEMO)
     except PipelineError:
         return
-    json.dumps(c.to_dict(config), allow_nan=False)
+    json.dumps(v.to_dict(config), allow_nan=False)
 
 
 def _flat(values: dict, prefix: str = "") -> list[tuple[str, object]]:
@@ -294,21 +319,21 @@ def test_a_recipe_is_not_a_setting(tmp_path: Path) -> None:
     toml.write_text('recipe = "original"\n')
     for how in ({"settings": ["recipe=original"]}, {"settings": [" recipe = original"]}, {"toml": toml}):
         with pytest.raises(PipelineError, match="name it with --recipe"):
-            c.override(c.SEED, **how)
+            v.changes(**how)(c.SEED)
 
 
 def test_a_saved_configuration_that_cannot_work_is_refused_by_its_files_name() -> None:
-    saved = c.to_dict(c.SEED)
+    saved = v.to_dict(c.SEED)
     saved["eval"]["views"] = 3
     with pytest.raises(PipelineError, match=r"^config\.json: eval\.views must be 1 or 10"):
-        c.from_dict(saved, "config.json")
+        v.from_dict(saved, "config.json")
 
 
 def test_a_file_of_changes_is_read_once(tmp_path: Path) -> None:
     """It may be a pipe, and several configurations are changed by it."""
     toml = tmp_path / "mine.toml"
     toml.write_text("seed = 4\n")
-    change = c.changes(toml, ["train.batch_size=3"])
+    change = v.changes(toml, ["train.batch_size=3"])
     toml.unlink()
     for recipe in (c.SEED, c.DEMO):
         changed = change(recipe)

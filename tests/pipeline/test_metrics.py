@@ -54,7 +54,8 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
 def test_cut_back_drops_later_steps_and_a_line_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     kept = '{"step": 1, "loss": 0.30000000000000004}\n{"step": 2, "epochs_done": 1}\n'
-    path.write_text(kept + '{"step": 3}\n{"no": "step"}\n{"step": "4"}\n[1]\n{"step": 2, "lo')
+    odd = ["[1]", "[" * 100_000, '{"step": 2, "lo']
+    path.write_text(kept + '{"step": 3}\n{"no": "step"}\n{"step": "4"}\n' + "\n".join(odd))
     cut_back(path, 2)
     assert path.read_text() == kept
     with MetricsLog(path) as log:

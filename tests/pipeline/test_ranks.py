@@ -1,4 +1,4 @@
-"""The parts of ``pipeline.ranks`` that need no MPI: parts of a batch, buckets, and what a launcher says."""
+"""What of ``pipeline.ranks`` and ``pipeline.mpi`` needs no MPI: parts of a batch, buckets, what a launcher says."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import ranks
+from pipeline import mpi, ranks
 from pipeline.errors import PipelineError
 
 
@@ -27,14 +27,14 @@ def test_parts_cover_a_batch_once_and_are_even(count: int, size: int) -> None:
 def test_buckets_keep_every_gradient_and_large_ones_uncopied(sizes: list[int], least: int) -> None:
     gradients = [(f"g{i}", np.full((n, 1), i, np.float32)) for i, n in enumerate(sizes)]
     found = {}
-    for bucket in ranks.buckets(iter(gradients), least):
+    for bucket in mpi.buckets(iter(gradients), least):
         if not bucket:
             continue
-        flat = ranks.packed(bucket)
+        flat = mpi.packed(bucket)
         if len(bucket) == 1:
             assert np.shares_memory(flat, bucket[0][1]) or not flat.size
         flat += 1
-        found |= {name: value.copy() for name, value in ranks.unpacked(flat, bucket)}
+        found |= {name: value.copy() for name, value in mpi.unpacked(flat, bucket)}
     assert found.keys() == dict(gradients).keys()
     for i, n in enumerate(sizes):
         np.testing.assert_array_equal(found[f"g{i}"], np.full((n, 1), i + 1))
@@ -48,26 +48,26 @@ def test_a_bucket_is_handed_out_as_soon_as_it_is_full() -> None:
             taken.append(i)
             yield str(i), np.zeros(size, np.float32)
 
-    seen = [([name for name, _ in bucket], len(taken)) for bucket in ranks.buckets(gradients(), 16)]
+    seen = [([name for name, _ in bucket], len(taken)) for bucket in mpi.buckets(gradients(), 16)]
     assert seen == [(["0"], 1), ([], 2), (["1", "2"], 3), (["3"], 4), ([], 5), (["4"], 5)]
 
 
 def test_what_launchers_say() -> None:
-    assert ranks.launched({}) == 1
-    assert ranks.launched({"PMI_SIZE": "4", "PMI_RANK": "2"}) == 4
-    assert ranks.launched({"OMPI_COMM_WORLD_SIZE": "2"}) == 2
-    assert ranks.launched({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "8"}) == 8
-    assert ranks.launched({"SLURM_NTASKS": "8"}) == 1, "inside sbatch, but not started by srun"
-    assert ranks.launched({"SLURM_STEP_NUM_TASKS": "8"}) == 1, "started by srun, but without MPI"
-    assert ranks.launched({"PMI_SIZE": "many"}) == 1
+    assert mpi.launched({}) == 1
+    assert mpi.launched({"PMI_SIZE": "4", "PMI_RANK": "2"}) == 4
+    assert mpi.launched({"OMPI_COMM_WORLD_SIZE": "2"}) == 2
+    assert mpi.launched({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "8"}) == 8
+    assert mpi.launched({"SLURM_NTASKS": "8"}) == 1, "inside sbatch, but not started by srun"
+    assert mpi.launched({"SLURM_STEP_NUM_TASKS": "8"}) == 1, "started by srun, but without MPI"
+    assert mpi.launched({"PMI_SIZE": "many"}) == 1
 
 
 def test_how_long_a_rank_waits_for_the_others() -> None:
-    assert ranks.silence({}) == ranks.SILENCE
-    assert ranks.silence({"ALEXNET_SILENCE": "2.5"}) == 2.5
+    assert mpi.silence({}) == mpi.SILENCE
+    assert mpi.silence({"ALEXNET_SILENCE": "2.5"}) == 2.5
     for text in ("", "0", "-1", "nan", "soon"):
         with pytest.raises(PipelineError, match="not a positive number"):
-            ranks.silence({"ALEXNET_SILENCE": text})
+            mpi.silence({"ALEXNET_SILENCE": text})
 
 
 def test_alone_changes_nothing() -> None:
@@ -83,5 +83,5 @@ def test_alone_changes_nothing() -> None:
 def test_without_mpi4py_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PMI_SIZE", "2")
     monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
-    with pytest.raises(ranks.PipelineError, match=r"2 ranks were started.*\[cluster\]"), ranks.joined():
+    with pytest.raises(PipelineError, match=r"2 ranks were started.*\[cluster\]"), mpi.joined():
         pass

@@ -71,6 +71,20 @@ def test_source_without_pictures(tmp_path: Path) -> None:
     )
 
 
+def test_a_run_among_the_pictures(tmp_path: Path, small_source: Path) -> None:
+    """Its folders would become classes, or its train/ be the pictures', which --restart moves aside."""
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    shutil.copytree(small_source, source)
+    elsewhere.mkdir()
+    (elsewhere / "train").symlink_to(source / "train")
+    before = sorted(source.rglob("*"))
+    for run in (source, source / "train", source / "val" / "run", elsewhere):
+        preprocess(run, source).refused("would lie among the pictures of .*; name another directory with --run")
+    assert sorted(source.rglob("*")) == before
+    preprocess(source / "runs" / "mine", source).done()
+    preprocess(source / "runs" / "mine", source).done()
+
+
 def test_only_one_of_three_archives(tmp_path: Path, ilsvrc_mini: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -12,15 +12,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 import run_pipeline
-from data.shards import open_split
+from data.split import open_split
 from pipeline.checkpoint import checkpoints
+from pipeline.command_line import IN_ORDER, parse
 from pipeline.run_dir import read_sealed, write_sealed
+from stages import preprocess, train
 from tests.command_line import QUICK, ROOT, finish, pipeline, settings, start, wait_until
+from tests.pictures import sources
 
 
 def usage(*arguments: object) -> str:
@@ -57,6 +61,10 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> It
         (["--stage", "train", "cat.jpg"], "unrecognized arguments: cat.jpg"),
         (["--stage", "predict"], "--stage predict needs IMAGE..."),
         (["--stage", "import", "a", "b"], "--stage import takes one file, not 2"),
+        (["--stage", "preprocess", "--run", ""], "argument --run: takes a name, and this one is empty"),
+        (["--stage", "preprocess", "--source", ""], "argument --source: takes a name, and this one is empty"),
+        (["--stage", "train", "--config", ""], "argument --config: takes a name, and this one is empty"),
+        (["--stage", "predict", ""], "takes a name, and this one is empty"),
     ],
 )
 def test_wrong_usage_is_status_2(
@@ -68,6 +76,11 @@ def test_wrong_usage_is_status_2(
     assert caught.value.code == 2
     assert told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_comparisons_add_up() -> None:
+    assert parse(["--compare", "a", "--run", "b", "--compare", "c", "d"]).compare == ["a", "c", "d"]
+    assert parse([]).compare == []
 
 
 def test_the_help_of_a_stage_has_its_own_flags_only(capsys: pytest.CaptureFixture) -> None:
@@ -242,6 +255,82 @@ def test_signals_while_evaluating_leave_the_earlier_evaluation(
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
 
 
+def test_a_terminal_of_one_column() -> None:
+    assert "python run_pipeline.py --stage train" in pipeline("--stage", "train", "--help", COLUMNS="1").done().out
+
+
+def test_closed_standard_streams_are_nothing(small_source: Path, run: Path, trained_once: Path, tmp_path: Path) -> None:
+    """As a daemon may start it; the numbers of the closed streams must not go to files of the run."""
+    arguments = ("--stage", "preprocess", "--source", small_source, "--run", tmp_path / "closed", *settings(*QUICK))
+    result = pipeline(*arguments, launcher=("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"))
+    assert (result.status, result.out, result.err) == (0, "", "")
+    (run / "train").symlink_to(trained_once)
+    result = pipeline("--stage", "predict", "--run", run, "-", launcher=("sh", "-c", 'exec "$@" <&-', "sh"))
+    result.refused("1 of 1 pictures could not be read")
+    assert "standard input: not a picture" in result.err
+    launcher = ("sh", "-c", 'exec "$@" >&-', "sh")
+    for stage in (("predict", next(small_source.glob("val/*/*"))), ("watch",)):
+        assert pipeline("--stage", *stage, "--run", run, launcher=launcher).done().out == ""
+
+
+def test_ctrl_c_while_the_workers_start_stops_preprocessing(small_source: Path, tmp_path: Path) -> None:
+    """A terminal's Ctrl-C reaches the whole group, workers that are still importing too."""
+    process = start(
+        *("--stage", "preprocess", "--source", small_source, "--run", tmp_path / "run", "--jobs", 2),
+        *settings(*QUICK),
+        launcher=("setsid",),
+    )
+
+    def imports(folder: Path) -> bool:
+        """Whether this process is a worker that has got as far as NumPy."""
+        try:
+            if os.getsid(int(folder.name)) != process.pid or b"popen_loky" not in (folder / "cmdline").read_bytes():
+                return False
+            return b"_multiarray_umath" in (folder / "maps").read_bytes()
+        except OSError:
+            return False
+
+    wait_until(lambda: any(map(imports, Path("/proc").glob("[0-9]*"))), process)
+    os.killpg(process.pid, signal.SIGINT)
+    result = finish(process)
+    assert result.status == 130, result
+    assert "the same command goes on from there" in result.err
+    assert "Traceback" not in result.err, result.err
+
+
+@pytest.mark.parametrize(
+    ("stage", "last", "number", "status"),
+    [(preprocess, "forget_damage", signal.SIGINT, 130), (train, "save", signal.SIGTERM, 143)],
+)
+def test_a_signal_in_the_last_moment_of_a_stage_stops_before_the_next(
+    small_source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: ModuleType,
+    last: str,
+    number: signal.Signals,
+    status: int,
+) -> None:
+    run, name, before = tmp_path / "run", stage.__name__.rpartition(".")[2], getattr(stage, last)
+
+    def and_signal(*arguments: object) -> None:
+        before(*arguments)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(stage, last, and_signal)
+    arguments = ["--source", str(small_source), "--run", str(run), "--jobs", "1", "--steps", "1", *settings(*QUICK)]
+    assert run_pipeline.main(arguments) == status
+    assert f"stopped after the stage {name}; everything finished so far is kept" in capsys.readouterr().err
+    assert (run / "config.json").exists()
+    following = IN_ORDER[IN_ORDER.index(name) + 1]
+    assert not (run / following).exists()
+    # On its own the stage is done, and says so.
+    shutil.rmtree(run / name)
+    assert run_pipeline.main([*arguments, "--stage", name]) == 0
+    shutil.rmtree(run)
+
+
 def test_sigint_while_training_saves_and_is_status_130(run: Path) -> None:
     process = start("--stage", "train", "--run", run, "--steps", 1000)
     wait_until(
@@ -271,7 +360,7 @@ def test_ilsvrc_mini_by_the_official_archives(tmp_path: Path, ilsvrc_mini: Path,
     assert counts == {"train": (611, 0), "val": (500, 0)}
     reference = dict(line.split() for line in (shared_data / "reference" / "val.txt").read_text().splitlines())
     split = open_split(run / "preprocess", manifest, "val")
-    for name, label in zip(split.sources().tolist(), split.labels.tolist(), strict=True):
+    for name, label in zip(sources(split).tolist(), split.labels.tolist(), strict=True):
         assert int(reference[name.decode()]) == label
     with np.load(run / "eval" / "predictions.npz", allow_pickle=False) as predictions:
         assert np.array_equal(predictions["labels"], split.labels)

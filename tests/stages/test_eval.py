@@ -7,16 +7,19 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 
 import net.cpu
+from data.dataset import open_dataset
 from net import network, reference
 from net.alexnet import alexnet
 from pipeline.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from pipeline.run_dir import read_sealed, write_sealed
+from pipeline.config import from_dict
+from pipeline.run_dir import RunDir, read_sealed, write_sealed
 from run_pipeline import main
 from stages import eval as evaluation
 from tests.command_line import pipeline, settings
@@ -177,6 +180,50 @@ def test_checkpoint_latest_best_and_by_name(trained: Path) -> None:
     assert (validation["top1"], validation["top5"]) == (best["top1"], best["top5"])
 
 
+def test_an_output_that_is_not_finite_is_refused(
+    trained: Path, small_source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = load_checkpoint(checkpoints(trained / "train")[-1])
+    saved.arrays["fc8.b"][0] = np.inf
+    path = save_checkpoint(trained / "elsewhere", 7, saved.header, saved.arrays)
+    picture = small_source / "val" / "class1" / "val1.png"
+    for command in (["eval"], ["predict", str(picture)]):
+        assert main(["--stage", *command, "--run", str(trained), "--checkpoint", str(path)]) == 1
+        assert "the network's output is not finite; this checkpoint cannot be used" in capsys.readouterr().err
+    shutil.rmtree(trained / "elsewhere")
+
+
+def test_pictures_of_another_size_than_the_checkpoints_are_refused(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = load_checkpoint(checkpoints(trained / "train")[-1])
+    saved.header["config"]["preprocess"]["size"] = 90
+    path = save_checkpoint(trained / "elsewhere", 7, saved.header, saved.arrays)
+    assert main(["--stage", "eval", "--run", str(trained), "--checkpoint", str(path)]) == 1
+    assert "have 72 pixels a side, but preprocess.size is 90" in capsys.readouterr().err
+    shutil.rmtree(trained / "elsewhere")
+
+
+def test_a_probability_of_0_has_a_finite_loss(prepared: Path) -> None:
+    dataset, config = open_dataset(RunDir(prepared)), from_dict(read_sealed(prepared / "config.json", ""), "")
+
+    def sure(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        return np.eye(5, dtype=np.float32)[[0] * len(inputs["images"])]
+
+    result = evaluation.evaluate(reference, sure, dataset.val, config, 4, 1)
+    assert result.top1 == np.mean(result.labels == 0)
+    assert result.loss.tolist() == pytest.approx([0 if label == 0 else 87.3365 for label in result.labels])
+
+
+def test_a_class_without_validation_pictures_has_no_rates(tmp_path: Path) -> None:
+    top, one = np.array([[1, 0]], np.int32), np.ones(1, np.float32)
+    result = evaluation.Evaluation(np.array([1], np.int32), top, one, one, 1.0)
+    classes = [{"wnid": f"n{i}", "words": f"word {i}"} for i in range(2)]
+    evaluation.write_results(tmp_path, SimpleNamespace(classes=classes), result, {})
+    lines = (tmp_path / "per_class.csv").read_text().splitlines()
+    assert lines[1:] == ["0,n0,word 0,0,,", "1,n1,word 1,1,1.000000,1.000000"]
+
+
 def test_evaluation_changes_nothing_else(trained: Path) -> None:
     def state() -> dict[str, int]:
         return {
@@ -229,4 +276,6 @@ def test_settings_of_the_network_that_eval_cannot_change_are_named(trained: Path
     assert "checkpoint's own; not used: network.lrn_k (2.0 there, 1.0 here)\n" in said.out
     said = pipeline("--stage", "eval", "--run", trained, "--recipe", "caffe").done()
     assert "not used: recipe (seed there, caffe here); input.crop" in said.out
+    said = pipeline("--stage", "eval", "--run", trained, "--set", "train.batch_size=2").done()
+    assert "checkpoint's own; not used: train.batch_size (4 there, 2 here)\n" in said.out  # eval.batch_size was meant
     assert "not used" not in pipeline("--stage", "eval", "--run", trained, "--set", "eval.batch_size=5").done().out

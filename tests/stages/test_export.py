@@ -14,7 +14,8 @@ import run_pipeline
 from net.weights.layout import to_torch
 from net.weights.tensors import read_header, to_bytes
 from pipeline.checkpoint import checkpoints, load_checkpoint
-from pipeline.config import RECIPES, override
+from pipeline.config import RECIPES
+from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
 from stages import export, import_weights
@@ -159,7 +160,7 @@ def caffe_settings() -> list[str]:
 
 def test_caffemodel_evaluates_with_its_own_mean(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A caffemodel and a mean image become a checkpoint that --stage eval takes; the mean is the imported one."""
-    config = override(RECIPES["caffe"], settings=caffe_settings())
+    config = changes(settings=caffe_settings())(RECIPES["caffe"])
     layers = network_layers(config, 5)
     rng = np.random.default_rng(4)
     parameters = {
@@ -191,6 +192,15 @@ def test_caffemodel_evaluates_with_its_own_mean(run: Path, capsys: pytest.Captur
     assert pipeline("--stage", "eval", "--run", run, "--views", 1) == 0
     losses.append(json.loads((run / "eval" / "metrics.json").read_text())["loss"])
     assert abs(losses[0] - losses[1]) > 1e-3
+    # Without either, what is told is what works: the demo set's mean would be no help.
+    capsys.readouterr()
+    bare = tmp_path / "bare"
+    assert pipeline("--stage", "import", model, "--run", bare, *settings("input.crop=67", "preprocess.size=72")) == 0
+    source, first = f"--run {bare} --source DIR", f"--stage preprocess --source DIR --run {bare}"
+    assert f"use it, after {first}, whose mean picture the recipe subtracts, with" in capsys.readouterr().out
+    for stage in (("predict", "x.png"), ("eval",)):
+        assert pipeline("--stage", *stage, "--run", bare) == 1
+        assert f"--stage preprocess {source}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_imported_is_refused(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

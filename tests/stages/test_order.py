@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from data import loader
+from data.dataset import Dataset, open_dataset
 from data.manifest import read_manifest
-from data.shards import Split, open_split
+from data.sampling import epoch_order
+from data.split import Split, open_split
 from pipeline.checkpoint import checkpoints
 from pipeline.config import DEMO, Config
+from pipeline.ranks import ALONE, Ranks
 from pipeline.run_dir import RunDir, read_sealed
 from stages import batches as batches_of
-from stages import setup
 from tests.command_line import pipeline
 
 
@@ -32,8 +34,8 @@ def settings(config: Config, **train: object) -> Config:
 
 
 @pytest.fixture
-def dataset(prepared: Path) -> setup.Dataset:
-    return setup.open_dataset(RunDir(prepared))
+def dataset(prepared: Path) -> Dataset:
+    return open_dataset(RunDir(prepared))
 
 
 @pytest.fixture
@@ -43,7 +45,11 @@ def small_blocks(monkeypatch) -> None:
     monkeypatch.setattr(batches_of, "OPEN_BLOCKS", 2)
 
 
-def batches(dataset: setup.Dataset, first: int, last: int) -> list[dict[str, bytes]]:
+def one_of(rank: int, size: int) -> Ranks:
+    return dataclasses.replace(ALONE, rank=rank, size=size)
+
+
+def batches(dataset: Dataset, first: int, last: int) -> list[dict[str, bytes]]:
     plan = batches_of.TrainingPlan(settings(DEMO, order="blocks"), dataset)
     with plan.read_ahead(first, last) as ready:
         loaded = loader.load(dataset.train, ready, range(first, last), crop=67, largest=4, slots=3, threads=2)
@@ -83,6 +89,45 @@ def test_a_step_waits_for_the_groups_its_pictures_lie_in(dataset, small_blocks):
         for row in plan(step).index.tolist():
             [(path, offset, _)] = dataset.train.pieces(row, row + 1)
             assert (path.name, offset) in places
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 7])
+def test_ranks_share_a_batch_whatever_their_number(dataset, size):
+    config = settings(DEMO)
+    whole = batches_of.TrainingPlan(config, dataset)
+    ranks = [batches_of.TrainingPlan(config, dataset, one_of(rank, size)) for rank in range(size)]
+    for step in (0, 5, 11):  # the last two have two pictures
+        parts = [plan.part(step) for plan in ranks]
+        assert sum(part.counted for part in parts) == parts[0].total == len(whole(step).index) == (4, 2, 2)[step // 5]
+        for part, plan in zip(parts, ranks, strict=True):
+            crops = plan(step)
+            assert 1 <= part.last - part.first == len(crops.index) <= plan.largest
+            assert crops.index.tolist() == whole(step).index[part.first : part.last].tolist()
+            assert crops.corner.tolist() == whole(step).corner[part.first : part.last].tolist()
+        counted = [place for part in parts for place in range(part.first, part.first + part.counted)]
+        assert counted == list(range(parts[0].total))
+
+
+def test_the_order_is_that_of_the_seed_and_the_epoch(dataset):
+    plan = batches_of.TrainingPlan(dataclasses.replace(settings(DEMO), seed=3), dataset)
+    for epoch in (0, 1):
+        found = np.concatenate([plan(step).index for step in range(6 * epoch, 6 * epoch + 6)])
+        assert found.tolist() == epoch_order(22, 3, epoch).tolist()
+
+
+def test_colour_shifts_are_along_the_measured_directions(dataset):
+    config, red = settings(DEMO), np.array([[40.0, 0, 0]] * 3)
+    config = dataclasses.replace(config, input=dataclasses.replace(config.input, jitter=0.1, jitter_epochs=None))
+    shift = batches_of.TrainingPlan(config, dataclasses.replace(dataset, directions=red))(0).shift
+    assert shift[:, 0].all()
+    assert not shift[:, 1:].any()
+
+
+def test_colour_shifts_end_with_the_jitters_epochs(dataset):
+    config = settings(DEMO)
+    ends = dataclasses.replace(config, input=dataclasses.replace(config.input, jitter=0.1, jitter_epochs=1))
+    plan = batches_of.TrainingPlan(ends, dataset)
+    assert [bool(plan(step).shift.any()) for step in (0, 5, 6, 12)] == [True, True, False, False]
 
 
 def test_pieces_are_the_bytes_of_the_pictures(prepared: Path):

@@ -18,11 +18,13 @@ from PIL import Image
 
 import run_pipeline
 from data.manifest import read_manifest
-from data.shards import open_split
+from data.split import open_split
 from pipeline.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.run_dir import RunDir
 from stages.predict import bar
+from stages.trained import Trained
 from tests.command_line import ROOT
+from tests.pictures import sources
 
 
 def predict(run: Path, *arguments: object) -> int:
@@ -46,7 +48,7 @@ def test_same_answers_as_the_evaluation(
     split = open_split(run.preprocess, read_manifest(run), "val")
     with np.load(run.eval / "predictions.npz") as file:
         top, probability = file["top"], file["probability"]
-    files = [small_source / "val" / name.decode() for name in split.sources()]
+    files = [small_source / "val" / name.decode() for name in sources(split)]
     assert predict(trained_run, "--json", "--views", 10, *files) == 0
     said = answers(capsys)
     assert [answer["file"] for answer in said] == [str(file) for file in files]
@@ -104,7 +106,8 @@ def test_bad_pictures_are_named_and_the_others_shown(
     (folder / ".hidden.png").write_bytes(whole)
     (folder / "e.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
     missing = tmp_path / "missing.png"
-    assert predict(trained_run, folder, missing, picture) == 1
+    long = tmp_path / ("x" * 300)
+    assert predict(trained_run, folder, missing, long, picture) == 1
     out, err = capsys.readouterr()
     shown = [line for line in out.splitlines() if line and not line.startswith("  ")]
     assert shown == [str(folder / "a.png"), str(folder / "deep" / "d.PNG"), str(picture)]
@@ -112,8 +115,9 @@ def test_bad_pictures_are_named_and_the_others_shown(
     assert f"{folder / 'c.png'}: the decoder says" in err
     assert f"{folder / 'e.eps'}: not a picture" in err  # Ghostscript would run it
     assert f"{missing}: No such file" in err
+    assert f"{long}: File name too long" in err
     assert "1 of 6 files are no pictures" in err
-    assert err.splitlines()[-1] == "error: 4 of 7 pictures could not be read; the reasons are above"
+    assert err.splitlines()[-1] == "error: 5 of 8 pictures could not be read; the reasons are above"
 
     assert predict(trained_run, "--json", folder / "b.jpg", folder / "a.png") == 1
     bad, good = answers(capsys)
@@ -184,6 +188,32 @@ def test_bars_fit_the_terminal(
         assert sum(shares) == pytest.approx(100, abs=0.3)
 
 
+def test_bars_stand_below_each_other_whatever_the_names(
+    trained_run: Path,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Chinese sign takes two columns, an accent on its own none; a name cannot send orders to the terminal."""
+    names = ["cat", "\u732b", "\u72ac" * 40, "e\u0301te\u0301", "\x1b[2Jgone\n"]
+    monkeypatch.setattr(Trained, "label", lambda self, number: names[number])
+    monkeypatch.setenv("COLUMNS", "60")
+    odd = tmp_path / "a\n\x1b[2J.png"
+    odd.write_bytes(picture.read_bytes())
+    assert predict(trained_run, odd) == 0
+    out = capsys.readouterr().out
+    assert "a??[2J.png" in out
+    assert "\x1b" not in out
+    shown = {line[2:].split("  ")[0]: line for line in out.splitlines() if "%" in line}
+    assert set(shown) == {"cat", "\u732b", "\u72ac" * 14 + "..", "e\u0301te\u0301", "?[2Jgone?"}
+    places = {
+        len(line[: line.index("%")]) + sum(map(line.count, "\u732b\u72ac")) - line.count("\u0301")
+        for line in shown.values()
+    }
+    assert len(places) == 1
+
+
 def test_bars_count_eighths(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         encoding = "utf-8"
@@ -212,6 +242,16 @@ def test_damaged_class_names_are_refused_by_name(
     assert said.startswith("error: ")
     assert str(path) in said
     assert f"--stage preprocess --run {run}" in said or "trained on other classes" in said
+
+
+@pytest.mark.parametrize("names", [{"wnids": ["a"]}, {"words": "cat"}, {"words": {"a": 1}}])
+def test_class_names_that_a_checkpoint_has_too_few_of_are_refused(
+    names: dict, trained_run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = load_checkpoint(find_checkpoint(trained_run / "train", "latest"))
+    path = save_checkpoint(tmp_path / "run" / "train", 1, {**saved.header, **names}, saved.arrays)
+    assert predict(tmp_path / "run", picture) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {path} names other classes than its 5")
 
 
 def test_a_damaged_mean_picture_is_refused_by_name(

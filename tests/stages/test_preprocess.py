@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import itertools
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from joblib.externals.loky import get_reusable_executor
+from PIL import Image
 
-from data import demo, ilsvrc
+from data import convert, demo, ilsvrc
+from data import plan as plan_module
+from data.convert import ShardResult, ShardTask, make_shard
 from data.images import read_square
-from data.listing import shuffled
+from data.listing import Rows, shuffled
 from data.manifest import read_manifest
-from data.shards import Split, open_split
+from data.plan import make_plan, shard_tasks
 from data.sources import read_source
+from data.split import Split, open_split
+from data.tally import Tally
 from pipeline.config import DEMO, Config, Preprocess
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import read_metrics
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, write_sealed
 from stages import preprocess
 from tests import pictures
 from tests.conftest import ROOT
 from tests.data.archives import jpeg, packed, small_official
 from tests.data.test_sources import content
+from tests.pictures import sources
 
 CONFIG = dataclasses.replace(DEMO, preprocess=Preprocess(size=32, shard_images=16))
 DESCRIPTIONS = ["classes.json", "color.json", "manifest.json", "mean.npy", "rejects.jsonl"]
@@ -83,12 +94,13 @@ def test_every_picture_is_in_a_shard_with_its_label_or_rejected_with_its_reason(
     rejects = [json.loads(line) for line in (undisturbed.preprocess / "rejects.jsonl").read_text().splitlines()]
     assert [(r["split"], r["name"]) for r in rejects] == [("train", "n90000011/n90000011_7.JPEG")]
     assert "truncated" in rejects[0]["reason"]
+    assert [part["rejects"] for part in read_manifest(undisturbed)["splits"].values()] == [1, 0]
     expected = {f"{demo.wnid(c)}/{demo.wnid(c)}_{n}.JPEG": c for c in range(12) for n in range(1, 9)}
     del expected["n90000011/n90000011_7.JPEG"]
-    found = dict(zip((s.decode() for s in train.sources().tolist()), train.labels.tolist(), strict=True))
+    found = dict(zip((s.decode() for s in sources(train).tolist()), train.labels.tolist(), strict=True))
     assert found == expected
     truth = ilsvrc.read_devkit(source / ilsvrc.DEVKIT).ground_truth.tolist()
-    for name, label in zip(val.sources().tolist(), val.labels.tolist(), strict=True):
+    for name, label in zip(sources(val).tolist(), val.labels.tolist(), strict=True):
         assert demo.devkit_id(label) == truth[int(name[15:23]) - 1]
     assert len(val) == 24
     assert Counter(val.labels.tolist()) == dict.fromkeys(range(12), 2)
@@ -98,7 +110,7 @@ def test_the_pixels_are_those_of_the_source(undisturbed: RunDir, source: Path):
     listing = read_source(source).splits["train"]
     row_of = {name: row for row, name in enumerate(listing.name.tolist())}
     train, _ = splits(undisturbed)
-    for row, name in enumerate(train.sources().tolist()):
+    for row, name in enumerate(sources(train).tolist()):
         expected = read_square(content(listing, row_of[name]), 32, "bicubic", Counter())
         np.testing.assert_array_equal(train.row(row), expected)
 
@@ -108,8 +120,150 @@ def test_the_order_is_the_shuffle_of_the_whole_split(undisturbed: RunDir, source
     names = listing.name[shuffled(96, CONFIG.seed, "train")].tolist()
     names.remove(b"n90000011/n90000011_7.JPEG")
     train, _ = splits(undisturbed)
-    assert train.sources().tolist() == names
+    assert sources(train).tolist() == names
     assert len(set(train.labels[:12].tolist())) > 4  # not class by class
+
+
+def test_the_plan_is_a_shuffle_of_each_split_by_the_seed(source: Path, tmp_path: Path):
+    config = dataclasses.replace(CONFIG, seed=5)
+    plan = make_plan(config, read_source(source))
+    assert plan.settings == {"seed": 5, "preprocess": dataclasses.asdict(config.preprocess)}
+    tasks = shard_tasks(plan, tmp_path, None)
+    for split, listing in plan.source.splits.items():
+        names = [name for task in tasks if task.layout.split == split for name in task.pictures.name.tolist()]
+        assert names == listing.name[shuffled(len(listing), 5, split)].tolist()
+
+
+def test_the_devkits_ids_are_in_the_shards(undisturbed: RunDir, odd: RunDir):
+    def ids(run: RunDir) -> list[tuple[int, int]]:
+        """Label and ID of each training picture."""
+        found = []
+        for path in sorted(run.preprocess.glob("train-*.h5")):
+            with h5py.File(path) as file:
+                found += zip(file["labels"][()].tolist(), file["devkit_id"][()].tolist(), strict=True)
+        return found
+
+    assert ids(undisturbed) == [(label, demo.devkit_id(label)) for label in splits(undisturbed)[0].labels.tolist()]
+    assert ids(odd) == [(label, -1) for label in splits(odd)[0].labels.tolist()]
+
+
+ODD = dataclasses.replace(CONFIG, preprocess=Preprocess(size=32, shard_images=6, filter="box"))
+
+
+@pytest.fixture(scope="module")
+def odd_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes as folders; each has a picture that cannot be read, and two a palette that the decoder warns of."""
+    root = pictures.draw(tmp_path_factory.mktemp("odd") / "source", {"train": (4, 4, 4), "val": (1, 1, 1)})
+    for label in range(3):
+        (root / "train" / f"class{label}" / "train1.png").write_bytes(b"no picture")
+    for label in range(2):
+        path = root / "train" / f"class{label}" / "train2.png"
+        Image.open(path).quantize(16).save(path, transparency=bytes([0, 128]))
+    return root
+
+
+@pytest.fixture(scope="module")
+def odd(odd_source: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run preprocessed from these, with another filter."""
+    run = RunDir(tmp_path_factory.mktemp("odd_run"))
+    again(run, odd_source, ODD)
+    return run
+
+
+def test_the_filter_is_that_of_the_settings(odd: RunDir, odd_source: Path):
+    train, _ = splits(odd)
+    for row, name in enumerate(sources(train).tolist()):
+        data = (odd_source / "train" / name.decode()).read_bytes()
+        np.testing.assert_array_equal(train.row(row), read_square(data, 32, "box", Counter()))
+
+
+def test_rejects_are_in_the_order_of_the_shards_and_warnings_are_added_up(odd: RunDir, odd_source: Path):
+    listing = read_source(odd_source).splits["train"]
+    order = [name.decode() for name in listing.name[shuffled(len(listing), ODD.seed, "train")].tolist()]
+    rejects = [json.loads(line)["name"] for line in (odd.preprocess / "rejects.jsonl").read_text().splitlines()]
+    assert rejects == [name for name in order if name.endswith("train1.png")]
+    assert list(read_manifest(odd)["decoder_warnings"].values()) == [2]
+
+
+def test_the_order_in_which_shards_are_finished_changes_nothing(
+    odd: RunDir, odd_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    memory = itertools.count(9, -1)
+
+    def with_less_and_less(task: ShardTask) -> ShardResult:
+        return dataclasses.replace(make_shard(task), peak_memory=next(memory))
+
+    monkeypatch.setattr(preprocess, "make_shard", with_less_and_less)
+    monkeypatch.setattr(preprocess, "shard_tasks", lambda *given: shard_tasks(*given)[::-1])
+    run = RunDir(tmp_path)
+    again(run, odd_source, ODD)
+    assert made(run) == made(odd)
+    assert read_metrics(run.preprocess / "metrics.jsonl")[-1]["peak_memory_bytes"] == 9  # the largest
+
+
+def test_a_worker_names_its_file_after_itself_and_sends_no_pictures_back(odd_source: Path, tmp_path: Path):
+    task = shard_tasks(make_plan(ODD, read_source(odd_source)), tmp_path, None)[0]
+    result = make_shard(task)
+    assert result.temporary == tmp_path / f"train-00000.h5.{socket.gethostname()}-{os.getpid()}.tmp"
+    assert result.content.images is None
+
+
+def test_a_worker_that_decodes_in_another_way_is_refused(odd_source: Path, tmp_path: Path):
+    task = shard_tasks(make_plan(ODD, read_source(odd_source)), tmp_path, None)[0]
+    with pytest.raises(
+        PipelineError, match=r"decodes pictures with Pillow .* but this run is made with Pillow 1\.2\.3"
+    ):
+        make_shard(dataclasses.replace(task, decoder={**task.decoder, "version": "1.2.3"}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_are_read_in_the_order_they_lie_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows, opened, real = Rows("train"), [], os.open
+    for name in ("b.tar", "a.tar"):
+        rows.containers.append(tmp_path / name)
+        (tmp_path / name).write_bytes(bytes(range(9)))
+        for offset in (4, 8, 0, 6):
+            rows.add(f"{name}/{9 - offset}".encode(), 0, 1, offset)
+    monkeypatch.setattr(os, "open", lambda path, *how: opened.append(path) or real(path, *how))
+    read = [data[0] for _, data in convert.read_files(rows.listing())]
+    assert read == [0, 4, 6, 8] * 2
+    assert opened == [tmp_path / "b.tar", tmp_path / "a.tar"]
+
+
+def test_shards_are_on_the_disk_before_the_manifest_names_them(
+    odd_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    synced, fsync, write = set(), os.fsync, Tally.write
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino) or fsync(handle))
+
+    def checked(tally: Tally, folder: Path) -> dict[str, Any]:
+        assert synced >= {path.stat().st_ino for path in (*folder.glob("*.h5"), folder, folder / "metrics.jsonl")}
+        return write(tally, folder)
+
+    monkeypatch.setattr(Tally, "write", checked)
+    again(RunDir(tmp_path), odd_source, ODD)
+
+
+def test_progress_counts_rejected_pictures_too(odd_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    again(RunDir(tmp_path), odd_source, ODD)
+    assert "preprocess: 15/15 images" in capsys.readouterr().err
+
+
+def test_a_manifest_of_another_version_is_made_again(copied: RunDir, undisturbed: RunDir, source: Path):
+    write_sealed(copied.preprocess / "manifest.json", {"schema": 0})
+    again(copied, source)
+    assert made(copied) == made(undisturbed)
+
+
+def test_no_archive_stays_open(tmp_path: Path):
+    for split in ("train", "val"):
+        (tmp_path / "source" / split).mkdir(parents=True)
+        for wnid in ("n01", "n02"):
+            (tmp_path / "source" / split / f"{wnid}.tar").write_bytes(packed({"a.JPEG": jpeg(1), "b.JPEG": jpeg(2)}))
+    again(RunDir(tmp_path / "first"), tmp_path / "source")  # what is loaded once is open from here on
+    before = len(os.listdir("/dev/fd"))
+    again(RunDir(tmp_path / "second"), tmp_path / "source")
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_colour_statistics_and_mean_picture_are_those_of_the_training_pictures(undisturbed: RunDir):
@@ -188,6 +342,15 @@ def test_another_source_is_refused_with_both_ways_on(copied: RunDir, tmp_path: P
     assert made(copied) == before
 
 
+def test_another_decoder_is_refused(copied: RunDir, source: Path, monkeypatch: pytest.MonkeyPatch):
+    (copied.preprocess / "manifest.json").unlink()
+    before, decoder = made(copied), plan_module.decoder
+    monkeypatch.setattr(plan_module, "decoder", lambda name: {**decoder(name), "version": "1.2.3"})
+    with pytest.raises(PipelineError, match="or with another version of the decoder"):
+        again(copied, source)
+    assert made(copied) == before
+
+
 @pytest.mark.parametrize("lost", ["train-00001.h5", "val-00000.h5", *DESCRIPTIONS])
 @pytest.mark.parametrize("how", ["missing", "cut", "changed"])
 def test_what_is_lost_is_made_again_and_nothing_else(
@@ -208,6 +371,15 @@ def test_what_is_lost_is_made_again_and_nothing_else(
     again(copied, source)
     assert made(copied) == made(undisturbed)
     assert {p: p.stat().st_ino for p in shards} == before
+
+
+def test_without_the_log_the_manifest_tells_which_shards_are_sound(copied: RunDir, undisturbed: RunDir, source: Path):
+    for name in ("metrics.jsonl", "train-00001.h5"):
+        (copied.preprocess / name).unlink()
+    before = {path: path.stat().st_ino for path in copied.preprocess.glob("*.h5")}
+    again(copied, source)
+    assert made(copied) == made(undisturbed)
+    assert {path: path.stat().st_ino for path in before} == before
 
 
 def test_mending_without_the_source_is_refused(copied: RunDir, tmp_path: Path):
@@ -310,7 +482,9 @@ def test_a_killed_worker_is_told_and_the_finished_shards_are_kept(source: Path, 
     assert list(run.preprocess.glob("*.tmp")) == []
 
 
-def test_a_damaged_shard_of_an_unfinished_run_is_made_again(copied: RunDir, undisturbed: RunDir, source: Path):
+def test_a_damaged_shard_of_an_unfinished_run_is_made_again(
+    copied: RunDir, undisturbed: RunDir, source: Path, capsys: pytest.CaptureFixture[str]
+):
     (copied.preprocess / "manifest.json").unlink()
     path = copied.preprocess / "train-00003.h5"
     data = bytearray(path.read_bytes())
@@ -319,6 +493,10 @@ def test_a_damaged_shard_of_an_unfinished_run_is_made_again(copied: RunDir, undi
     (copied.preprocess / "train-00002.h5").write_bytes(b"no HDF5 at all")
     again(copied, source)
     assert made(copied) == made(undisturbed)
+    assert "8 shards, 6 of them from before" in capsys.readouterr().out
+    records = read_metrics(copied.preprocess / "metrics.jsonl")
+    renewed = [r["images"] for r in records[-9:-1] if r["shard"] in ("train-00002.h5", "train-00003.h5")]
+    assert (len(renewed), sum(renewed)) == (2, records[-1]["images_made"])
 
 
 def test_a_class_without_a_readable_picture_is_told_and_the_shards_stay(tmp_path: Path):
@@ -407,6 +585,9 @@ def test_without_a_source_the_demo_set_is_drawn_into_the_run(tmp_path: Path, mon
     run = RunDir(tmp_path)
     again(run, None)
     again(run, None)
+    (run.preprocess / "val-00000.h5").unlink()
+    again(run, None)  # mended from the set that is there
+    assert (run.preprocess / "val-00000.h5").exists()
     assert drawn == [tmp_path / "demo"]
     out = capsys.readouterr().out
     assert f"the built-in demo set is drawn into {tmp_path / 'demo'}" in out
@@ -422,10 +603,10 @@ def test_the_real_archives_are_accounted_for_to_the_last_picture(ilsvrc_mini: Pa
     assert (run.preprocess / "rejects.jsonl").read_text() == ""
     reference = ilsvrc_mini.parent / "reference"
     published = dict(line.split() for line in (reference / "val.txt").read_text().splitlines())
-    names = [name.decode() for name in val.sources().tolist()]
+    names = [name.decode() for name in sources(val).tolist()]
     assert val.labels.tolist() == [int(published[name]) for name in names]
     wnids = [line.split()[0] for line in (reference / "synset_words.txt").read_text().splitlines()]
-    names = [name.decode() for name in train.sources().tolist()]
+    names = [name.decode() for name in sources(train).tolist()]
     assert [wnids[label] for label in train.labels.tolist()] == [name.partition("/")[0] for name in names]
     assert "n02105855/n02105855_2933.JPEG" in names  # the PNG
     # Published for the whole training set at size 256: deviations 121.8, 37.1, 19.7; first vector (.56, .58, .59).
@@ -446,9 +627,40 @@ def test_the_demo_set_has_the_oddities_of_the_real_one(source: Path):
     files = {name.decode().partition("/")[2]: content(listing, row) for row, name in enumerate(listing.name.tolist())}
     assert files["n90000002_4.JPEG"].startswith(b"\x89PNG")
     assert b"Adobe" in files["n90000005_6.JPEG"][:200]
+    assert Image.open(io.BytesIO(files["n90000008_3.JPEG"])).mode == "L"
     assert len(files["n90000011_7.JPEG"]) == 4000
     sizes = {len(data) for data in files.values()}
     assert len(sizes) > 80
+    ids = [demo.devkit_id(label) for label in range(12)]
+    assert sorted(ids) == list(range(1, 13)) != ids
+
+
+def test_the_demo_sets_validation_pictures_are_mixed_and_of_the_class_that_the_devkit_says(source: Path):
+    listing = read_source(source).splits["val"]
+    labels = listing.label.tolist()
+    assert labels != sorted(labels)
+    for label in (3, 4):
+        drawn = [demo._jpeg(demo.draw_picture(label, number)) for number in (8, 9)]
+        found = [content(listing, row) for row in np.flatnonzero(listing.label == label).tolist()]
+        assert sorted(found) == sorted(drawn)
+
+
+def test_the_demo_set_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    events: list[object] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(demo, "_draw_class", lambda label, train, val: [jpeg(label)] * (train + val))
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("renamed"), replace(*paths)))
+    folder = tmp_path / "demo"
+    (tmp_path / "demo.tmp" / "left").mkdir(parents=True)  # by one that was killed
+    demo.draw(folder, jobs=1, train=1, val=1)
+    archives = {path.stat().st_ino for path in folder.iterdir()}
+    assert len(archives) == 3
+    assert events[-3:] == [folder.stat().st_ino, "renamed", tmp_path.stat().st_ino]
+    assert set(events[:-3]) >= archives
+    with pytest.raises(PipelineError, match=f"cannot write {folder}"):  # it is there already
+        demo.draw(folder, jobs=1, train=1, val=1)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_single_class_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

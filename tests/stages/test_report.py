@@ -13,17 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import run_pipeline
+from net.layers import Relu
 from pipeline.command_line import parse
-from pipeline.config import RECIPES, override
+from pipeline.config import RECIPES
+from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
 from stages.report import charts, facts, pictures
 from stages.report.facts import Facts
 from stages.trained import load_trained
 from tests.browser import Browser, chromium, missing
+from tests.command_line import pipeline
 
 CLASSES = [{"wnid": f"n{i}", "words": words} for i, words in enumerate(["cat, house cat", "dog", "owl", ""])]
 
@@ -73,34 +76,79 @@ def test_confusions_most_frequent_first(known: Facts) -> None:
 def test_confident_pictures_surest_first(known: Facts) -> None:
     assert facts.confident(known, right=False, most=2) == [4, 2]
     assert facts.confident(known, right=True, most=9) == [0, 5]  # one a class
+    assert known.predictions is not None
+    known.predictions["probability"][5, 0] = 0.99
+    assert facts.confident(known, right=True, most=9) == [5, 0]
+
+
+def test_the_speed_is_the_median(known: Facts) -> None:
+    known.steps[0]["images_per_second"] = 1.0  # compiling
+    assert known.rate == 50.0
 
 
 def test_commands_are_taken_by_the_command_line(known: Facts) -> None:
-    changed = override(known.config, settings=["train.lr=[[0,0.5]]", "input.mean=none", "input.flip=false"])
+    changed = changes(settings=["train.lr=[[0,0.5]]", "input.mean=none", "input.flip=false"])(known.config)
     lines = facts.commands(replace(known, config=changed))
     options = [parse(shlex.split(line)[2:]) for line in lines]
     assert [o.stage for o in options] == ["preprocess", "train", "eval", "report"]
-    assert override(RECIPES[options[0].recipe], None, options[0].set, options[0].seed) == changed
+    assert changes(None, options[0].set, options[0].seed)(RECIPES[options[0].recipe]) == changed
     assert options[1].steps == 10
     assert {o.run for o in options} == {str(known.run.root)}
     assert {o.device for o in options[1:]} == {"auto"}  # not known of a checkpoint from elsewhere
     for line in facts.commands(replace(known, device="gpu", precision="bf16"))[1:]:
         option = parse(shlex.split(line)[2:])
         assert (option.device, option.precision) == ("gpu", "bf16")
+    assert "--precision" not in facts.commands(replace(known, precision="bf16"))[1]
     on_cpu = facts.commands(replace(known, device="cpu"))[1]
     assert "--device cpu" in on_cpu
     assert "--precision" not in on_cpu
 
 
+@pytest.mark.parametrize("beside", ["run-pictures", "run/pictures"])
+def test_commands_name_pictures_that_lie_beside_or_in_the_run(known: Facts, tmp_path: Path, beside: str) -> None:
+    run = RunDir(tmp_path / "run")
+    run.preprocess.mkdir(parents=True)
+    lines = [{"source": str(tmp_path / beside)}, {"source": 3}]
+    (run.preprocess / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert f"--source {tmp_path / beside} " in facts.commands(replace(known, run=run))[0]
+    with open(run.preprocess / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"source": str(run.root / "demo")}) + "\n")
+    assert "--source" not in facts.commands(replace(known, run=run))[0]
+
+
+def test_commands_name_the_pictures_and_the_views(known: Facts) -> None:
+    known.run.preprocess.mkdir(parents=True)
+    log = known.run.preprocess / "metrics.jsonl"
+    for source, named in ((f"{known.run.root}/demo", False), (f"{known.run.root}'s pictures", True)):
+        log.write_text(json.dumps({"source": source}) + "\n")
+        assert parse(shlex.split(facts.commands(known)[0])[2:]).source == (source if named else None)
+    assert known.evaluation is not None
+    ten = facts.commands(replace(known, evaluation={**known.evaluation, "views": 10}))
+    assert parse(shlex.split(ten[2])[2:]).views == 10
+
+
+def test_settings_are_written_as_the_command_line_takes_them() -> None:
+    values = (None, True, 0.5, [[0, 0.1]], "center")
+    assert [facts.setting_text(value) for value in values] == ["none", "true", "0.5", "[[0, 0.1]]", "center"]
+
+
+def test_commands_name_pictures_whose_folder_begins_like_the_run(known: Facts) -> None:
+    (known.run.root / "preprocess").mkdir(parents=True)
+    for source, named in (("by hand pictures", True), ("by hand/demo", False)):
+        line = json.dumps({"finished": "", "source": str(known.run.root.parent / source)})
+        (known.run.root / "preprocess" / "metrics.jsonl").write_text(f"{line}\n")
+        assert ("--source" in facts.commands(known)[0]) == named
+
+
 def test_an_order_settled_by_training_is_no_change_of_the_recipe(known: Facts) -> None:
     for recipe in RECIPES.values():
         for order in ("uniform", "blocks"):
-            settled = override(recipe, settings=[f"train.order={order}"])
+            settled = changes(settings=[f"train.order={order}"])(recipe)
             assert [s["key"] for s in facts.settings(settled) if s["changed"]] == []
             # But another machine might settle it otherwise.
             first = parse(shlex.split(facts.commands(replace(known, config=settled))[0])[2:])
             assert first.set == [f"train.order={order}"]
-    mine = override(RECIPES["seed"], settings=["train.order=blocks", "train.momentum=0.5"])
+    mine = changes(settings=["train.order=blocks", "train.momentum=0.5"])(RECIPES["seed"])
     assert [s["key"] for s in facts.settings(mine) if s["changed"]] == ["train.momentum"]
 
 
@@ -108,7 +156,7 @@ def test_commands_have_each_stages_own_seed_and_settings(known: Facts) -> None:
     """Shards made with one seed, trained on with another; and the rest of the settings is the recipe's."""
     made = {"seed": 3, "preprocess": {**vars(known.config.preprocess), "filter": "box"}}
     shards = {**known.manifest, "made_with": made}
-    trained = override(known.config, settings=["preprocess.filter=box"])
+    trained = changes(settings=["preprocess.filter=box"])(known.config)
     for seed in (0, 7):
         lines = facts.commands(replace(known, manifest=shards, config=replace(trained, seed=seed)))
         first, second = (parse(shlex.split(line)[2:]) for line in lines[:2])
@@ -135,17 +183,34 @@ def test_curves(known: Facts) -> None:
     assert training.points[0] == (pytest.approx(1 / 7), 9.0)
     assert validation.points == [(1.0, 1.5)]
     assert loss.marks == [(1.0, "lr 0.001")]
-    assert accuracy.series[-1].points == [(pytest.approx(10 / 7), 0.75)]
+    assert [s.points for s in accuracy.series] == [[(1.0, 0.5)], [(1.0, 0.9)], [(pytest.approx(10 / 7), 0.75)]]
     assert speed.series[0].points[3][1] == 50.0
-    assert wait.unit == "percent"
-    two = charts.charts([known, replace(known, run=RunDir(Path("other")))])
+    assert accuracy.unit == wait.unit == "percent"
+    assert loss.data()["series"][0]["points"][0] == [0.14286, 9.0]
+    warming = [{**record, "lr": 0.1} if record["step"] > 7 else record for record in known.steps]
+    assert charts.charts([replace(known, steps=warming)])[0].marks == [(1.0, "lr 0.1")]
+
+
+def test_curves_of_several_runs(known: Facts) -> None:
+    two = charts.charts([known, replace(known, run=RunDir(Path("other")))], sampled=0.75)
     assert [s.name for s in two[0].series if s.style == "line"] == ["by hand: training", "other: training"]
-    assert Image.open(__import__("io").BytesIO(charts.curves_png(two))).width > 1000
+    assert [s.colour for s in two[0].series] == [0, 0, 1, 1]
+    assert [s.name for s in two[1].series] == ["by hand: validation top-1", "other: validation top-1"]
+    assert two[0].marks == []
+    nine = charts.charts([known] * 9)  # more than there are colours
+    assert {s["colour"] for s in nine[0].data()["series"]} == set(range(8))
+    assert Image.open(__import__("io").BytesIO(charts.curves_png(nine))).width > 1000
+
+
+def test_what_there_are_no_lines_of_is_not_drawn(known: Facts) -> None:
+    assert charts.charts([replace(known, steps=[], validations=[])]) == []
+    assert [chart.key for chart in charts.charts([replace(known, steps=[])])] == ["loss", "accuracy"]
 
 
 def test_long_curves_are_smoothed_and_thinned() -> None:
     points = [(float(i), float(i % 2)) for i in range(6000)]
     assert all(0.45 < y < 0.55 for _, y in charts._moving_mean(points)[200:])
+    assert charts._moving_mean([(i, i) for i in range(120)])[4:6] == [(4, 3.5), (5, 4.5)]
     assert charts._moving_mean(points[:100]) == []
     thin = charts._thinned(points)
     assert len(thin) == charts.MOST_POINTS
@@ -163,7 +228,7 @@ def test_filters_are_shown_in_red_green_blue(trained_run: Path) -> None:
     assert image[12 + 2, 12 + 5].tolist() == [255, 127, 127, 255]
     assert image[0, 0].tolist() == [0, 0, 0, 255]
     assert image[0, 11, 3] == 0  # between the tiles
-    bgr = replace(trained, config=override(trained.config, settings=["input.bgr=true"]))
+    bgr = replace(trained, config=changes(settings=["input.bgr=true"])(trained.config))
     assert np.asarray(pictures.filters(bgr))[12 + 2, 12 + 5].tolist() == [127, 127, 255, 255]
 
 
@@ -173,6 +238,7 @@ def test_jitter_moves_along_the_eigenvectors() -> None:
     image = np.asarray(pictures.jitter(square, directions, 0.1))
     assert image[5, 5].tolist() == [88, 100, 100, 255]  # 3 standard deviations of 0.1 x 40 less red
     assert image[5, 2 * 132 + 5].tolist() == [100, 100, 100, 255]
+    assert image[5, 132 + 5].tolist() == [94, 100, 100, 255]
     assert image[132 + 5, 4 * 132 + 5].tolist() == [100, 106, 100, 255]
     assert image[264 + 5, 3 * 132 + 5].tolist() == [100, 100, 102, 255]  # 1.5, halves to even
 
@@ -182,7 +248,8 @@ def test_activations_follow_the_layers(trained_run: Path) -> None:
 
     trained = load_trained(RunDir(trained_run), "latest")
     square = np.random.default_rng(3).integers(0, 256, (72, 72, 3), dtype=np.uint8)
-    (maps,) = pictures.activations(trained, reference, [square])
+    ends_in_relu = replace(trained, layers=(*trained.layers, Relu()))  # of the scores no maps are shown
+    (maps,) = pictures.activations(ends_in_relu, reference, [square])
     assert [m.title for m in maps] == [
         "conv1 · ReLU",
         "conv1 · ReLU · LRN · pool",
@@ -197,6 +264,36 @@ def test_activations_follow_the_layers(trained_run: Path) -> None:
     ]
     assert maps[0].shape == "15 x 15 x 96"
     assert maps[-1].shape == "4096 units"
+
+
+def test_the_strongest_maps_are_shown_strongest_first() -> None:
+    y = np.zeros((2, 2, 20), np.float32)
+    y[1] = np.arange(20)
+    maps = pictures._maps("title", y)
+    assert (maps.shape, maps.note) == ("2 x 2 x 20", "the 16 strongest; 19 of 20 maps respond")
+    image = np.asarray(maps.image)
+    side = 52 + 2
+    assert image.shape == (2 * side - 2, 8 * side - 2, 4)
+    assert image[51, 0].tolist() == [*pictures._MAGMA[-1], 255]
+    brightness = [int(image[row + 51, column, 1]) for row in (0, side) for column in range(0, 8 * side, side)]
+    assert brightness == sorted(brightness, reverse=True)
+    dead = pictures._coloured(np.zeros((1, 2, 2), np.float32))
+    assert (dead == pictures._MAGMA[0]).all()
+
+
+def test_the_last_row_need_not_be_full() -> None:
+    tiles = np.zeros((3, 10, 20, 3), np.uint8)
+    assert pictures.tiled(tiles, 2, gap=4).size == (44, 24)
+    one, two = (pictures.sheet(list(tiles[:1]) * count, [["text"]] * count, columns=2) for count in (2, 3))
+    assert two.height > 1.9 * one.height
+
+
+def test_captions_fit_below_their_pictures() -> None:
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(12)
+    fitted = pictures._fitted(draw, "W" * 60, font, 192)
+    assert draw.textlength(fitted, font=font) <= 192 < draw.textlength(f"W{fitted}W", font=font)
+    assert fitted.endswith("W...")
+    assert pictures._fitted(draw, "i" * 40, font, 192) == "i" * 40
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +319,16 @@ def test_page_is_self_contained_and_escaped(page: Path) -> None:
     assert "<img src=x" not in text
     assert "&lt;b&gt;run&amp;" in text
     assert len(text) < 2_000_000
+
+
+def test_page_where_text_is_not_utf8_by_itself(page: Path, trained_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "preprocess", "train", "eval"):
+        (run / name).symlink_to(trained_run / name)
+    pipeline("--stage", "report", "--run", run, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0").done()
+    style = re.compile(r"<style>.*?</style>", re.DOTALL)
+    assert style.findall((run / "report" / "index.html").read_text("utf-8")) == style.findall(page.read_text("utf-8"))
 
 
 def test_pictures_lie_beside_the_page(page: Path) -> None:
@@ -250,12 +357,18 @@ def test_an_evaluation_of_another_checkpoint_of_the_same_step_is_told(trained_ru
     path = run / "eval" / "metrics.json"
     metrics = json.loads(path.read_text())
     assert metrics["seal"] == load_trained(RunDir(run), "latest").seal
-    for seal, told in ((metrics["seal"], False), ("0" * 64, True)):
+    step = metrics["step"]
+    for of, seal, told in (
+        (step, metrics["seal"], None),
+        (step, "0" * 64, f"another checkpoint, also of step {step};"),
+        (step + 1, "0" * 64, f"step {step + 1}; the weights shown are of step {step}."),
+    ):
         path.unlink()  # a link to the file that other tests read
-        path.write_text(json.dumps({**metrics, "seal": seal}))
+        path.write_text(json.dumps({**metrics, "seal": seal, "step": of}))
         assert run_pipeline.main(["--stage", "report", "--run", str(run)]) == 0
-        said = "Accuracies are those of another checkpoint, also" in (run / "report" / "index.html").read_text()
-        assert said == told
+        text = (run / "report" / "index.html").read_text()
+        assert ("Accuracies are" in text) == (told is not None)
+        assert told is None or f"Accuracies are those of {told}" in text
     shutil.rmtree(run)
 
 
@@ -273,11 +386,30 @@ def test_damaged_evaluation_is_refused(trained_run: Path, tmp_path: Path, capsys
             facts.read_facts(RunDir(run), trained)
     with np.load(trained_run / "eval" / "predictions.npz") as file:
         arrays = {name: file[name] for name in file.files}
-    arrays["top"][0, 0] = 99
-    np.savez(path, **arrays)
-    assert run_pipeline.main(["--stage", "report", "--run", str(run)]) == 1
-    assert "do not fit together" in capsys.readouterr().err
+    for name in arrays:
+        np.savez(path, **{**arrays, name: arrays[name][1:]})
+        with pytest.raises(PipelineError, match="do not fit together"):
+            facts.read_facts(RunDir(run), trained)
+    odd = arrays["top"].copy()
+    odd[0, 0] = 5
+    labels = arrays["labels"]
+    for change in ({"top": odd}, {"labels": labels.astype(np.float64)}, {"labels": np.stack([labels] * 2, axis=1)}):
+        np.savez(path, **{**arrays, **change})
+        assert run_pipeline.main(["--stage", "report", "--run", str(run)]) == 1
+        assert "do not fit together" in capsys.readouterr().err
     shutil.rmtree(run)
+
+
+def test_an_evaluation_of_two_classes_is_read_and_one_of_other_pictures_is_not(tmp_path: Path) -> None:
+    folder, evaluation = tmp_path / "eval", {"images": 3, "loss": 1.0, "top1": 1.0, "top5": 1.0, "views": 1, "step": 1}
+    folder.mkdir()
+    two = {"top": [[0, 1]] * 3, "probability": [[0.7, 0.3]] * 3, "labels": [0] * 3, "loss": [1.0] * 3}
+    np.savez(folder / "predictions.npz", **{name: np.array(value) for name, value in two.items()})
+    (folder / "metrics.json").write_text(json.dumps(evaluation))
+    assert facts._evaluation(RunDir(tmp_path), 2)[0] == evaluation
+    (folder / "metrics.json").write_text(json.dumps({**evaluation, "images": 4}))
+    with pytest.raises(PipelineError, match="do not fit together"):
+        facts._evaluation(RunDir(tmp_path), 2)
 
 
 @pytest.fixture(scope="module")

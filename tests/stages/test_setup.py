@@ -14,11 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import SEED, load_config, override
+from data.dataset import open_dataset
+from net import reference
+from pipeline.config import SEED, load_config
+from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file, read_sealed, write_sealed
 from stages import setup
-from stages.setup import loader_slots, loader_threads, open_dataset
+from stages.setup import loader_slots, loader_threads
 
 
 @pytest.fixture
@@ -78,10 +81,11 @@ def test_files_that_make_no_sense_are_refused_by_name(run: RunDir, name: str, co
 
 
 def test_sound_files_of_our_own_are_taken(run: RunDir) -> None:
-    replace(run, "color.json", json.dumps(COLOR).encode())
+    color = {"eigenvalues": [4, 1, -1e-20], "eigenvectors": [[0, 1, 0], [1, 0, 0], [0, 0, 1]]}  # as rounding leaves it
+    replace(run, "color.json", json.dumps(color).encode())
     replace(run, "mean.npy", npy(np.ones((72, 72, 3), np.float32)))
     dataset = open_dataset(run)
-    assert dataset.directions == pytest.approx(np.diag(np.sqrt([3, 2, 1])) * 255)
+    assert dataset.directions.tolist() == [[0, 510, 0], [255, 0, 0], [0, 0, 0]]
     assert dataset.mean.sum() == 72 * 72 * 3
 
 
@@ -123,12 +127,26 @@ def test_the_loader_has_threads_that_suit_the_backend(monkeypatch: pytest.Monkey
     assert loader_threads(SEED, on_device, 65536) == 1
     monkeypatch.setenv("NUMBA_NUM_THREADS", "4")  # three ranks on this machine
     assert loader_threads(SEED, on_device, 128) == 3
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "all")
+    assert loader_threads(SEED, on_device, 128) == 9
     monkeypatch.setattr(setup.os, "sched_getaffinity", lambda process: range(128))
     monkeypatch.delenv("NUMBA_NUM_THREADS")
     assert loader_threads(SEED, on_device, 128) == 12
-    asked = override(SEED, settings=["loader.threads=20", "loader.slots=30"])
+    asked = changes(settings=["loader.threads=20", "loader.slots=30"])(SEED)
     assert loader_threads(asked, on_host, 65536) == loader_threads(asked, on_device, 65536) == 20
     assert [loader_slots(config, 20) for config in (SEED, asked)] == [23, 30]
+
+
+def test_the_mean_is_the_whole_picture_or_its_centre() -> None:
+    mean = np.random.default_rng(1).random((72, 72, 3), dtype=np.float32)
+
+    def prepared(which: str) -> np.ndarray:
+        config = changes(settings=["preprocess.size=72", "input.crop=67", f"input.mean={which}"])(SEED)
+        return setup.preparation(config, mean, reference, jittered=False).mean
+
+    assert np.array_equal(prepared("image"), mean)
+    assert np.array_equal(prepared("center"), mean[2:69, 2:69])
+    assert prepared("none") is None
 
 
 def test_rates_and_jitter_of_the_authors_code() -> None:
@@ -148,6 +166,12 @@ def test_rates_and_jitter_of_the_authors_code() -> None:
     assert [setup.jittered(config, epoch) for epoch in (0, 66, 67, 90)] == [True, True, False, False]
     assert setup.decays(config, names)["conv2.w"] == pytest.approx(5e-4)
     assert setup.decays(config, names)["conv2.b"] == 0
+    biases_too = changes(settings=["train.bias_decay=true"])(config)
+    assert setup.decays(biases_too, names)["conv2.b"] == pytest.approx(5e-4)
+    assert setup.input_shape(config) == (227, 227, 3)  # 224 and the border
+    mean = np.zeros((256, 256, 3), np.float32)
+    scales = [setup.preparation(config, mean, reference, jittered=jittered).scale for jittered in (True, False)]
+    assert scales == pytest.approx([1 / 1.1, 1])
 
 
 def test_rates_of_caffes_biases_are_twice_the_weights() -> None:

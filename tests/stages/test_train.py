@@ -18,15 +18,19 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
+import net.cpu
 import run_pipeline
 from net import backend, reference
 from pipeline.checkpoint import checkpoints, load_checkpoint
 from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
 from pipeline.ranks import ALONE, Ranks
+from pipeline.run_dir import RunDir
+from stages import losses, trainer
 from stages import start as start_stage
 from stages import train as train_stage
-from stages.train import Plateau
+from stages.losses import Plateau
+from stages.start import State
 from tests.command_line import finish, pipeline, settings, start, wait_until
 
 STEPS_AN_EPOCH = 6  # 22 pictures, batches of 4: the last has two
@@ -335,6 +339,20 @@ def test_validation_and_checkpoints_only_every_so_many_epochs(run: Path, undistu
     assert checkpoints(run / "train")[-1].name == "step-00000036.ckpt"
 
 
+def test_steps_are_numbered_for_dropout_and_logged_every_so_many(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number that stayed would switch off the same units for ever; the metrics would look as always."""
+    run, numbers, upload = tmp_path / "run", [], net.cpu.upload
+    shutil.copytree(prepared, run)
+    monkeypatch.setattr(net.cpu, "upload", lambda arrays: numbers.append(arrays["step"].tolist()) or upload(arrays))
+    command = ["--stage", "train", "--run", str(run), "--device", "cpu", "--steps", "3"]
+    assert run_pipeline.main([*command, *settings("train.batch_size=2", "train.log_every=2")]) == 0
+    assert numbers == [[0], [1], [2]]
+    assert [record["step"] for record in metrics(run)] == [2]
+    shutil.rmtree(run)
+
+
 def test_divergence_stops_training_and_keeps_the_last_good_checkpoint(run: Path, undisturbed: Path) -> None:
     shutil.copytree(undisturbed / "train", run / "train")
     good = {path.name: digest(path) for path in checkpoints(run / "train")}
@@ -376,13 +394,27 @@ def test_a_single_class_is_no_plateau() -> None:
     assert not any(plateau.stays(step, 0.0) for step in range(1, 9))
 
 
+def test_metrics_are_on_the_disk_before_the_checkpoint_and_indexes_and_removals_come_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, path = [], tmp_path / "step-00000001.ckpt"
+    monkeypatch.setattr(train_stage, "save_checkpoint", lambda *given: order.append("saved") or path)
+    monkeypatch.setattr(train_stage, "note_best", lambda *given: order.append(("best", *given[1:])))
+    monkeypatch.setattr(train_stage, "prune", lambda *given: order.append(("pruned", *given[1:])))
+    log = SimpleNamespace(sync=lambda: order.append("synced"))
+    header = {"validation": {"top1": 0.5, "top5": 0.9}}
+    train_stage.save(RunDir(tmp_path), reference, log, 3, State(1, {}, {}), header)
+    assert order == ["synced", "saved", ("best", path, 1, 0.5), ("pruned", 3, path)]
+
+
 def test_writing_a_checkpoint_does_not_count_as_training(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(prepared, run)
     now, save = [0.0], train_stage.save_checkpoint
-    monkeypatch.setattr(train_stage, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for module in (trainer, losses):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def slow(*given: Any) -> Path:
         now[0] += 1000

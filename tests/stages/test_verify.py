@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import demo
 from pipeline.checkpoint import save_checkpoint
-from pipeline.config import load_config, to_dict
+from pipeline.config import load_config
+from pipeline.config_values import to_dict
 from tests.command_line import pipeline
 
 
@@ -46,6 +49,20 @@ def verify(run: Path):
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "metrics.jsonl"}
+
+
+def test_a_demo_run_that_was_moved_mends_itself_from_the_demo_set_it_took_along(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new name"
+    demo.draw(old / "demo", jobs=1, train=2, val=1)
+    shrunk = ("--set", "preprocess.shard_images=10", "--set", "preprocess.size=72", "--set", "input.crop=67")
+    pipeline("--stage", "preprocess", "--run", old, "--jobs", 1, *shrunk).done()
+    before = contents(old / "preprocess")
+    old.rename(new)
+    flip(new / "preprocess" / "train-00000.h5", 0.5)
+    sentence = verify(new).refused("1 of .* files are damaged")
+    assert sentence.endswith(f"python run_pipeline.py --stage preprocess --run '{new}'")
+    pipeline(*shlex.split(sentence.partition("run_pipeline.py ")[2]), "--jobs", 1).done()
+    assert contents(new / "preprocess") == before
 
 
 def test_a_sound_run(run: Path) -> None:

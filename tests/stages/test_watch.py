@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,11 +43,35 @@ def test_screen_says_how_far_and_how_long(monkeypatch: pytest.MonkeyPatch) -> No
     records[-1] |= {"step": 40, "top1": 0.3}
     assert "the recipe's end; last line" in screen(Path("runs/x"), demo, 10, records, time.time(), 80, 24)
     assert "no step has been logged yet" in screen(Path("runs/x"), demo, 20, [], time.time(), 80, 24)
+    beyond = [*records, step(90, 1.0)]
+    assert "the recipe's end; last line" in screen(Path("runs/x"), demo, 20, beyond, time.time(), 80, 24)
+    assert "no step has been logged yet" in screen(Path("runs/x"), demo, 20, records[-1:], time.time(), 80, 24)
     # Lines that others have written into the file, or half of one, are left out.
     odd = [{"stfp": 3, "loss": 1.0}, {**step(35, 1.0), "loss": None}, {"step": 36, "top1": 0.9}, {"step": "x"}, {}]
     assert screen(Path("runs/x"), demo, 10, records + odd, time.time(), 80, 24) == screen(
         Path("runs/x"), demo, 10, records, time.time(), 80, 24
     )
+
+
+def test_the_time_left_is_that_of_the_last_lines_speed() -> None:
+    records = [{**step(number, 1.0), "images_per_second": 1.0 if number <= 20 else 64.0} for number in range(1, 31)]
+    text = screen(Path("runs/x"), RECIPES["demo"], 20, records, time.time(), 80, 24)
+    assert "64.0 images/s" in text
+    assert "0:00:25 left" in text  # 50 steps of 32
+
+
+def test_the_screen_fits_a_narrow_terminal_and_one_without_braille(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [step(10, 2.5), step(30, 1.5)]
+
+    def lines() -> list[str]:
+        return screen(Path("runs/" + "x" * 60), RECIPES["demo"], 20, records, time.time(), 40, 24).splitlines()
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="utf-8"))
+    curve = lines()
+    assert curve[-1].split() == ["0.50", "1.50"]  # epochs
+    assert max(map(len, curve)) <= 40
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="ascii"))
+    assert lines() == curve[:4]
 
 
 def test_braille_draws_what_it_is_given() -> None:
@@ -56,6 +82,7 @@ def test_braille_draws_what_it_is_given() -> None:
     assert falling[2].split() == ["0.00", "1.00"]
     flat = braille([(0.0, 1.0), (2.0, 1.0)], 10, 2)
     assert set(flat[0].split()[1]) == {"⠉"}
+    assert flat[1].startswith("   1.000 ")
     assert braille([(3.0, 1.0)], 10, 2)
 
 
@@ -72,6 +99,10 @@ def test_watch_does_not_need_the_lock_and_says_what_is_missing(run: Path, capsys
     with locked(RunDir(run)):
         assert run_pipeline.main(["--stage", "watch", "--run", str(run)]) == 1
     assert "nothing has been trained; start it" in capsys.readouterr().err
+    config = run / "config.json"
+    config.write_text(config.read_text().replace('"epochs": 90', '"epochs": 91'))
+    assert run_pipeline.main(["--stage", "watch", "--run", str(run)]) == 1
+    assert "edited by hand; name the recipe with --recipe" in capsys.readouterr().err
 
 
 def scalars(folder: Path) -> list[tuple[str, int, float]]:
