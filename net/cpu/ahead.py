@@ -26,8 +26,9 @@ from typing import IO, Final
 import numba
 import numpy as np
 
-from net.cpu import augment, conv, dropout, finish, jit, linear, loss, update
+from net.cpu import augment, conv, dropout, finish, jit, linear, loss, lrn, map_norm, pool, relu, update
 from net.cpu.memory import asarray, empty
+from net.cpu.simd import PANEL
 
 _LRN: Final = (5, 2.0, 1e-4, 0.75)
 _POOL: Final = (3, 2)
@@ -103,8 +104,10 @@ def _zeros(*shape: int) -> np.ndarray:
 
 
 def _forward_convolution() -> None:
-    x, w, b = _zeros(2, 6, 6, 16), _zeros(3, 3, 16, 16), _zeros(16)
-    conv.conv_block_forward(x, w, b, stride=1, pad=1, groups=1, lrn=_LRN, pool=_POOL, training=True)
+    w, b = _zeros(3, 3, PANEL, PANEL), _zeros(PANEL)  # maps fill whole panels, or one picture would be for one core
+    for images in (2, 1):
+        x = _zeros(images, 6, 6, PANEL)
+        conv.conv_block_forward(x, w, b, stride=1, pad=1, groups=1, lrn=_LRN, pool=_POOL, training=True)
 
 
 def _convolution_gradient() -> None:
@@ -129,13 +132,32 @@ def _fully_connected() -> None:
     _, kept = linear.linear_block_forward(x, w, b, training=True)
     _, dw, _ = linear.linear_block_backward(_zeros(8, 16), kept, w, need_dx=True)
     dw.descend(w.reshape(-1), _zeros(w.size), *[np.float32(0)] * 3)
+    np.asarray(dw)  # as processes that add up their gradients need it
+    linear.linear_forward(_zeros(1, 16), w, b)  # few pictures, as an epoch's last batch may have
     update.start()
+
+
+def _layers_of_original() -> None:
+    """What the blocks of other recipes hold is single layers where their order is another."""
+    size, k, alpha, beta = _LRN
+    x = _zeros(2, 6, 6, 16)
+    for forward, backward in (
+        (lrn.lrn_forward, lrn.lrn_backward),
+        (map_norm.map_norm_forward, map_norm.map_norm_backward),
+    ):
+        y, s = forward(x, size=size, k=k, alpha=alpha, beta=beta)
+        backward(y, x, s, size=size, alpha=alpha, beta=beta)
+    size, stride = _POOL
+    y, winner = pool.maxpool_forward(x, size=size, stride=stride)
+    pool.maxpool_backward(y, winner, height=6, width=6, size=size, stride=stride)
+    relu.relu_backward(x, relu.relu_forward(x))
 
 
 # In this order two processes, every other part each, have about as much to do.
 PARTS: Final[tuple[Callable[[], None], ...]] = (
-    _forward_convolution,
     _convolution_gradient,
+    _forward_convolution,
     _fully_connected,
     _pixels_and_scores,
+    _layers_of_original,
 )

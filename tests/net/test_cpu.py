@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Final
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ import net.cpu
 from net import backend, network, reference
 from net.alexnet import alexnet
 from net.cpu import memory, update, winograd
-from net.layers import fuse
+from net.layers import Layer, fuse
 from tests.command_line import ROOT
 from tests.net import cases
 
@@ -171,12 +173,16 @@ def test_host_arrays_are_copied() -> None:
 # --- a whole training step -----------------------------------------------------------------------------------------
 
 
+SEED: Final = alexnet(10, lrn_size=4, final_relu=True)
+ORIGINAL: Final = alexnet(10, relu_before_lrn=False, map_norm=True)
+
+
 class Training:
     """AlexNet on small pictures: 67 x 67 leaves one pixel after the last pool."""
 
-    def __init__(self, ops: ModuleType, batch: int = 6) -> None:
+    def __init__(self, ops: ModuleType, batch: int = 6, layers: Sequence[Layer] = SEED) -> None:
         self.ops, self.batch, self.count = ops, batch, 0
-        layers = fuse(alexnet(10, lrn_size=4, final_relu=True), ops)
+        layers = fuse(layers, ops)
         shapes = network.parameter_shapes(layers, (67, 67, 3))
         initial = network.initial_parameters(shapes, (0.0,) * 8, (0.1,) * 8, seed=1)
         self.parameters = {name: ops.asarray(a) for name, a in initial.items()}
