@@ -227,7 +227,7 @@ def _results(
     else:
         jobs = min(jobs, max(1, len(tasks)))
         begun = (joblib.delayed(make_shard)(task) for task in tasks if stop.signum is None)
-        with _workers_spared():
+        with _workers_spared() if jobs > 1 else contextlib.nullcontext():
             results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=jobs)(
                 begun
             )
