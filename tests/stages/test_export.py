@@ -172,7 +172,9 @@ def test_caffemodel_evaluates_with_its_own_mean(run: Path, capsys: pytest.Captur
     mean.write_bytes(blob(means, old=True))
     # The run's own configuration says how its pictures are stored; the rest is the caffe recipe.
     arguments = ["--stage", "import", model, "--mean", mean, "--run", run, *settings("input.crop=67")]
+    own = (run / "config.json").read_bytes()
     assert pipeline(*arguments) == 0
+    assert (run / "config.json").read_bytes() == own
     saved = load_checkpoint(checkpoints(run / "train")[0])
     assert saved.header["config"]["recipe"] == "caffe"
     assert saved.header["config"]["preprocess"]["size"] == 72

@@ -178,6 +178,10 @@ def test_resume_is_exact_across_every_change_of_the_schedule(run: Path, tmp_path
         assert metrics(run) == metrics(whole)
         rates = [record["lr"] for record in metrics(run) if "lr" in record]
         assert rates == pytest.approx([0.01] * 6 + [0.001])
+        # Colour shifts rescale training's input alone: validation and evaluation agree that theirs is not.
+        assert run_pipeline.main(["--stage", "eval", "--run", str(run), "--checkpoint", "best"]) == 0
+        (validation,) = (record for record in metrics(run) if "validation_loss" in record)
+        assert json.loads((run / "eval" / "metrics.json").read_text())["loss"] == validation["validation_loss"]
     finally:
         shutil.rmtree(whole)
 
