@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,13 @@ import pytest
 from PIL import Image
 
 import run_pipeline
+from data.images import read_square
 from data.manifest import read_manifest
 from data.shards import open_split
 from pipeline.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from pipeline.config import RECIPES, override
 from pipeline.run_dir import RunDir
+from stages import predict as predict_stage
 from stages.predict import bar
 from tests.command_line import ROOT
 
@@ -169,6 +173,34 @@ def test_of_what_lies_below_a_folder_links_are_read_and_pipes_are_not(
     (folder / "broken.png").symlink_to(folder / "nowhere")
     assert predict(trained_run, folder) == 1
     assert f"{folder / 'broken.png'}: No such file or directory" in capsys.readouterr().err
+
+
+def test_pictures_are_resized_as_the_checkpoints_were(picture: Path) -> None:
+    config = override(RECIPES["seed"], settings=["preprocess.filter=box"])
+    (square,), errors = predict_stage._read_all([str(picture)], config)
+    assert np.array_equal(square, read_square(picture.read_bytes(), 256, "box", Counter()))
+    assert errors == {}
+
+
+def test_a_file_beyond_all_measure_is_refused(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict_stage, "LARGEST_FILE", 1000)
+    assert predict_stage._read_all([str(picture)], RECIPES["seed"]) == ([], {0: "it is larger than 0 MiB"})
+
+
+def test_pictures_of_a_folder_come_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.png").touch()
+    walk = os.walk
+    for order in (1, -1):
+        monkeypatch.setattr(
+            os, "walk", lambda top, order=order, **how: [(p, d, sorted(n)[::order]) for p, d, n in walk(top, **how)]
+        )
+        found = predict_stage._expand([str(tmp_path)], lambda error: None)
+        assert [Path(name).name for name in found] == ["a.png", "b.png", "c.png"]
+
+
+def test_a_name_that_is_no_text_can_be_printed() -> None:
+    assert predict_stage._printable(os.fsdecode(b"p\xff.png")) == "p?.png"
 
 
 def test_bars_fit_the_terminal(
