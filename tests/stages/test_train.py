@@ -304,7 +304,11 @@ def test_resume_with_nothing_to_resume_starts_and_says_so(run: Path) -> None:
 def test_epochs_and_the_recipes_end(run: Path) -> None:
     train(run, "--epochs", 1, "--set", "train.epochs=1").done()
     assert newest(run).name == f"step-{STEPS_AN_EPOCH:08d}.ckpt"
+    indexes = {path: path.read_bytes() for path in (run / "train" / "latest.json", run / "train" / "best.json")}
+    for path in indexes:
+        path.unlink()  # as a crash before they were written leaves it
     result = train(run, "--resume").done()
+    assert {path: path.read_bytes() for path in indexes} == indexes
     assert "nothing to train: 6 steps are done; add --epochs N or --steps N to train on" in result.out
 
 
