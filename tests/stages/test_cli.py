@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ import pytest
 import run_pipeline
 from data.shards import open_split
 from pipeline.checkpoint import checkpoints
+from pipeline.ranks import ALONE
 from pipeline.run_dir import read_sealed, write_sealed
 from tests.command_line import QUICK, ROOT, finish, pipeline, settings, start, wait_until
 
@@ -106,6 +109,16 @@ def test_a_connection_that_breaks_is_not_taken_for_output_without_a_reader(
     monkeypatch.setattr(run_pipeline, "_run", to_nobody)
     assert run_pipeline.main(["--run", str(tmp_path)]) == 1
     assert capfd.readouterr().err == "error: Broken pipe; --debug shows where this happened\n"
+
+
+def test_ranks_are_refused_where_there_is_nothing_to_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(run_pipeline, "joined", lambda: contextlib.nullcontext(replace(ALONE, size=2)))
+    for stage in ([], ["--stage", "preprocess"], ["--stage", "verify"]):
+        assert run_pipeline.main([*stage, "--run", str(tmp_path / "run")]) == 1
+        assert "error: 2 ranks can share --stage eval and --stage train only" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_output_without_a_reader_ends_a_stage_with_a_word(run: Path) -> None:

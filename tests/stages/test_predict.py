@@ -281,6 +281,7 @@ def test_a_reader_that_goes_away_ends_it_without_a_word(trained_run: Path, pictu
         said = process.stderr.read()
         assert process.wait() == 141, said
     assert b"error" not in said
+    assert b"no reader" not in said
     assert b"Broken" not in said
 
 
