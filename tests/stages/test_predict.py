@@ -23,8 +23,10 @@ from data.manifest import read_manifest
 from data.shards import open_split
 from pipeline.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import RECIPES, override
+from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
 from stages import predict as predict_stage
+from stages import trained as trained_stage
 from stages.predict import bar
 from tests.command_line import ROOT
 
@@ -173,6 +175,33 @@ def test_of_what_lies_below_a_folder_links_are_read_and_pipes_are_not(
     (folder / "broken.png").symlink_to(folder / "nowhere")
     assert predict(trained_run, folder) == 1
     assert f"{folder / 'broken.png'}: No such file or directory" in capsys.readouterr().err
+
+
+def test_without_shards_the_checkpoint_names_its_classes(tmp_path: Path) -> None:
+    run, file = RunDir(tmp_path), tmp_path / "step-00000001.ckpt"
+    wnids = {"wnids": ["n01", "n02"]}
+    named = [{"wnid": "n01", "words": ""}, {"wnid": "n02", "words": ""}]
+    assert trained_stage._classes(run, file, wnids, 2) == named
+    named[1]["words"] = "dog"
+    assert trained_stage._classes(run, file, {**wnids, "words": ["", "dog"]}, 2) == named
+    assert trained_stage._classes(run, file, {}, 2) == [{"wnid": "", "words": ""}] * 2
+
+
+def test_an_imported_mean_that_fits_nothing_is_refused(tmp_path: Path) -> None:
+    for side in (256, 227):  # stored pictures and crops
+        assert trained_stage._mean(RunDir(tmp_path), np.zeros((side, side, 3)), RECIPES["caffe"]).dtype == np.float32
+    with pytest.raises(PipelineError, match="which fits neither the stored pictures"):
+        trained_stage._mean(RunDir(tmp_path), np.zeros((100, 100, 3)), RECIPES["caffe"])
+
+
+def test_a_checkpoint_with_other_arrays_than_its_configuration_says_is_refused(
+    trained_run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = load_checkpoint(find_checkpoint(trained_run / "train", "latest"))
+    few = {name: array for name, array in saved.arrays.items() if name.startswith("conv1")}
+    path = save_checkpoint(tmp_path, 1, saved.header, few)
+    assert predict(trained_run, picture, "--checkpoint", path) == 1
+    assert f"{path} holds other arrays than its configuration says" in capsys.readouterr().err
 
 
 def test_pictures_are_resized_as_the_checkpoints_were(picture: Path) -> None:
