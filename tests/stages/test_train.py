@@ -296,9 +296,14 @@ def test_a_restart_without_tensorboard_leaves_the_run_as_it_was(
 
 
 def test_resume_with_nothing_to_resume_starts_and_says_so(run: Path) -> None:
+    (run / "train").mkdir()  # by a run that ended before its first checkpoint
+    (run / "train" / "metrics.jsonl").write_text('{"step": 3, "loss": 9.0}\n')
+    (run / "train" / "step-00000006.ckpt.tmp").write_text("cut off")
     result = train(run, "--resume", "--steps", 1).done()
     assert f"there is nothing to resume in {run}/train: training starts from the beginning" in result.out
     assert newest(run).name == "step-00000001.ckpt"
+    assert [record["step"] for record in metrics(run)] == [1]
+    assert not list((run / "train").glob("*.tmp"))
 
 
 def test_epochs_and_the_recipes_end(run: Path) -> None:
