@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +23,8 @@ import run_pipeline
 from data.split import open_split
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
+from pipeline.errors import PipelineError
+from pipeline.ranks import ALONE
 from pipeline.run_dir import read_sealed, write_sealed
 from stages import preprocess, train
 from tests.command_line import QUICK, ROOT, finish, pipeline, settings, start, wait_until
@@ -119,6 +123,44 @@ def test_a_connection_that_breaks_is_not_taken_for_output_without_a_reader(
     monkeypatch.setattr(run_pipeline, "_run", to_nobody)
     assert run_pipeline.main(["--run", str(tmp_path)]) == 1
     assert capfd.readouterr().err == "error: Broken pipe; --debug shows where this happened\n"
+
+
+def test_where_the_pictures_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ILSVRC2012_ROOT", raising=False)
+    assert run_pipeline._source(None, must_exist=True) is None  # the demo set
+    usual = Path("datasets/ilsvrc2012")
+    usual.mkdir(parents=True)
+    assert run_pipeline._source(None, must_exist=True) == usual
+    monkeypatch.setenv("ILSVRC2012_ROOT", "away")
+    assert run_pipeline._source(None, must_exist=False) == Path("away")
+    with pytest.raises(PipelineError, match="the environment variable ILSVRC2012_ROOT names away, which is not a fold"):
+        run_pipeline._source(None, must_exist=True)
+    assert run_pipeline._source(str(usual), must_exist=True) == usual
+
+
+def test_preprocessing_gets_the_flags_of_the_command_line(
+    tmp_path: Path, small_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: list[object] = []
+    monkeypatch.setattr(preprocess, "check_archives", got.append)
+    monkeypatch.setattr(preprocess, "run", lambda config, run, **flags: got.append(flags))
+    command = ["--stage", "preprocess", "--source", str(small_source), "--run", str(tmp_path)]
+    flags = {"source": small_source, "jobs": 3, "scheduler": None}
+    assert run_pipeline.main([*command, "--jobs", "3"]) == 0
+    assert got == [flags]
+    assert run_pipeline.main([*command, "--jobs", "3", "--check-archives"]) == 0
+    assert got == [flags, small_source, flags]
+
+
+def test_ranks_are_refused_where_there_is_nothing_to_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(run_pipeline, "joined", lambda: contextlib.nullcontext(replace(ALONE, size=2)))
+    for stage in ([], ["--stage", "preprocess"], ["--stage", "verify"]):
+        assert run_pipeline.main([*stage, "--run", str(tmp_path / "run")]) == 1
+        assert "error: 2 ranks can share --stage eval and --stage train only" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_output_without_a_reader_ends_a_stage_with_a_word(run: Path) -> None:

@@ -17,7 +17,8 @@ from pipeline.checkpoint import checkpoints, load_checkpoint
 from pipeline.config import RECIPES
 from pipeline.config_values import changes
 from pipeline.errors import PipelineError
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, hash_file
+from pipeline.settings import Request
 from stages import export, import_weights
 from stages.setup import input_shape, network_layers, shapes
 from stages.trained import load_trained
@@ -70,6 +71,7 @@ def test_import_brings_back_every_bit_and_predicts_the_same(
     assert pipeline("--stage", "import", exported / name, "--run", run) == 0
     before, after = load_trained(RunDir(trained_run), "latest"), load_trained(RunDir(run), "latest")
     assert after.step == 0
+    assert after.header["imported"] == {"file": name, "sha256": hash_file(exported / name)}
     assert after.config == before.config
     assert [entry["wnid"] for entry in after.classes] == [entry["wnid"] for entry in before.classes]
     for parameter, value in before.parameters.items():
@@ -82,6 +84,12 @@ def test_import_brings_back_every_bit_and_predicts_the_same(
     assert [entry["probability"] for entry in first] == [entry["probability"] for entry in second]
     assert [entry["words"] for entry in first] == [entry["words"] for entry in second]
     checkpoints(run / "train")[0].unlink()  # 80 MB
+
+
+def test_the_recipe_named_comes_before_what_the_file_says(exported: Path) -> None:
+    file, quick = exported / "alexnet.safetensors", Request(None, changes(None, list(QUICK), None))
+    for recipe, found in ((None, "seed"), ("paper", "paper")):
+        assert import_weights._read_safetensors(file, recipe, quick.change)[0].recipe == found
 
 
 def test_training_does_not_go_on_from_imported_weights(
@@ -173,7 +181,9 @@ def test_caffemodel_evaluates_with_its_own_mean(run: Path, capsys: pytest.Captur
     mean.write_bytes(blob(means, old=True))
     # The run's own configuration says how its pictures are stored; the rest is the caffe recipe.
     arguments = ["--stage", "import", model, "--mean", mean, "--run", run, *settings("input.crop=67")]
+    own = (run / "config.json").read_bytes()
     assert pipeline(*arguments) == 0
+    assert (run / "config.json").read_bytes() == own
     saved = load_checkpoint(checkpoints(run / "train")[0])
     assert saved.header["config"]["recipe"] == "caffe"
     assert saved.header["config"]["preprocess"]["size"] == 72
@@ -225,7 +235,7 @@ def test_what_cannot_be_imported_is_refused(exported: Path, tmp_path: Path, caps
     assert "name its recipe" in refused(write(other, to_bytes(small, {})))
     assert "no array conv1.b" in refused(write(other, to_bytes(small, header.metadata)))
     assert "no array fc8.b" in refused(write(other, to_bytes({"x": small["fc8.b"]}, header.metadata)))
-    for config in ("[]", "{", '{"recipe": 7}', '{"recipe": "seed", "input": {"crop": 1e9}}'):
+    for config in ("[]", "{", "[" * 100_000, '{"recipe": 7}', '{"recipe": "seed", "input": {"crop": 1e9}}'):
         refused(write(other, to_bytes(small, {"config": config})))
     assert "more than a" not in refused(write(tmp_path / "x.caffemodel", b"\x80\x04\x95pickle"))
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,15 @@ import pytest
 from PIL import Image
 
 import run_pipeline
+from data.images import read_square
 from data.manifest import read_manifest
 from data.split import open_split
 from pipeline.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from pipeline.config import RECIPES
+from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
+from stages import predict as predict_stage
+from stages import trained as trained_stage
 from stages.predict import bar
 from stages.trained import Trained
 from tests.command_line import ROOT
@@ -175,6 +181,61 @@ def test_of_what_lies_below_a_folder_links_are_read_and_pipes_are_not(
     assert f"{folder / 'broken.png'}: No such file or directory" in capsys.readouterr().err
 
 
+def test_without_shards_the_checkpoint_names_its_classes(tmp_path: Path) -> None:
+    run, file = RunDir(tmp_path), tmp_path / "step-00000001.ckpt"
+    wnids = {"wnids": ["n01", "n02"]}
+    named = [{"wnid": "n01", "words": ""}, {"wnid": "n02", "words": ""}]
+    assert trained_stage._classes(run, file, wnids, 2) == named
+    named[1]["words"] = "dog"
+    assert trained_stage._classes(run, file, {**wnids, "words": ["", "dog"]}, 2) == named
+    assert trained_stage._classes(run, file, {}, 2) == [{"wnid": "", "words": ""}] * 2
+
+
+def test_an_imported_mean_that_fits_nothing_is_refused(tmp_path: Path) -> None:
+    for side in (256, 227):  # stored pictures and crops
+        assert trained_stage._mean(RunDir(tmp_path), np.zeros((side, side, 3)), RECIPES["caffe"]).dtype == np.float32
+    with pytest.raises(PipelineError, match="which fits neither the stored pictures"):
+        trained_stage._mean(RunDir(tmp_path), np.zeros((100, 100, 3)), RECIPES["caffe"])
+
+
+def test_a_checkpoint_with_other_arrays_than_its_configuration_says_is_refused(
+    trained_run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = load_checkpoint(find_checkpoint(trained_run / "train", "latest"))
+    few = {name: array for name, array in saved.arrays.items() if name.startswith("conv1")}
+    path = save_checkpoint(tmp_path, 1, saved.header, few)
+    assert predict(trained_run, picture, "--checkpoint", path) == 1
+    assert f"{path} holds other arrays than its configuration says" in capsys.readouterr().err
+
+
+def test_pictures_are_resized_as_the_checkpoints_were(picture: Path) -> None:
+    config = changes(settings=["preprocess.filter=box"])(RECIPES["seed"])
+    (square,), errors = predict_stage._read_all([str(picture)], config)
+    assert np.array_equal(square, read_square(picture.read_bytes(), 256, "box", Counter()))
+    assert errors == {}
+
+
+def test_a_file_beyond_all_measure_is_refused(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict_stage, "LARGEST_FILE", 1000)
+    assert predict_stage._read_all([str(picture)], RECIPES["seed"]) == ([], {0: "it is larger than 0 MiB"})
+
+
+def test_pictures_of_a_folder_come_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.png").touch()
+    walk = os.walk
+    for order in (1, -1):
+        monkeypatch.setattr(
+            os, "walk", lambda top, order=order, **how: [(p, d, sorted(n)[::order]) for p, d, n in walk(top, **how)]
+        )
+        found = predict_stage._expand([str(tmp_path)], lambda error: None)
+        assert [Path(name).name for name in found] == ["a.png", "b.png", "c.png"]
+
+
+def test_a_name_that_is_no_text_can_be_printed() -> None:
+    assert predict_stage._printable(os.fsdecode(b"p\xff.png")) == "p?.png"
+
+
 def test_bars_fit_the_terminal(
     trained_run: Path, picture: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +350,7 @@ def test_a_reader_that_goes_away_ends_it_without_a_word(trained_run: Path, pictu
         said = process.stderr.read()
         assert process.wait() == 141, said
     assert b"error" not in said
+    assert b"no reader" not in said
     assert b"Broken" not in said
 
 

@@ -179,6 +179,10 @@ def test_resume_is_exact_across_every_change_of_the_schedule(run: Path, tmp_path
         assert metrics(run) == metrics(whole)
         rates = [record["lr"] for record in metrics(run) if "lr" in record]
         assert rates == pytest.approx([0.01] * 6 + [0.001])
+        # Colour shifts rescale training's input alone: validation and evaluation agree that theirs is not.
+        assert run_pipeline.main(["--stage", "eval", "--run", str(run), "--checkpoint", "best"]) == 0
+        (validation,) = (record for record in metrics(run) if "validation_loss" in record)
+        assert json.loads((run / "eval" / "metrics.json").read_text())["loss"] == validation["validation_loss"]
     finally:
         shutil.rmtree(whole)
 
@@ -293,15 +297,24 @@ def test_a_restart_without_tensorboard_leaves_the_run_as_it_was(
 
 
 def test_resume_with_nothing_to_resume_starts_and_says_so(run: Path) -> None:
+    (run / "train").mkdir()  # by a run that ended before its first checkpoint
+    (run / "train" / "metrics.jsonl").write_text('{"step": 3, "loss": 9.0}\n')
+    (run / "train" / "step-00000006.ckpt.tmp").write_text("cut off")
     result = train(run, "--resume", "--steps", 1).done()
     assert f"there is nothing to resume in {run}/train: training starts from the beginning" in result.out
     assert newest(run).name == "step-00000001.ckpt"
+    assert [record["step"] for record in metrics(run)] == [1]
+    assert not list((run / "train").glob("*.tmp"))
 
 
 def test_epochs_and_the_recipes_end(run: Path) -> None:
     train(run, "--epochs", 1, "--set", "train.epochs=1").done()
     assert newest(run).name == f"step-{STEPS_AN_EPOCH:08d}.ckpt"
+    indexes = {path: path.read_bytes() for path in (run / "train" / "latest.json", run / "train" / "best.json")}
+    for path in indexes:
+        path.unlink()  # as a crash before they were written leaves it
     result = train(run, "--resume").done()
+    assert {path: path.read_bytes() for path in indexes} == indexes
     assert "nothing to train: 6 steps are done; add --epochs N or --steps N to train on" in result.out
 
 

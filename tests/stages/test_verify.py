@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import run_pipeline
 from data import demo
-from pipeline.checkpoint import save_checkpoint
+from pipeline.checkpoint import note_best, save_checkpoint
 from pipeline.config import load_config
 from pipeline.config_values import to_dict
+from pipeline.run_dir import write_sealed
 from tests.command_line import pipeline
 
 
@@ -124,6 +127,31 @@ def test_damaged_checkpoints_and_indexes_are_named(run: Path) -> None:
     verify(run).refused(r"1 of 13 files", r"latest\.json", "remove the damaged index")
     (run / "train" / "latest.json").write_text("{}")
     verify(run).refused(r"1 of 13 files", r"latest\.json")
+
+
+def said(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What verification says of damage."""
+    assert run_pipeline.main(["--stage", "verify", "--run", str(run)]) == 1
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_manifest_of_another_version_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sealed(run / "preprocess" / "manifest.json", {"schema": 0})
+    assert f"files are damaged ({run / 'preprocess' / 'manifest.json'}); make again" in said(run, capsys)
+
+
+def test_an_index_of_the_best_that_names_no_checkpoint_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run / "train" / "step-00000001.ckpt"
+    note_best(run / "train", first, 1, 0.5)
+    first.unlink()
+    assert f"({run / 'train' / 'best.json'}); remove the damaged index in train/" in said(run, capsys)
+
+
+def test_the_remedy_names_where_the_pictures_were_last(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(run / "preprocess" / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"source": "/moved/here"}) + "\n")
+    (run / "preprocess" / "train-00001.h5").unlink()
+    assert said(run, capsys).endswith(f"--stage preprocess --run {run} --source /moved/here")
 
 
 def test_damaged_configuration_is_named(run: Path) -> None:
