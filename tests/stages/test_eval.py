@@ -18,7 +18,7 @@ from data.dataset import open_dataset
 from net import network, reference
 from net.alexnet import alexnet
 from pipeline.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from pipeline.config import from_dict
+from pipeline.config_values import from_dict
 from pipeline.run_dir import RunDir, read_sealed, write_sealed
 from run_pipeline import main
 from stages import eval as evaluation

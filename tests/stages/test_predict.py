@@ -21,8 +21,9 @@ import run_pipeline
 from data.images import read_square
 from data.manifest import read_manifest
 from data.split import open_split
-from pipeline.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from pipeline.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import RECIPES
+from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
 from stages import predict as predict_stage
@@ -182,13 +183,14 @@ def test_of_what_lies_below_a_folder_links_are_read_and_pipes_are_not(
 
 
 def test_without_shards_the_checkpoint_names_its_classes(tmp_path: Path) -> None:
-    run, file = RunDir(tmp_path), tmp_path / "step-00000001.ckpt"
-    wnids = {"wnids": ["n01", "n02"]}
-    named = [{"wnid": "n01", "words": ""}, {"wnid": "n02", "words": ""}]
-    assert trained_stage._classes(run, file, wnids, 2) == named
+    def classes(**header: list[str]) -> list[dict[str, str]]:
+        return trained_stage._own_classes(Checkpoint(tmp_path / "step-00000001.ckpt", header, {}, ""), 2)
+
+    wnids, named = ["n01", "n02"], [{"wnid": "n01", "words": ""}, {"wnid": "n02", "words": ""}]
+    assert classes(wnids=wnids) == named
     named[1]["words"] = "dog"
-    assert trained_stage._classes(run, file, {**wnids, "words": ["", "dog"]}, 2) == named
-    assert trained_stage._classes(run, file, {}, 2) == [{"wnid": "", "words": ""}] * 2
+    assert classes(wnids=wnids, words=["", "dog"]) == named
+    assert classes() == [{"wnid": "", "words": ""}] * 2
 
 
 def test_an_imported_mean_that_fits_nothing_is_refused(tmp_path: Path) -> None:

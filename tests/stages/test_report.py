@@ -284,7 +284,8 @@ def test_the_strongest_maps_are_shown_strongest_first() -> None:
 def test_the_last_row_need_not_be_full() -> None:
     tiles = np.zeros((3, 10, 20, 3), np.uint8)
     assert pictures.tiled(tiles, 2, gap=4).size == (44, 24)
-    one, two = (pictures.sheet(list(tiles[:1]) * count, [["text"]] * count, columns=2) for count in (2, 3))
+    full, more = pictures._COLUMNS, pictures._COLUMNS + 1
+    one, two = (pictures.sheet(list(tiles[:1]) * count, [["text"]] * count) for count in (full, more))
     assert two.height > 1.9 * one.height
 
 
