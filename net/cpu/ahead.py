@@ -93,7 +93,7 @@ def _ended_well(process: subprocess.Popen[bytes], said: IO[bytes]) -> bool:
     last = said.read().decode(errors="replace").strip().rpartition("\n")[2]
     print(
         f"note: a helper that compiles CPU kernels ended with status {process.returncode} ({last[:200]}); "
-        "what it left is compiled when it is needed",
+        "what it left is compiled when it is needed, and a resumed run may then differ in the last bits",
         file=sys.stderr,
     )
     return False
