@@ -111,8 +111,10 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     source = _source(options.source, must_exist="preprocess" in stages)
     if source is not None and "preprocess" in stages:
         _refuse_among_pictures(run, source)
-    request = Request(options.recipe, changes(options.config, options.set, options.seed))
-    settled = _settled(run, request, stages, demo=source is None) if _SETTLED.intersection(stages) else None
+    trains = bool(_SETTLED.intersection(stages))
+    weights = options.weights if trains else None
+    request = Request(options.recipe, changes(options.config, options.set, options.seed, weights))
+    settled = _settled(run, request, stages, demo=source is None) if trains else None
     job = _Job(options, run, source, request, settled, ranks)
     with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
         for stage in stages:

@@ -8,6 +8,8 @@ with respect to x. Every layer has
     shape of one image's output, (height, width, channels) or (features,)
 ``parameter_shapes(shape)``
     shapes of its parameters given its input's shape, empty for a layer without
+``names``
+    names of its parameters
 ``forward(ops, parameters, x, run) -> y, kept``
 ``backward(ops, parameters, dy, kept, need_dx) -> dx, gradients``
     ``gradients`` is a dictionary like ``parameters``, with this layer's names only; ``dx`` may be None where
@@ -49,6 +51,9 @@ class Layer(Protocol):
 
     def parameter_shapes(self, shape: Shape) -> dict[str, Shape]: ...
 
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
     def forward(self, ops: ModuleType, parameters: Parameters, x: Array, run: Run) -> tuple[Array, Any]: ...
 
     def backward(
@@ -64,6 +69,10 @@ class _WithoutParameters:
 
     def parameter_shapes(self, shape: Shape) -> dict[str, Shape]:
         return {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,10 @@ class Conv:
         return {f"{self.name}.w": weights, f"{self.name}.b": (self.maps,)}
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return f"{self.name}.w", f"{self.name}.b"
+
+    @property
     def geometry(self) -> dict[str, int]:
         return {"stride": self.stride, "pad": self.pad, "groups": self.groups}
 
@@ -125,6 +138,10 @@ class Linear:
 
     def parameter_shapes(self, shape: Shape) -> dict[str, Shape]:
         return {f"{self.name}.w": (shape[0], self.units), f"{self.name}.b": (self.units,)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return f"{self.name}.w", f"{self.name}.b"
 
     def forward(self, ops: ModuleType, parameters: Parameters, x: Array, run: Run) -> tuple[Array, Any]:
         return ops.linear_forward(x, parameters[f"{self.name}.w"], parameters[f"{self.name}.b"]), x
@@ -284,6 +301,10 @@ class ConvBlock:
         return self.conv.parameter_shapes(shape)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return self.conv.names
+
+    @property
     def _options(self) -> dict[str, Any]:
         lrn = (self.lrn.size, self.lrn.k, self.lrn.alpha, self.lrn.beta) if self.lrn else None
         pool = (self.pool.size, self.pool.stride) if self.pool else None
@@ -314,6 +335,10 @@ class LinearBlock:
 
     def parameter_shapes(self, shape: Shape) -> dict[str, Shape]:
         return self.linear.parameter_shapes(shape)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.linear.names
 
     def forward(self, ops: ModuleType, parameters: Parameters, x: Array, run: Run) -> tuple[Array, Any]:
         w, b = parameters[f"{self.linear.name}.w"], parameters[f"{self.linear.name}.b"]

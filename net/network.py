@@ -7,6 +7,7 @@ reference, the CPU and the GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Descent:
 
     momentum: float
     decay: dict[str, float]  # weight decay of each parameter
+    frozen: frozenset[str] = frozenset()  # parameters that stay as they are
 
 
 def parameter_shapes(layers: Sequence[Layer], shape: Shape) -> dict[str, Shape]:
@@ -130,18 +132,26 @@ def forward(
 
 
 def backward(
-    ops: ModuleType, layers: Sequence[Layer], parameters: Parameters, dz: Array, tape: list[Any]
+    ops: ModuleType,
+    layers: Sequence[Layer],
+    parameters: Parameters,
+    dz: Array,
+    tape: list[Any],
+    frozen: AbstractSet[str] = frozenset(),
 ) -> Iterator[tuple[str, Array]]:
     """From dz (N, classes), the gradient of the scores, to the gradients of all parameters, last layer first.
 
     A generator of (name, gradient of the parameter's shape). Each is handed out as soon as it is known, with the
     gradient of the layer's input already computed, so the receiver may update that parameter at once. ``tape`` is what
-    :func:`forward` kept; it is emptied on the way, which frees memory.
+    :func:`forward` kept; it is emptied on the way, which frees memory. Parameters in ``frozen`` are left out, and what
+    lies before the first layer with others is not computed.
     """
     dy = dz
-    for number in reversed(range(len(layers))):
-        dy, gradients = layers[number].backward(ops, parameters, dy, tape.pop(), number > 0)
-        yield from gradients.items()
+    first = next((n for n, layer in enumerate(layers) if not frozen >= set(layer.names)), len(layers))
+    for number in reversed(range(first, len(layers))):
+        dy, gradients = layers[number].backward(ops, parameters, dy, tape.pop(), number > first)
+        yield from ((name, gradient) for name, gradient in gradients.items() if name not in frozen)
+    tape.clear()
 
 
 def training_step(
@@ -174,7 +184,8 @@ def training_step(
         scores, tape = forward(ops, layers, parameters, x, run)
         loss, dz = ops.cross_entropy(scores, inputs["labels"])
         del x, scores
-        gradients = backward(ops, layers, parameters, dz if reduce is None else dz * inputs["share"], tape)
+        dz = dz if reduce is None else dz * inputs["share"]
+        gradients = backward(ops, layers, parameters, dz, tape, descent.frozen)
         for name, gradient in gradients if reduce is None else reduce(gradients):
             rate = inputs["rates"][position[name] : position[name] + 1]
             ops.sgd_update(

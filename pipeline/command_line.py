@@ -48,6 +48,10 @@ STAGES: Final[dict[str, Stage]] = {
             ("--stage train --resume", "go on after a stop or a crash"),
             ("--stage train --resume --epochs 2", "two epochs more"),
             ("--stage train --run runs/caffe --recipe caffe --set train.batch_size=128", "another recipe, one change"),
+            (
+                "--stage train --run runs/mine --weights runs/caffe/train/step-00360000.ckpt --epochs 5",
+                "fine-tune a trained network on pictures of your own",
+            ),
         ),
     ),
     "watch": Stage(
@@ -106,8 +110,8 @@ STAGES: Final[dict[str, Stage]] = {
     ),
     "import": Stage(
         "weights from elsewhere -> a checkpoint",
-        "Make a new run's checkpoint from a safetensors file (this project's names or PyTorch's) or from Caffe's "
-        "bvlc_alexnet.caffemodel; see docs/formats.md.",
+        "Make a new run's checkpoint from a safetensors file (this project's names or PyTorch's), from a checkpoint of "
+        "another run or from Caffe's bvlc_alexnet.caffemodel; see docs/formats.md.",
         (
             ("--stage import alexnet.safetensors --run runs/imported", "weights that --stage export wrote"),
             ("--stage import bvlc_alexnet.caffemodel --run runs/caffe", "Caffe's published AlexNet"),
@@ -185,6 +189,13 @@ _FLAGS: Final = (
     ),
     _Flag("--resume", ("train",), "go on from the newest checkpoint", {"action": "store_true"}),
     _Flag("--restart", ("train",), "start over; old checkpoints are moved aside", {"action": "store_true"}),
+    _Flag(
+        "--weights",
+        ("train",),
+        "begin with the weights in FILE (.ckpt, .safetensors or .caffemodel) instead of random ones; the last layer is "
+        "drawn anew where the classes are others",
+        {"type": _file, "metavar": "FILE"},
+    ),
     _Flag("--epochs", ("train",), "train N epochs more, then stop", {"type": _count, "metavar": "N"}),
     _Flag("--steps", ("train",), "train N steps more, then stop", {"type": _count, "metavar": "N"}),
     _Flag(

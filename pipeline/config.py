@@ -44,6 +44,9 @@ class Input:
     jitter_rescale: bool = False  # divide jittered input by (1 + jitter), as the authors' code does in training
 
 
+LAYERS: Final = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")  # those with parameters
+
+
 @dataclass(frozen=True)
 class Network:
     """AlexNet's eight layers (paper, section 3); per-layer tuples run conv1..conv5, fc6..fc8."""
@@ -68,6 +71,8 @@ class Network:
 class Train:
     """Stochastic gradient descent (paper, section 5): v <- m v - d lr w - lr g; w <- w + v."""
 
+    weights: str | None = None  # file whose weights training begins with (stages/pretrained.py); none: drawn anew
+    frozen: tuple[str, ...] = ()  # layers that keep the weights they begin with, such as conv1 and conv2
     batch_size: int = 128
     epochs: int = 90
     lr: Schedule = ((0, 0.01), (30, 0.001), (55, 0.0001), (75, 0.00001))

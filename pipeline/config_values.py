@@ -17,16 +17,19 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.config import SEED, Config, Network, Schedule, nearest
+from pipeline.config import LAYERS, SEED, Config, Network, Schedule, nearest
 from pipeline.errors import PipelineError
 
 FLOAT32_MAX: Final = 3.4e38
 
 
 def changes(
-    toml: Path | None = None, settings: list[str] | None = None, seed: int | None = None
+    toml: Path | None = None,
+    settings: list[str] | None = None,
+    seed: int | None = None,
+    weights: Path | None = None,
 ) -> Callable[[Config], Config]:
-    """What changes single settings of configurations: a TOML file, then ``key=value`` settings, then the seed.
+    """What changes single settings of configurations: a TOML file, then ``key=value`` settings, then other flags.
 
     The file is read once, here, as it may be a pipe.
 
@@ -53,6 +56,10 @@ def changes(
             config = _with_value(config, key.strip(), _parse(text.strip()), where=f"--set {setting}")
         if seed is not None:
             config = _with_value(config, "seed", seed, where="--seed")
+        if weights is not None:
+            config = _with_value(config, "train.weights", str(weights), where="--weights")
+        if config.train.weights is not None:  # a later start may come from another working directory
+            config = replace(config, train=replace(config.train, weights=str(Path(config.train.weights).absolute())))
         _check(config, str(toml) if toml is not None and not settings else None)
         return config
 
@@ -142,10 +149,10 @@ def _with_value(config: Any, key: str, value: Any, where: str, whole: str | None
 def _coerce(value: Any, wanted: Any, key: str, where: str) -> Any:
     """Accept ``value`` as ``wanted`` (int for float, list for tuple, nothing else), or say what was expected."""
     options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    # As text, "none" stands for nothing only where nothing is a value: input.mean=none is a word like any other.
+    if type(None) in options and (value is None or value == "none"):
+        return None
     for option in options:
-        # As text, "none" stands for nothing only where nothing is a value: input.mean=none is a word like any other.
-        if option is type(None) and (value is None or value == "none"):
-            return None
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             parts = typing.get_args(option)
             if parts[-1] is Ellipsis:
@@ -167,9 +174,11 @@ _WORDS: Final[dict[Any, str]] = {
     float: "a number",
     bool: "true or false",
     str: "a word",
+    str | None: "a file or none",
     int | None: "a whole number or none",
     tuple[int, int]: "two whole numbers such as [2, 1]",
     tuple[float, ...]: "a list of numbers such as [0.01, 0.03]",
+    tuple[str, ...]: 'a list of words such as ["conv1", "conv2"]',
     Schedule: "a list of first epochs and values such as [[0, 0.01], [30, 0.001]]",
     tuple[int, float]: "pairs of a first epoch and a value such as [0, 0.01]",
 }
@@ -210,6 +219,10 @@ def _check(config: Config, file: str | None = None) -> None:
         (1 <= config.eval.batch_size <= 65536, "eval.batch_size must lie between 1 and 65536"),
         (config.eval.views in (1, 10), "eval.views must be 1 or 10"),
         (train.order in ("auto", "uniform", "blocks"), "train.order must be auto, uniform or blocks"),
+        (
+            len(set(train.frozen) & set(LAYERS)) == len(train.frozen) < len(LAYERS),
+            f"train.frozen must name layers, each once and not all: {', '.join(LAYERS)}",
+        ),
         (train.epochs >= 1, "train.epochs must be at least 1"),
         (bool(train.lr) and train.lr[0][0] == 0, "train.lr must have an entry for epoch 0"),
         *(

@@ -1,4 +1,4 @@
-"""How a training run begins: with weights drawn anew, or where its newest sound checkpoint ends.
+"""How a training run begins: with weights drawn anew or from a file, or where its newest sound checkpoint ends.
 
 Whatever a start can be refused for comes first, on every rank: data, settings, the backend and its memory, the state to
 begin with. Until then the run directory is only read. So a start that is refused leaves the run as it was: its
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import platform
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from pipeline.progress import volume
 from pipeline.ranks import Ranks
 from pipeline.run_dir import RunDir, fingerprint, make_folder, move_aside, remove, write_sealed
 from stages.batches import TrainingPlan, with_order
+from stages.pretrained import take_weights
 from stages.setup import MOMENTUM, network_layers, require_memory, shapes
 
 # Settings that may differ between the run so far and its continuation: they change no weight.
@@ -55,6 +57,8 @@ _FREE: Final = (
     "keep_checkpoints",
     "plateau_steps",
 )
+
+_PRETRAINED: Final = "pretrained"  # entry of a checkpoint's header: the file whose weights training began with
 
 
 @dataclass
@@ -73,6 +77,7 @@ class Begun:
     ops: ModuleType
     reduce: Reduce | None  # None for a process on its own
     state: State
+    header: dict[str, Any]  # what every checkpoint says of the run it belongs to
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Training:
     shapes: dict[str, Shape]  # of all parameters
     plan: TrainingPlan
     ranks: Ranks
-    header: dict[str, Any]  # what every checkpoint says of the run it belongs to
+    header: dict[str, Any]  # what a checkpoint to go on from must agree with
 
 
 def require_way_on(folder: Path, *, resume: bool) -> None:
@@ -94,9 +99,9 @@ def require_way_on(folder: Path, *, resume: bool) -> None:
     found = checkpoints(folder)
     if found and step_of(found[-1]) == 0:  # training's own come after a step
         raise PipelineError(
-            f"{found[-1]} holds imported weights, and training does not go on from those: they are for --stage eval, "
-            "predict, report and export. Train in a new run with --run, or here with --restart, from weights drawn "
-            "anew (the imported ones are moved aside, not deleted)"
+            f"{found[-1]} holds imported weights, which have no momenta to go on with; begin with them in a new run: "
+            f"--stage train --weights {shlex.quote(str(found[-1]))} --run DIR (or train here from weights drawn anew "
+            "with --restart: the imported ones are moved aside, not deleted)"
         )
     if found and not resume:
         raise PipelineError(
@@ -141,17 +146,22 @@ def begin(
             ops.warm_up()
         reduce = _reduction(ops, ranks)
         saved = _newest(training) if ranks.leads and resume else None
+        header = training.header
         if saved is not None:
             state = _saved_state(saved, training.shapes)
+            header = header | {key: saved.header[key] for key in (_PRETRAINED,) if key in saved.header}
         else:
             state = State(0, fresh() if ranks.leads else zeros(training.shapes), zeros(training.shapes))
+            if ranks.leads and config.train.weights is not None:
+                origin = take_weights(Path(config.train.weights), config, header["wnids"], state.parameters)
+                header = header | {_PRETRAINED: origin}
         if ranks.leads and last_step(state.step) > state.step:
             _require_room(training, saved)
         state = _on_device(ops, _shared(ranks, state))
     ranks.wait()  # a rank that cannot begin does not come here
     if ranks.leads:
         _make_ready(training, saved)
-    return Begun(ops, reduce, state)
+    return Begun(ops, reduce, state, header)
 
 
 def _reduction(ops: ModuleType, ranks: Ranks) -> Reduce | None:

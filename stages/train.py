@@ -22,7 +22,7 @@ from pipeline.run_dir import RunDir
 from pipeline.signals import StopRequest
 from pipeline.tensorboard import events, require_tensorboard
 from stages.setup import MOMENTUM, loader_slots, loader_threads
-from stages.start import State, Training, begin, open_training, require_way_on
+from stages.start import Begun, State, Training, begin, open_training, require_way_on
 from stages.trainer import Records, Trainer
 
 
@@ -86,7 +86,7 @@ def run(
         records = stack.enter_context(_records(config, run_dir, ops, tensorboard)) if ranks.leads else _NO_RECORDS
         stop = stack.enter_context(StopRequest())
         with Progress("train", last, "steps", done=first) as progress:
-            _loop(training, ops, Trainer(training, begun, records, progress), last, stop)
+            _loop(training, begun, Trainer(training, begun, records, progress), last, stop)
     print(f"trained to step {last}; checkpoints and metrics are in {run_dir.train}")
     return stop.signum
 
@@ -105,10 +105,10 @@ def _records(config: Config, run_dir: RunDir, ops: ModuleType, tensorboard: bool
         yield Records(log.write, partial(save, run_dir, ops, log, config.train.keep_checkpoints))
 
 
-def _loop(training: Training, ops: ModuleType, trainer: Trainer, last: int, stop: StopRequest) -> None:
+def _loop(training: Training, begun: Begun, trainer: Trainer, last: int, stop: StopRequest) -> None:
     """Step from batch to batch; validate and save at an epoch's end; save every so many steps and when told to stop."""
     config, train, plan = training.config, training.config.train, training.plan
-    threads = loader_threads(config, ops, plan.largest)
+    threads = loader_threads(config, begun.ops, plan.largest)
     with contextlib.ExitStack() as stack:
         batches = load(
             training.dataset.train,
@@ -118,7 +118,7 @@ def _loop(training: Training, ops: ModuleType, trainer: Trainer, last: int, stop
             largest=plan.largest,
             slots=loader_slots(config, threads),
             threads=threads,
-            allocate=ops.host_empty,
+            allocate=begun.ops.host_empty,
         )
         loader = stack.enter_context(contextlib.closing(batches))
         for batch in loader:
@@ -129,9 +129,9 @@ def _loop(training: Training, ops: ModuleType, trainer: Trainer, last: int, stop
             signum = training.ranks.largest(stop.signum or 0)  # a signal to any rank stops all after the same step
             validation = None
             if epoch_ends and (ends or epochs % train.validate_every == 0):
-                validation = _validated(training, trainer)
+                validation = _validated(training, begun, trainer)
             if ends or signum or done % train.checkpoint_every == 0 or (epoch_ends and epochs % train.save_every == 0):
-                trainer.save({**training.header, "validation": validation})
+                trainer.save({**begun.header, "validation": validation})
             if signum and done < last:
                 raise StoppedError(
                     signum,
@@ -140,13 +140,13 @@ def _loop(training: Training, ops: ModuleType, trainer: Trainer, last: int, stop
                 )
 
 
-def _validated(training: Training, trainer: Trainer) -> dict[str, float]:
+def _validated(training: Training, begun: Begun, trainer: Trainer) -> dict[str, float]:
     """The epoch's scores; where they cannot be had, the epoch is saved before that ends the training."""
     try:
         return trainer.validate()
     except (PipelineError, OSError, MemoryError):
         if training.ranks.size == 1:  # of several, the others may be well and not come to save
-            trainer.save({**training.header, "validation": None})
+            trainer.save({**begun.header, "validation": None})
         raise
 
 

@@ -41,7 +41,8 @@ class Trainer:
         self._records, self._progress = records, progress
         self._losses = Losses(training, begun.ops, records.write, progress)
         self._names = list(self.state.parameters)
-        self._descent = Descent(self._config.train.momentum, decays(self._config, self._names))
+        frozen = frozenset(name for name in self._names if name.split(".")[0] in self._config.train.frozen)
+        self._descent = Descent(self._config.train.momentum, decays(self._config, self._names), frozen)
         self._function: Callable[[dict[str, Array]], Array] | None = None
         self._jittered: bool | None = None
 

@@ -290,10 +290,14 @@ def versions(trained: Trained) -> list[tuple[str, str]]:
 
 def hashes(facts: Facts, trained: Trained) -> list[tuple[str, str]]:
     """Fingerprints that tell whether two runs had the same pictures, settings and weights."""
-    manifest = facts.manifest
+    manifest, begun = facts.manifest, trained.header.get("pretrained")
+    weights = []
+    if isinstance(begun, dict):
+        weights = [(f"weights it began with, {begun.get('file')} (SHA-256 of the file)", str(begun.get("sha256")))]
     return [
         ("pictures (fingerprint of the source)", manifest["source"]),
         ("preprocessing settings", manifest["settings"]),
         ("shards (pictures, settings, decoder)", manifest["plan"]),
+        *weights,
         (f"{trained.path.name} (SHA-256 of the file)", hash_file(trained.path)),
     ]

@@ -42,7 +42,11 @@ def small(layers: tuple) -> tuple:
 
 
 def start(
-    ops: ModuleType, variant: str, host: dict[str, np.ndarray] | None = None, reduce: Any = None
+    ops: ModuleType,
+    variant: str,
+    host: dict[str, np.ndarray] | None = None,
+    reduce: Any = None,
+    frozen: frozenset[str] = frozenset(),
 ) -> tuple[Callable, dict, dict]:
     """A training step with its parameters and momenta on the backend's device."""
     layers = small(alexnet(CLASSES, **VARIANTS[variant]))
@@ -54,7 +58,7 @@ def start(
     momenta = {name: ops.asarray(host[f"momentum {name}"]) for name in shapes}
     mean = cases.random_for("mean").random((SIDE, SIDE, 3), dtype=np.float32) * 255
     prepared = Preparation(ops.asarray(mean), 1 / 128, False, BORDER)
-    descent = Descent(0.9, {name: 5e-4 if name.endswith(".w") else 0.0 for name in shapes})
+    descent = Descent(0.9, {name: 5e-4 if name.endswith(".w") else 0.0 for name in shapes}, frozen)
     fused = fuse(layers, ops)
     return training_step(ops, fused, parameters, momenta, prepared, descent, SEED, reduce), parameters, momenta
 
@@ -104,6 +108,27 @@ def test_training_steps_agree_with_the_reference(
     ours += run(ops, step, range(1, 4))  # recorded and replayed
     theirs += run(reference, reference_step, range(1, 4))
     np.testing.assert_allclose(ours, theirs, rtol=2e-4 if precision == "fp32" else 0.1)
+
+
+@pytest.mark.parametrize("variant", ["paper", "original"])
+@pytest.mark.parametrize("layers", [("conv1", "conv2"), ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")])
+def test_frozen_layers_stay_and_the_others_move_as_without_freezing(
+    backend: Callable[[str], ModuleType], variant: str, layers: tuple[str, ...]
+) -> None:
+    ops = backend("bf16")
+    frozen = frozenset(f"{layer}.{kind}" for layer in layers for kind in "wb")
+    step, parameters, momenta = start(ops, variant, frozen=frozen)
+    before = to_host(ops, parameters, momenta)
+    run(ops, step, range(3))  # called, recorded, replayed
+    after = to_host(ops, parameters, momenta)
+    for name in parameters:
+        kept = [np.array_equal(before[key], after[key]) for key in (name, f"momentum {name}")]
+        assert kept == [name in frozen] * 2, name
+    all_step, all_parameters, _ = start(ops, variant)
+    some_step, some_parameters, _ = start(ops, variant, frozen=frozen)
+    np.testing.assert_array_equal(run(ops, all_step, range(1)), run(ops, some_step, range(1)))
+    for name in all_parameters.keys() - frozen:
+        np.testing.assert_array_equal(ops.to_host(some_parameters[name]), ops.to_host(all_parameters[name]), name)
 
 
 def test_training_in_tf32_agrees_with_the_reference(backend: Callable[[str], ModuleType]) -> None:

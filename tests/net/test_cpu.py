@@ -180,7 +180,9 @@ ORIGINAL: Final = alexnet(10, relu_before_lrn=False, map_norm=True)
 class Training:
     """AlexNet on small pictures: 67 x 67 leaves one pixel after the last pool."""
 
-    def __init__(self, ops: ModuleType, batch: int = 6, layers: Sequence[Layer] = SEED) -> None:
+    def __init__(
+        self, ops: ModuleType, batch: int = 6, layers: Sequence[Layer] = SEED, frozen: frozenset[str] = frozenset()
+    ) -> None:
         self.ops, self.batch, self.count = ops, batch, 0
         layers = fuse(layers, ops)
         shapes = network.parameter_shapes(layers, (67, 67, 3))
@@ -188,7 +190,7 @@ class Training:
         self.parameters = {name: ops.asarray(a) for name, a in initial.items()}
         self.momenta = {name: ops.asarray(np.zeros_like(a)) for name, a in initial.items()}
         preparation = network.Preparation(mean=None, scale=1 / 255, bgr=False, border=(2, 1))
-        descent = network.Descent(momentum=0.9, decay=dict.fromkeys(initial, 5e-4))
+        descent = network.Descent(momentum=0.9, decay=dict.fromkeys(initial, 5e-4), frozen=frozen)
         self.run = network.training_step(ops, layers, self.parameters, self.momenta, preparation, descent, seed=3)
         self.new_prediction = partial(network.prediction, ops, layers, self.parameters, preparation, views=1)
         self.predict = self.new_prediction()
@@ -228,6 +230,26 @@ def test_training_agrees_with_the_reference() -> None:
         cases.assert_close(ours.step(), theirs.step(), 1e-4)
     for name, w in theirs.parameters.items():
         cases.assert_close(ours.parameters[name], w, 1e-4, name)
+
+
+@pytest.mark.parametrize("ops", [net.cpu, backend.load("reference")], ids=["cpu", "reference"])
+@pytest.mark.parametrize("layers", [SEED, ORIGINAL], ids=["seed", "original"])
+@pytest.mark.parametrize(
+    "frozen", [("conv1", "conv2"), ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6"), ("conv1", "conv3", "fc8")]
+)
+def test_frozen_layers_stay_and_the_others_move_as_without_freezing(
+    ops: ModuleType, layers: Sequence[Layer], frozen: tuple[str, ...]
+) -> None:
+    """One step: from the second on, the others' gradients are those of another network."""
+    names = frozenset(f"{layer}.{kind}" for layer in frozen for kind in "wb")
+    some, all_ = Training(ops, 2, layers, names), Training(ops, 2, layers)
+    before = {name: ops.to_host(a).copy() for name, a in some.parameters.items()}
+    np.testing.assert_array_equal(some.step(), all_.step())
+    for name, w in some.parameters.items():
+        expected = before[name] if name in names else all_.parameters[name]
+        np.testing.assert_array_equal(w, expected, name)
+        assert np.any(all_.parameters[name] != before[name]), name
+        assert np.any(some.momenta[name]) == (name not in names), name
 
 
 @pytest.mark.parametrize("images", [1, 5])

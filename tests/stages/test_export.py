@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file
 from pipeline.settings import Request
-from stages import export, import_weights
+from stages import export, import_weights, weights_file
 from stages.setup import input_shape, network_layers, shapes
 from stages.trained import load_trained
 from tests.command_line import QUICK, settings
@@ -86,10 +87,12 @@ def test_import_brings_back_every_bit_and_predicts_the_same(
     checkpoints(run / "train")[0].unlink()  # 80 MB
 
 
-def test_the_recipe_named_comes_before_what_the_file_says(exported: Path) -> None:
+def test_the_recipe_named_comes_before_what_the_file_says(exported: Path, tmp_path: Path) -> None:
     file, quick = exported / "alexnet.safetensors", Request(None, changes(None, list(QUICK), None))
     for recipe, found in ((None, "seed"), ("paper", "paper")):
-        assert import_weights._read_safetensors(file, recipe, quick.change)[0].recipe == found
+        run = RunDir(tmp_path / str(recipe))
+        import_weights.run(run, file, mean=None, request=replace(quick, recipe=recipe))
+        assert load_checkpoint(checkpoints(run.train)[0]).header["config"]["recipe"] == found
 
 
 def test_training_does_not_go_on_from_imported_weights(
@@ -104,7 +107,8 @@ def test_training_does_not_go_on_from_imported_weights(
         assert pipeline("--stage", "train", "--run", run, "--steps", 1, *arguments) == 1
         said.append(capsys.readouterr().err)
     assert said[0] == said[1]
-    assert f"error: {imported} holds imported weights, and training does not go on from those" in said[0]
+    assert f"error: {imported} holds imported weights, which have no momenta to go on with" in said[0]
+    assert f"--stage train --weights {imported} --run DIR" in said[0]
     assert imported.exists()
     assert pipeline("--stage", "eval", "--run", run) == 0
     assert pipeline("--stage", "train", "--run", run, "--steps", 1, "--restart") == 0
@@ -114,12 +118,12 @@ def test_training_does_not_go_on_from_imported_weights(
 
 def test_names_of_classes_come_back_with_and_without_words() -> None:
     entries = [{"wnid": "n01", "words": "tench, Tinca tinca"}, {"wnid": "n02", "words": ""}]
-    assert import_weights._names(json.dumps(entries), 2) == {
+    assert weights_file._names(json.dumps(entries), 2) == {
         "wnids": ["n01", "n02"],
         "words": ["tench, Tinca tinca", ""],
     }
-    assert import_weights._names(json.dumps([{"wnid": "", "words": ""}] * 2), 2) == {}  # an import without names
-    assert import_weights._names(None, 2) == {}
+    assert weights_file._names(json.dumps([{"wnid": "", "words": ""}] * 2), 2) == {}  # an import without names
+    assert weights_file._names(None, 2) == {}
 
 
 def test_onnx_is_compared_with_this_network(

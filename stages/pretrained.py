@@ -1,0 +1,94 @@
+"""Training that begins with the weights of a network trained before: fine-tuning (paper, section 6).
+
+The file is whatever ``stages/weights_file.py`` reads. Its network must compute the same from a picture as this run's
+does, but for the last layer, which stays as drawn where the classes are others. Momenta begin at zero, and the mean
+picture that is subtracted is that of the run's own pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from net.weights.errors import WeightsError
+from pipeline.config import LAYERS, Config, Input, Network
+from pipeline.config_values import difference
+from pipeline.errors import PipelineError
+from pipeline.run_dir import hash_file
+from stages.weights_file import FORMS, Weights, read_weights
+
+_LAST: Final = LAYERS[-1]
+
+# Settings that change how a network is trained, and not what it computes from a picture afterwards.
+_NETWORK_FREE: Final = ("weight_std", "bias", "dropout_keep")
+_INPUT_FREE: Final = ("random_crop", "flip", "jitter", "jitter_epochs", "jitter_rescale")
+
+
+def take_weights(file: Path, config: Config, wnids: Sequence[str], parameters: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Put the weights in ``file`` in the place of drawn ones.
+
+    Parameters
+    ----------
+    wnids : the run's classes, in the order of the scores
+    parameters : all parameters as drawn, float32; written to
+
+    Returns
+    -------
+    dict
+        What checkpoints say of it: ``file``, its name; ``sha256``; ``drawn``, the layers that stayed as drawn.
+
+    Raises
+    ------
+    PipelineError
+        The file cannot be read, or holds a network that computes something else.
+    """
+
+    def choose(own: Config | None) -> Config:
+        if own is not None:
+            _require_same_function(file, own, config)
+        return own or config
+
+    try:
+        read, digest = read_weights(file, choose), hash_file(file)
+    except WeightsError as error:
+        raise PipelineError(f"cannot begin with {file}: {error} ({FORMS} can be read)") from error
+    except OSError as error:
+        raise PipelineError(
+            f"cannot read {file}, the weights to begin with: {error.strerror or error}; name another file with "
+            "--weights, or none with --set train.weights=none"
+        ) from error
+    drawn = [] if _same_classes(read, wnids) else [_LAST]
+    for name, array in read.parameters.items():
+        if name.split(".")[0] not in drawn:
+            parameters[name][...] = array
+    print(
+        f"beginning with the weights of {file}"
+        + (f", {_LAST} drawn anew: its classes are not those of the pictures here" if drawn else "")
+    )
+    return {"file": file.name, "sha256": digest, "drawn": drawn}
+
+
+def _same_classes(read: Weights, wnids: Sequence[str]) -> bool:
+    """Whether the scores stand for the same classes; a file that names none is believed where their number is right."""
+    return read.classes.get("wnids", list(wnids)) == list(wnids) and len(read.parameters[f"{_LAST}.b"]) == len(wnids)
+
+
+def _require_same_function(file: Path, there: Config, here: Config) -> None:
+    differing = difference(_function(there), _function(here))
+    if differing:
+        remedy = "change these with --set" if there.recipe == here.recipe else f"begin with --recipe {there.recipe}"
+        raise PipelineError(
+            f"the network in {file} computes something else than this run's: {'; '.join(differing)}. "
+            f"To begin with its weights, {remedy}"
+        )
+
+
+def _function(config: Config) -> Config:
+    """The configuration with everything at fixed values but what the network computes from a picture."""
+    network = replace(config.network, **{name: getattr(Network(), name) for name in _NETWORK_FREE})
+    input = replace(config.input, **{name: getattr(Input(), name) for name in _INPUT_FREE})
+    return Config(recipe="", network=network, input=input)

@@ -1,0 +1,149 @@
+"""Training that begins with weights from a file, through the command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import run_pipeline
+from pipeline.checkpoint import Checkpoint, checkpoints, load_checkpoint
+from pipeline.run_dir import RunDir, hash_file
+from stages import export
+from stages.trained import load_trained
+from tests import pictures
+from tests.command_line import QUICK, pipeline, settings
+
+STILL = (
+    "train.lr=[[0,0.0]]",
+    "network.final_relu=false",
+)  # a step changes nothing: what it began with is what it saves
+HIDDEN = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
+FROZEN = f"train.frozen=[{', '.join(f'{name!r}' for name in HIDDEN)}]".replace("'", '"')
+
+
+def train(run: Path, *arguments: object, set: tuple[str, ...] = STILL):
+    return pipeline("--stage", "train", "--run", run, "--steps", 1, *settings(*set), *arguments)
+
+
+def newest(run: Path) -> Checkpoint:
+    return load_checkpoint(checkpoints(run / "train")[-1])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained_run: Path) -> Path:
+    return checkpoints(trained_run / "train")[-1]
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A preprocessed run whose pictures are of three classes."""
+    folder = tmp_path_factory.mktemp("others")
+    pictures.draw(folder / "source", {"train": (4, 4, 4), "val": (2, 2, 2)})
+    run = folder / "run"
+    arguments = ("--source", folder / "source", "--run", run, "--jobs", 1)
+    pipeline("--stage", "preprocess", *arguments, *settings(*QUICK)).done()
+    return run
+
+
+@pytest.mark.parametrize("form", [".ckpt", "safetensors", "torch"])
+def test_with_the_same_classes_all_weights_are_the_files(
+    form: str, run: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    theirs = load_checkpoint(checkpoint).arrays
+    file = tmp_path / "a.ckpt"
+    if form == ".ckpt":
+        shutil.copyfile(checkpoint, file)
+    else:
+        file = export.run(RunDir(checkpoint.parents[1]), None, checkpoint="latest", format=form)
+    said = train(run, "--weights", file).done().out
+    assert f"beginning with the weights of {file}\n" in said
+    saved = newest(run)
+    assert saved.header["pretrained"] == {"file": file.name, "sha256": hash_file(file), "drawn": []}
+    assert saved.header["step"] == 1
+    for name in load_trained(RunDir(run), "latest").parameters:
+        np.testing.assert_array_equal(saved.arrays[name], theirs[name], name)
+        assert not np.any(saved.arrays[f"momentum/{name}"]), name
+    file.unlink()
+
+
+def test_with_other_classes_the_last_layer_is_drawn_and_frozen_layers_stay(
+    others: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    theirs, run = load_checkpoint(checkpoint).arrays, tmp_path / "run"
+    shutil.copytree(others, run)
+    moving = ("network.final_relu=false", "train.lr=[[0,0.01]]", FROZEN)
+    said = train(run, "--weights", checkpoint, set=moving).done().out
+    assert "fc8 drawn anew: its classes are not those of the pictures here" in said
+    saved = newest(run)
+    assert saved.header["pretrained"]["drawn"] == ["fc8"]
+    assert saved.arrays["fc8.w"].shape == (4096, 3)
+    for layer in HIDDEN:
+        for name in (f"{layer}.w", f"{layer}.b"):
+            np.testing.assert_array_equal(saved.arrays[name], theirs[name], name)
+            assert not np.any(saved.arrays[f"momentum/{name}"]), name
+    assert np.any(saved.arrays["momentum/fc8.w"])
+
+
+def test_classes_of_other_names_are_other_classes(run: Path, checkpoint: Path, tmp_path: Path) -> None:
+    source = pictures.draw(tmp_path / "source")
+    for split in ("train", "val"):
+        (source / split / "class4").rename(source / split / "class9")
+    shutil.rmtree(run)
+    arguments = ("--source", source, "--run", run, "--jobs", 1)
+    pipeline("--stage", "preprocess", *arguments, *settings(*QUICK)).done()
+    train(run, "--weights", checkpoint).done()
+    assert newest(run).header["pretrained"]["drawn"] == ["fc8"]
+
+
+def test_resuming_goes_on_to_the_same_weights(
+    run: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing had been saved, from another working directory, with the file gone once it is not needed."""
+    moving = ("network.final_relu=false", "train.lr=[[0,0.001]]")
+    straight, file = tmp_path / "straight", tmp_path / "begin.ckpt"
+    shutil.copytree(run, straight)
+    shutil.copyfile(checkpoint, file)
+    monkeypatch.chdir(tmp_path)  # the flag's path is relative, and what goes on comes from the checkout
+    arguments = ["--stage", "train", "--run", str(run), "--steps", "1", "--weights", "begin.ckpt", "--seed", "1"]
+    assert run_pipeline.main(arguments + settings(*moving)) == 0
+    checkpoints(run / "train")[0].unlink()
+    (run / "train" / "latest.json").unlink()
+    pipeline("--stage", "train", "--run", run, "--resume", "--steps", 1).done()
+    file.unlink()
+    pipeline("--stage", "train", "--run", run, "--resume", "--steps", 1).done()
+    shutil.copyfile(checkpoint, file)
+    pipeline(
+        *("--stage", "train", "--run", straight, "--steps", 2, "--weights", file, "--seed", 1), *settings(*moving)
+    ).done()
+    assert newest(run).seal == newest(straight).seal
+    assert newest(run).header["pretrained"]["file"] == "begin.ckpt"
+
+
+def test_what_cannot_be_begun_with_is_refused_and_nothing_is_written(
+    run: Path, others: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    before = sorted(os.listdir(run)), (run / "config.json").read_bytes()
+    text = tmp_path / "notes.safetensors"
+    text.write_text("no weights")
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(checkpoint.read_bytes()[:-4])
+    missing = tmp_path / "missing.ckpt"
+    for arguments, pattern in (
+        (("--weights", missing), f"{missing}.*choose another file"),
+        (("--weights", text), f"cannot begin with {text}: it is damaged or no safetensors file"),
+        (("--weights", cut), f"{cut} is damaged"),
+        (("--weights", others), "cannot read .*, the weights to begin with"),
+        (
+            ("--weights", checkpoint, *settings("network.lrn_k=1.0")),
+            r"something else than this run's: network.lrn_k \(2.0 there, 1.0 here\). .*change these with --set",
+        ),
+        (("--weights", checkpoint, "--recipe", "caffe", *settings(*QUICK)), "begin with --recipe seed"),
+    ):
+        train(run, *arguments).refused(pattern)
+    train(run, set=('train.frozen=["conv6"]',)).refused("train.frozen must name layers")
+    train(run, set=(FROZEN.replace("]", ', "fc8"]'),)).refused("train.frozen must name layers, each once and not all")
+    assert (sorted(os.listdir(run)), (run / "config.json").read_bytes()) == before
