@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -105,6 +106,20 @@ def test_a_signal_that_python_would_ignore_is_not_lost(
     assert "everything finished so far is kept" in told
     assert "ignored" not in told
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_ctrl_c_raises_whatever_it_did_before_but_where_it_is_ignored() -> None:
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for handler in (signal.SIG_IGN, lambda signum, frame: came.append(signum)):
+            signal.signal(signal.SIGINT, handler)
+            with pytest.raises(KeyboardInterrupt) if callable(handler) else contextlib.nullcontext(), Interruption():
+                os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert came == []
 
 
 def test_terminated_in_the_open_raises_at_once_and_other_lost_exceptions_are_still_told() -> None:
