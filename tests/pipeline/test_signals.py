@@ -103,8 +103,16 @@ def test_a_signal_that_python_would_ignore_is_not_lost(
     after = sys.unraisablehook, *(signal.getsignal(n) for n in numbers)
     assert after == before
     told = capfd.readouterr().err
-    assert "everything finished so far is kept" in told
+    what = "interrupted" if number == signal.SIGINT else "terminated"
+    assert f"{what}; everything finished so far is kept\n" in told
     assert "ignored" not in told
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_no_alarm_outlives_the_block() -> None:
+    """It would end a process that has nothing more to do with it."""
+    with Interruption():
+        _in_a_weak_reference(lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 

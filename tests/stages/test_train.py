@@ -21,7 +21,7 @@ import pytest
 import net.cpu
 import run_pipeline
 from net import backend, reference
-from pipeline.checkpoint import checkpoints, load_checkpoint
+from pipeline.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
 from pipeline.ranks import ALONE, Ranks
@@ -438,3 +438,22 @@ def test_writing_a_checkpoint_does_not_count_as_training(
     assert now[0] == 2000  # an epoch's end and the run's
     lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["images_per_second"] > 1 for line in lines if "images_per_second" in line)
+
+
+def test_a_resume_does_what_a_crash_after_a_checkpoint_left_undone(undisturbed: Path, tmp_path: Path) -> None:
+    """Also where the best checkpoint is not the newest, or is it only now, and where older ones should have gone."""
+    run, nothing = tmp_path / "run", settings("train.epochs=1", "train.keep_checkpoints=1")
+    shutil.copytree(undisturbed, run)
+    best = run / "train" / "best.json"
+    before = best.read_bytes()
+    best.unlink()
+    assert "nothing to train" in train(run, "--resume", *nothing).done().out
+    assert best.read_bytes() == before
+    assert [path.name for path in checkpoints(run / "train")] == ["step-00000006.ckpt", "step-00000009.ckpt"]
+    saved = load_checkpoint(newest(run))
+    better = {"top1": 1.0, "top5": 1.0, "loss": 0.1}
+    save_checkpoint(run / "train", 12, {**saved.header, "validation": better}, saved.arrays)
+    assert "nothing to train" in train(run, "--resume", *nothing).done().out
+    assert json.loads(best.read_text())["step"] == 12
+    assert [path.name for path in checkpoints(run / "train")] == ["step-00000012.ckpt"]
+    shutil.rmtree(run)
