@@ -79,6 +79,7 @@ def test_alone_changes_nothing() -> None:
     ranks.ALONE.broadcast(a)
     assert a.tolist() == [0, 1, 2]
     assert ranks.ALONE.largest(7) == 7
+    assert ranks.ALONE.gather(a).tolist() == [[0, 1, 2]]
     assert ranks.ALONE.mean(np.array([1, 2], np.float32)) == 1.5
     assert ranks.ALONE.mean(np.array([1e9, 3, -1e9], np.float32)) == 1  # as exact as the sum over several ranks
     assert list(ranks.ALONE.reduce([("w", a)])) == [("w", a)]
@@ -99,3 +100,7 @@ def test_every_rank_says_the_same_of_which_differ() -> None:
         one = replace(of(rank, 4), gather=lambda own: digests)
         with pytest.raises(PipelineError, match=r"^the settings differ: rank 1, 3 of 4 differs from rank 0$"):
             one.require_same(lambda value=value: value, "the settings differ")
+
+
+def test_the_first_rank_of_another_machine_does_not_lead() -> None:
+    assert [replace(of(rank, 4), local=rank % 2).leads for rank in range(4)] == [True, False, False, False]

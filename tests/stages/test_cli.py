@@ -21,12 +21,13 @@ import numpy as np
 import pytest
 
 import run_pipeline
+from data.ilsvrc import TRAIN
 from data.split import open_split
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
 from pipeline.errors import PipelineError
 from pipeline.ranks import ALONE
-from pipeline.run_dir import read_sealed, write_sealed
+from pipeline.run_dir import RunDir, read_sealed, write_sealed
 from stages import preprocess, train
 from tests.command_line import QUICK, ROOT, finish, pipeline, settings, start, wait_until
 from tests.pictures import sources
@@ -467,3 +468,12 @@ def test_ilsvrc_mini_by_the_official_archives(tmp_path: Path, ilsvrc_mini: Path,
     with np.load(run / "eval" / "predictions.npz", allow_pickle=False) as predictions:
         assert np.array_equal(predictions["labels"], split.labels)
         assert predictions["top"].shape == (500, 5)
+
+
+def test_a_run_beside_the_archives_is_not_among_the_pictures(tmp_path: Path) -> None:
+    """Its train/ holds checkpoints: the pictures are in the archives."""
+    (tmp_path / "train").mkdir()
+    with pytest.raises(PipelineError, match="would lie among the pictures"):
+        run_pipeline._refuse_among_pictures(RunDir(tmp_path), tmp_path)
+    (tmp_path / TRAIN).touch()
+    run_pipeline._refuse_among_pictures(RunDir(tmp_path), tmp_path)
