@@ -12,12 +12,17 @@ python run_pipeline.py --stage X --help     the flags of one stage, with example
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C while the rest is imported has nothing to stop yet; in main() pipeline.signals.Interruption sees to it.
+    signal.signal(signal.SIGINT, lambda signum, frame: os._exit(130))
+
 import argparse
 import contextlib
 import json
-import os
 import select
-import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +45,7 @@ _BEGINNING: Final = frozenset((None, "preprocess", "import"))  # these make a ru
 _SHARED: Final = frozenset(("train", "eval"))  # several processes can share these
 _READING: Final = frozenset(("predict", "watch"))  # these write nothing, and need no lock
 _BESIDE: Final = frozenset(("export", "report"))  # these write to a folder of their own, and lock that
+_UNCOMPILED: Final = frozenset(("import", "verify", "watch"))  # these use no compiled code
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Outside the loops that save before they stop, a signal makes a stage leave with temporary files removed.
         with Interruption(), joined() as ranks:
             _run(options, ranks)
+            sys.stdout.flush()  # where that fails Python would only say so at its end
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum
@@ -73,12 +80,18 @@ def main(arguments: list[str] | None = None) -> int:
             if options.stage != "predict":
                 with contextlib.suppress(BrokenPipeError):
                     print("the output has no reader any more; everything finished so far is kept", file=sys.stderr)
-            # Python flushes standard output once more when it ends, and would complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             return 128 + signal.SIGPIPE
         if options.debug:
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        sentence = _sentence(error)
+        if isinstance(error, OSError) and error.filename is None and _unwritable():
+            sentence = (
+                f"standard output cannot be written: {error.strerror or error}; send it elsewhere, or make room where "
+                "it goes; everything finished so far is kept"
+            )
+            _discard_output()
+        print(f"error: {sentence}", file=sys.stderr)
         return 1
     return 0
 
@@ -102,6 +115,20 @@ def _unread() -> bool:
     for stream in (sys.stdout, sys.stderr):
         poll.register(stream.fileno(), 0)  # errors are told unasked
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def _unwritable() -> bool:
+    """Whether it is standard output that failed: a line end more is no harm where a stage has."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _discard_output() -> None:
+    """Let nothing more go to standard output: Python flushes it once more when it ends, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -136,6 +163,11 @@ def _refuse(options: argparse.Namespace, run: RunDir, ranks: Ranks) -> None:
         raise PipelineError(
             f"there is no run {run.root}; name one with --run, or begin it: "
             f"python run_pipeline.py --stage preprocess {run.flag}"
+        )
+    if options.stage not in _UNCOMPILED and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        raise PipelineError(
+            "NUMBA_DISABLE_JIT is set, and the loops over pixels and layers work compiled only: unset it "
+            "(unset NUMBA_DISABLE_JIT) and run the same command again"
         )
     if options.stage == "import":
         for file in (Path(options.files[0]), options.mean):

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,27 @@ def newest_sound(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, complaints
 
 
+def chosen_checkpoint(folder: Path, which: str) -> Checkpoint:
+    """The checkpoint that ``latest`` or ``best`` stands for, or the one at the path given.
+
+    Where ``latest.json`` is gone it is the newest sound one, as for ``--resume``, and a line says so on standard error:
+    standard output may belong to a stage's results.
+    """
+    index = folder / "latest.json"
+    if which != "latest" or index.exists() or not checkpoints(folder):
+        return load_checkpoint(find_checkpoint(folder, which))
+    saved, complaints = newest_sound(folder)
+    for complaint in complaints:
+        print(f"warning: {complaint}", file=sys.stderr)
+    if saved is None:
+        raise PipelineError(
+            f"no checkpoint in {folder} can be read; name another with --checkpoint PATH, or start over with: "
+            f"python run_pipeline.py --stage train --restart {RunDir(folder.parent).flag}"
+        )
+    print(f"{index} is missing: the newest sound checkpoint is {saved.path}", file=sys.stderr)
+    return saved
+
+
 def find_checkpoint(folder: Path, which: str) -> Path:
     """The file ``latest`` or ``best`` stands for, or the path given."""
     if which not in ("latest", "best"):
@@ -171,7 +193,15 @@ def find_checkpoint(folder: Path, which: str) -> Path:
             f"there is no checkpoint in {folder}; "
             f"train first: python run_pipeline.py --stage train {RunDir(folder.parent).flag}"
         )
-    return folder / _read_index(index, "name a checkpoint file with --checkpoint PATH instead")["checkpoint"]
+    remedy = "name a checkpoint file with --checkpoint PATH instead"
+    if which == "latest":
+        remedy += ", or remove it, and the newest sound one is taken"
+    elif not index.exists():
+        raise PipelineError(
+            f"{index} does not exist: no epoch has been validated, or it was lost and "
+            f"python run_pipeline.py --stage train --resume {RunDir(folder.parent).flag} writes it anew; {remedy}"
+        )
+    return folder / _read_index(index, remedy)["checkpoint"]
 
 
 def note_latest(folder: Path, path: Path) -> None:

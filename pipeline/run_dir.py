@@ -237,7 +237,7 @@ def write_error(path: Path, error: OSError) -> PipelineError:
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return PipelineError(
             f"no permission to write {path} ({error.strerror}); "
-            "choose a writable directory with --run or mend the permissions"
+            "choose a writable directory with --run (copy the run there if it has begun), or mend the permissions"
         )
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return PipelineError(

@@ -40,7 +40,8 @@ class StopRequest:
 
 
 class Interruption:
-    """Within its ``with`` block SIGTERM and SIGUSR1 raise :class:`StoppedError`, and neither it nor Ctrl-C's gets lost.
+    """Within its ``with`` block SIGTERM and SIGUSR1 raise :class:`StoppedError`, Ctrl-C KeyboardInterrupt, and neither
+    gets lost.
 
     A signal's handler runs wherever Python happens to be. In a finalizer, or in Python code that C has called, an
     exception goes nowhere: the interpreter says "Exception ignored in" and goes on as if no signal had come. It tells
@@ -51,6 +52,9 @@ class Interruption:
     def __enter__(self) -> Interruption:
         self._lost: int | None = None
         self._hook = sys.unraisablehook
+        self._interrupt = signal.getsignal(signal.SIGINT)
+        if callable(self._interrupt):  # else it is ignored, as in what a shell has put into the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self._terminate = [signal.signal(number, self._raise) for number in _RAISING]
         self._alarm = signal.signal(signal.SIGALRM, self._raise_anew)
         sys.unraisablehook = self._unraisable
@@ -62,6 +66,8 @@ class Interruption:
         signal.signal(signal.SIGALRM, self._alarm)
         for number, handler in zip(_RAISING, self._terminate, strict=True):
             signal.signal(number, handler)
+        if callable(self._interrupt):
+            signal.signal(signal.SIGINT, self._interrupt)
 
     def _raise(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT:

@@ -33,6 +33,8 @@ from stages.trained import Predict, Trained, load_trained
 
 STDIN: Final = "-"
 _CROPS: Final = 40  # computed at a time
+_NO_PICTURES: Final = frozenset(("BUFR", "GRIB", "HDF5", "MPEG", "PDF"))  # which Pillow knows by name, not by pixels
+_REFUSED: Final = _NO_PICTURES | {"EPS", "WMF"}  # the former Pillow hands to Ghostscript, which runs programs
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,9 @@ def _contents(name: str) -> bytes:
 
 
 def _formats() -> tuple[str, ...]:
-    """All that Pillow reads by itself; EPS it hands to Ghostscript, which runs programs."""
+    """All that Pillow reads by itself."""
     Image.init()
-    return tuple(sorted(set(Image.OPEN) - {"EPS"}))
+    return tuple(sorted(set(Image.OPEN) - _REFUSED))
 
 
 def _expand(files: Sequence[str], unreadable: Callable[[OSError], None]) -> Iterator[str]:
@@ -148,9 +150,10 @@ def _expand(files: Sequence[str], unreadable: Callable[[OSError], None]) -> Iter
             continue
         folder = Path(name)
         Image.init()
+        suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind not in _NO_PICTURES}
         below = (Path(place, file) for place, _, names in os.walk(folder, onerror=unreadable) for file in names)
         inside = sorted(path for path in below if not path.name.startswith(".") and _is_file(path))
-        pictures = [path for path in inside if path.suffix.lower() in Image.registered_extensions()]
+        pictures = [path for path in inside if path.suffix.lower() in suffixes]
         yield from map(str, pictures)
         if len(pictures) < len(inside):
             others = len(inside) - len(pictures)

@@ -20,7 +20,7 @@ from data.origin import preprocess_command
 from data.sampling import view_crops
 from net.layers import Array, Layer, Parameters, fuse
 from net.network import Preparation, prediction
-from pipeline.checkpoint import Arrays, Checkpoint, find_checkpoint, load_checkpoint
+from pipeline.checkpoint import Arrays, Checkpoint, chosen_checkpoint
 from pipeline.config import Config
 from pipeline.config_values import from_dict
 from pipeline.errors import PipelineError
@@ -84,7 +84,7 @@ def label(entry: dict[str, Any], number: int) -> str:
 
 
 def load_trained(run_dir: RunDir, checkpoint: str, dataset: Dataset | None = None) -> Trained:
-    """Read the checkpoint that ``latest``, ``best`` or a path stands for.
+    """Read the checkpoint that ``latest``, ``best`` or a path stands for (``pipeline.checkpoint.chosen_checkpoint``).
 
     ``dataset`` are the run's pictures where the network is to be used on them.
 
@@ -94,7 +94,7 @@ def load_trained(run_dir: RunDir, checkpoint: str, dataset: Dataset | None = Non
         It is missing or damaged, does not fit its own configuration, or belongs to other classes or to pictures of
         another size than the run's.
     """
-    saved = load_checkpoint(find_checkpoint(run_dir.train, checkpoint))
+    saved = chosen_checkpoint(run_dir.train, checkpoint)
     values, count = saved.header.get("config"), saved.header.get("classes")
     if not isinstance(values, dict) or not isinstance(count, int):
         raise PipelineError(f"{saved.path} holds no configuration; choose a checkpoint written by --stage train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import statistics
 import sys
@@ -34,24 +35,40 @@ def run(run_dir: RunDir) -> None:
         The run has not been preprocessed, or never trained.
     """
     start = f"start it: python run_pipeline.py --stage train --resume {run_dir.flag}"
-    remedy = remedy_of_config(run_dir) if run_dir.config.exists() else start
-    config = from_dict(read_sealed(run_dir.config, remedy), str(run_dir.config))
-    per_epoch = steps_per_epoch(read_manifest(run_dir)["splits"]["train"]["images"], config.train.batch_size)
+    settings = _settings(run_dir, start)
     path = run_dir.train / "metrics.jsonl"
     if not path.exists():
         raise PipelineError(f"{path} does not exist: nothing has been trained; {start}")
     if not sys.stdout.isatty():
-        print(screen(run_dir.root, config, per_epoch, read_metrics(path), path.stat().st_mtime, 80, 24))
+        print(_look(run_dir, settings, 80, 24))
         return
     try:
         while True:
             size = shutil.get_terminal_size()
-            written = path.stat().st_mtime
-            text = screen(run_dir.root, config, per_epoch, read_metrics(path), written, size.columns, size.lines)
+            text = _look(run_dir, settings, size.columns, size.lines)
             print(f"{_CLEAR}{text}\nCtrl-C ends the view, not the run", end="", flush=True)
             time.sleep(SECONDS)
+            # --restart may begin with another recipe; what cannot be read meanwhile was good a moment ago.
+            with contextlib.suppress(PipelineError):
+                settings = _settings(run_dir, start)
     except KeyboardInterrupt:
         print()
+
+
+def _settings(run_dir: RunDir, start: str) -> tuple[Config, int]:
+    """What the run trains with, and its steps an epoch."""
+    remedy = remedy_of_config(run_dir) if run_dir.config.exists() else start
+    config = from_dict(read_sealed(run_dir.config, remedy), str(run_dir.config))
+    return config, steps_per_epoch(read_manifest(run_dir)["splits"]["train"]["images"], config.train.batch_size)
+
+
+def _look(run_dir: RunDir, settings: tuple[Config, int], width: int, height: int) -> str:
+    path = run_dir.train / "metrics.jsonl"
+    try:
+        written, records = path.stat().st_mtime, read_metrics(path)
+    except FileNotFoundError:  # --restart has moved it aside and not begun yet
+        written, records = time.time(), []
+    return screen(run_dir.root, *settings, records, written, width, height)
 
 
 def screen(

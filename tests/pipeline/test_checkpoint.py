@@ -310,7 +310,11 @@ def test_find_checkpoint_says_what_to_do(folder: Path) -> None:
     with pytest.raises(PipelineError, match=rf"no checkpoint in {folder}; train first: .*--run {folder.parent}"):
         k.find_checkpoint(folder, "latest")
     k.save_checkpoint(folder, 1, {}, arrays())
-    with pytest.raises(PipelineError, match=r"best\.json does not exist; name a checkpoint file with --checkpoint"):
+    with pytest.raises(
+        PipelineError,
+        match=rf"best\.json does not exist: no epoch has been validated, or .*--resume --run {folder.parent} writes it "
+        "anew; name a checkpoint file with --checkpoint PATH instead$",
+    ):
         k.find_checkpoint(folder, "best")
     assert k.find_checkpoint(folder, "some/file.ckpt") == Path("some/file.ckpt")
 
@@ -329,8 +333,38 @@ def test_index_that_names_no_checkpoint_is_refused(folder: Path, entry: dict) ->
     k.save_checkpoint(folder, 1, {}, arrays())
     for which in ("latest", "best"):
         write_sealed(folder / f"{which}.json", entry)
-        with pytest.raises(PipelineError, match=rf"{which}\.json names no checkpoint; name a checkpoint file"):
+        with pytest.raises(PipelineError, match=rf"{which}\.json names no checkpoint; name a checkpoint file") as told:
             k.find_checkpoint(folder, which)
+        assert ("or remove it, and the newest sound one is taken" in str(told.value)) == (which == "latest")
+
+
+def test_without_an_index_the_newest_sound_checkpoint_is_chosen_and_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for --resume; --stage verify has nothing to say of such a run either."""
+    with pytest.raises(PipelineError, match=f"no checkpoint in {folder}; train first"):
+        k.chosen_checkpoint(folder, "latest")
+    paths = [k.save_checkpoint(folder, step, {}, arrays(step)) for step in (1, 2, 3)]
+    k.note_latest(folder, paths[1])
+    assert k.chosen_checkpoint(folder, "latest").path == paths[1]
+    (folder / "latest.json").unlink()
+    assert k.chosen_checkpoint(folder, str(paths[0])).path == paths[0]
+    assert capsys.readouterr() == ("", "")
+    assert k.chosen_checkpoint(folder, "latest").path == paths[2]
+    told = f"{folder}/latest.json is missing: the newest sound checkpoint is"
+    assert capsys.readouterr() == ("", f"{told} {paths[2]}\n")
+    paths[2].write_bytes(paths[2].read_bytes()[:-1])
+    assert k.chosen_checkpoint(folder, "latest").path == paths[1]
+    warning, last = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: the checkpoint {paths[2]} is damaged")
+    assert last == f"{told} {paths[1]}"
+    for path in paths:
+        path.write_bytes(b"damaged")
+    with pytest.raises(
+        PipelineError, match=f"no checkpoint in {folder} can be read; .*--restart --run {folder.parent}"
+    ):
+        k.chosen_checkpoint(folder, "latest")
+    assert capsys.readouterr().err.count("warning: ") == 3
 
 
 def test_every_flipped_bit_of_an_index_is_refused_or_harmless(folder: Path) -> None:

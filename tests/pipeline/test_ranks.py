@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -76,7 +79,9 @@ def test_alone_changes_nothing() -> None:
     ranks.ALONE.broadcast(a)
     assert a.tolist() == [0, 1, 2]
     assert ranks.ALONE.largest(7) == 7
+    assert ranks.ALONE.gather(a).tolist() == [[0, 1, 2]]
     assert ranks.ALONE.mean(np.array([1, 2], np.float32)) == 1.5
+    assert ranks.ALONE.mean(np.array([1e9, 3, -1e9], np.float32)) == 1  # as exact as the sum over several ranks
     assert list(ranks.ALONE.reduce([("w", a)])) == [("w", a)]
 
 
@@ -85,3 +90,17 @@ def test_without_mpi4py_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
     with pytest.raises(PipelineError, match=r"2 ranks were started.*\[cluster\]"), mpi.joined():
         pass
+
+
+def test_every_rank_says_the_same_of_which_differ() -> None:
+    """They end at different times, and any of them may be the one that is heard."""
+    others = [b"as here", b"other", b"as here", b"another"]
+    digests = np.stack([np.frombuffer(hashlib.sha256(value).digest(), np.uint8) for value in others])
+    for rank, value in enumerate(others):
+        one = replace(of(rank, 4), gather=lambda own: digests)
+        with pytest.raises(PipelineError, match=r"^the settings differ: rank 1, 3 of 4 differs from rank 0$"):
+            one.require_same(lambda value=value: value, "the settings differ")
+
+
+def test_the_first_rank_of_another_machine_does_not_lead() -> None:
+    assert [replace(of(rank, 4), local=rank % 2).leads for rank in range(4)] == [True, False, False, False]

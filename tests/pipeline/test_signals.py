@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -102,9 +103,31 @@ def test_a_signal_that_python_would_ignore_is_not_lost(
     after = sys.unraisablehook, *(signal.getsignal(n) for n in numbers)
     assert after == before
     told = capfd.readouterr().err
-    assert "everything finished so far is kept" in told
+    what = "interrupted" if number == signal.SIGINT else "terminated"
+    assert f"{what}; everything finished so far is kept\n" in told
     assert "ignored" not in told
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_no_alarm_outlives_the_block() -> None:
+    """It would end a process that has nothing more to do with it."""
+    with Interruption():
+        _in_a_weak_reference(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_ctrl_c_raises_whatever_it_did_before_but_where_it_is_ignored() -> None:
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for handler in (signal.SIG_IGN, lambda signum, frame: came.append(signum)):
+            signal.signal(signal.SIGINT, handler)
+            with pytest.raises(KeyboardInterrupt) if callable(handler) else contextlib.nullcontext(), Interruption():
+                os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert came == []
 
 
 def test_terminated_in_the_open_raises_at_once_and_other_lost_exceptions_are_still_told() -> None:

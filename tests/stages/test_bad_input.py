@@ -444,7 +444,14 @@ def test_read_only_run_directory(tmp_path: Path, trained: Path, small_source: Pa
                 rf"no permission to write {run}/lock \(Read-only file system\); choose a writable directory with --run"
             )
         preprocess(disk / "new", small_source).refused(rf"no permission to write {disk}/new")
-        pipeline("--stage", "verify", "--run", run).done()
+        # What makes a page or a file of the run, too, has no other place for it than the run, or a copy of that.
+        for stage in ("report", "export"):
+            pipeline("--stage", stage, "--run", run).refused(
+                rf"no permission to write {run}/{stage}\S* \(Read-only file system\); choose a writable directory with "
+                r"--run \(copy the run there if it has begun\), or mend the permissions"
+            )
+        for stage in (("verify",), ("watch",), ("predict", next(small_source.glob("val/*/*")))):
+            pipeline("--stage", *stage, "--run", run).done()
         assert contents(run) == before
 
 

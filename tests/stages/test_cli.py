@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -20,12 +21,13 @@ import numpy as np
 import pytest
 
 import run_pipeline
+from data.ilsvrc import TRAIN
 from data.split import open_split
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
 from pipeline.errors import PipelineError
 from pipeline.ranks import ALONE
-from pipeline.run_dir import read_sealed, write_sealed
+from pipeline.run_dir import RunDir, read_sealed, write_sealed
 from stages import preprocess, train
 from tests.command_line import QUICK, ROOT, finish, pipeline, settings, start, wait_until
 from tests.pictures import sources
@@ -174,6 +176,49 @@ def test_output_without_a_reader_ends_a_stage_with_a_word(run: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_not_taken_for_a_full_disk_of_the_run(unbuffered: str, run: Path) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "run_pipeline.py", "--stage", "verify", "--run", str(run)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 1, result
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: standard output cannot be written: No space left on device; send it elsewhere, or make room"
+    )
+
+
+def test_another_full_disk_is_not_taken_for_that_of_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_pipeline, "_run", full)
+    assert run_pipeline.main(["--run", str(tmp_path)]) == 1
+    assert capfd.readouterr().err == "error: No space left on device; --debug shows where this happened\n"
+
+
+def test_numba_told_not_to_compile_is_refused_where_it_compiles(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    for stage in ([], ["--stage", "train"], ["--stage", "export"], ["--stage", "predict", "x.png"]):
+        assert run_pipeline.main([*stage, "--run", str(run)]) == 1
+        assert capsys.readouterr().err.startswith("error: NUMBA_DISABLE_JIT is set, and ")
+    assert run_pipeline.main(["--stage", "verify", "--run", str(run)]) == 0
+    for value in ("0", ""):
+        monkeypatch.setenv("NUMBA_DISABLE_JIT", value)
+        assert run_pipeline.main(["--stage", "export", "--run", str(run)]) == 1
+        assert "train first" in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = pipeline("--stage", "train", "--run", tmp_path, "--debug")
     assert result.status == 1
@@ -315,6 +360,22 @@ def test_closed_standard_streams_are_nothing(small_source: Path, run: Path, trai
         assert pipeline("--stage", *stage, "--run", run, launcher=launcher).done().out == ""
 
 
+def test_ctrl_c_while_modules_are_imported_ends_without_a_word(tmp_path: Path) -> None:
+    """The first module of ours, and NumPy in the middle; later ones are imported inside main()."""
+    for name in ("pipeline.checkpoint", "numpy.linalg"):
+        (tmp_path / "sitecustomize.py").write_text(
+            "import os, signal, sys\n"
+            "class Finder:\n"
+            "    @staticmethod\n"
+            "    def find_spec(name, path=None, target=None):\n"
+            f"        if name == {name!r}:\n"
+            "            os.kill(os.getpid(), signal.SIGINT)\n"
+            "sys.meta_path.insert(0, Finder)\n"
+        )
+        result = pipeline("--stage", "verify", "--run", tmp_path / "none", PYTHONPATH=str(tmp_path))
+        assert (result.status, result.out, result.err) == (130, "", "")
+
+
 def test_ctrl_c_while_the_workers_start_stops_preprocessing(small_source: Path, tmp_path: Path) -> None:
     """A terminal's Ctrl-C reaches the whole group, workers that are still importing too."""
     process = start(
@@ -407,3 +468,12 @@ def test_ilsvrc_mini_by_the_official_archives(tmp_path: Path, ilsvrc_mini: Path,
     with np.load(run / "eval" / "predictions.npz", allow_pickle=False) as predictions:
         assert np.array_equal(predictions["labels"], split.labels)
         assert predictions["top"].shape == (500, 5)
+
+
+def test_a_run_beside_the_archives_is_not_among_the_pictures(tmp_path: Path) -> None:
+    """Its train/ holds checkpoints: the pictures are in the archives."""
+    (tmp_path / "train").mkdir()
+    with pytest.raises(PipelineError, match="would lie among the pictures"):
+        run_pipeline._refuse_among_pictures(RunDir(tmp_path), tmp_path)
+    (tmp_path / TRAIN).touch()
+    run_pipeline._refuse_among_pictures(RunDir(tmp_path), tmp_path)

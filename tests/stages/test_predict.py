@@ -110,6 +110,7 @@ def test_bad_pictures_are_named_and_the_others_shown(
     (folder / "c.png").write_bytes(whole[: len(whole) // 2])
     (folder / "deep" / "d.PNG").write_bytes(whole)
     (folder / "notes.txt").write_text("left out")
+    shutil.copyfile(next((trained_run / "preprocess").glob("*.h5")), folder / "shard.h5")  # Pillow knows the name
     (folder / ".hidden.png").write_bytes(whole)
     (folder / "e.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
     missing = tmp_path / "missing.png"
@@ -123,12 +124,14 @@ def test_bad_pictures_are_named_and_the_others_shown(
     assert f"{folder / 'e.eps'}: not a picture" in err  # Ghostscript would run it
     assert f"{missing}: No such file" in err
     assert f"{long}: File name too long" in err
-    assert "1 of 6 files are no pictures" in err
+    assert "2 of 7 files are no pictures" in err
+    assert "shard.h5" not in err
     assert err.splitlines()[-1] == "error: 5 of 8 pictures could not be read; the reasons are above"
 
-    assert predict(trained_run, "--json", folder / "b.jpg", folder / "a.png") == 1
-    bad, good = answers(capsys)
+    assert predict(trained_run, "--json", folder / "b.jpg", folder / "a.png", folder / "shard.h5") == 1
+    bad, good, shard = answers(capsys)
     assert bad == {"file": str(folder / "b.jpg"), "error": "not a picture in a known format"}
+    assert shard == {"file": str(folder / "shard.h5"), "error": "not a picture in a known format"}
     assert len(good["top"]) == 5
 
 
@@ -338,6 +341,22 @@ def test_a_damaged_mean_picture_is_refused_by_name(
             assert str(path) in said
             assert f"--stage preprocess --run {run}" in said
         (run / "preprocess" / "manifest.json").unlink(missing_ok=True)
+
+
+def test_a_run_that_lost_its_index_is_sound_and_predicts(
+    trained_run: Path, picture: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(trained_run, "--json", picture) == 0
+    wanted = capsys.readouterr().out
+    (run / "train").mkdir()
+    newest = run / "train" / find_checkpoint(trained_run / "train", "latest").name
+    newest.symlink_to(trained_run / "train" / newest.name)
+    assert run_pipeline.main(["--stage", "verify", "--run", str(run)]) == 0
+    capsys.readouterr()
+    assert predict(run, "--json", picture) == 0
+    out, err = capsys.readouterr()
+    assert out == wanted
+    assert f"latest.json is missing: the newest sound checkpoint is {newest}\n" in err
 
 
 def test_a_reader_that_goes_away_ends_it_without_a_word(trained_run: Path, picture: Path) -> None:

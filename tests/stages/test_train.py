@@ -21,7 +21,9 @@ import pytest
 import net.cpu
 import run_pipeline
 from net import backend, reference
-from pipeline.checkpoint import checkpoints, load_checkpoint
+from pipeline.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from pipeline.config import RECIPES
+from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.metrics import read_metrics
 from pipeline.ranks import ALONE, Ranks
@@ -438,3 +440,100 @@ def test_writing_a_checkpoint_does_not_count_as_training(
     assert now[0] == 2000  # an epoch's end and the run's
     lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["images_per_second"] > 1 for line in lines if "images_per_second" in line)
+
+
+def test_a_resume_does_what_a_crash_after_a_checkpoint_left_undone(undisturbed: Path, tmp_path: Path) -> None:
+    """Also where the best checkpoint is not the newest, or is it only now, and where older ones should have gone."""
+    run, nothing = tmp_path / "run", settings("train.epochs=1", "train.keep_checkpoints=1")
+    shutil.copytree(undisturbed, run)
+    best = run / "train" / "best.json"
+    before = best.read_bytes()
+    best.unlink()
+    assert "nothing to train" in train(run, "--resume", *nothing).done().out
+    assert best.read_bytes() == before
+    assert [path.name for path in checkpoints(run / "train")] == ["step-00000006.ckpt", "step-00000009.ckpt"]
+    saved = load_checkpoint(newest(run))
+    better = {"top1": 1.0, "top5": 1.0, "loss": 0.1}
+    save_checkpoint(run / "train", 12, {**saved.header, "validation": better}, saved.arrays)
+    assert "nothing to train" in train(run, "--resume", *nothing).done().out
+    assert json.loads(best.read_text())["step"] == 12
+    assert [path.name for path in checkpoints(run / "train")] == ["step-00000012.ckpt"]
+    shutil.rmtree(run)
+
+
+def test_a_checkpoint_made_in_another_way_is_gone_on_from_with_a_word(undisturbed: Path, tmp_path: Path) -> None:
+    run, nothing = tmp_path / "run", settings("train.epochs=1", "train.keep_checkpoints=1")
+    shutil.copytree(undisturbed, run)
+    saved = load_checkpoint(newest(run))
+    config = {**saved.header["config"], "train": {**saved.header["config"]["train"], "order": "auto"}}
+    header = {**saved.header, "config": config, "device": "gpu", "precision": "bf16", "ranks": 3}
+    save_checkpoint(run / "train", 12, header, saved.arrays)
+    told = train(run, "--resume", *nothing).done().out
+    assert "so far it was trained on the gpu backend, from here on the cpu backend; the two round differently" in told
+    assert "so far it was trained in bf16, from here on in fp32; the two round differently" in told
+    assert "so far a batch was shared by 3 ranks, from here on by 1; the pictures and draws are the same" in told
+    # An older version did not say in which precision and by how many ranks; there was one of each.
+    header = {name: value for name, value in saved.header.items() if name not in ("precision", "ranks")}
+    save_checkpoint(run / "train", 13, header, saved.arrays)
+    # How far, how often and with how many threads changes no weight.
+    free = ("checkpoint_every=3", "save_every=2", "validate_every=2", "log_every=9", "plateau_steps=1")
+    free = settings(*(f"train.{setting}" for setting in free), "eval.batch_size=3", "loader.threads=2")
+    told = train(run, "--resume", *nothing, *free).done().out
+    assert "step-00000013.ckpt" in told
+    assert "so far" not in told
+    shutil.rmtree(run)
+
+
+def test_memory_for_training_and_for_its_validation_is_asked_for(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def ask(ops: ModuleType, layers: object, config: object, batch: int, *, training: bool) -> None:
+        asked.append((batch, training))
+        if len(asked) == 2:
+            fail()
+
+    monkeypatch.setattr(start_stage, "require_memory", ask)
+    sizes = settings("train.batch_size=4", "eval.batch_size=500")  # there are 13 pictures to validate with
+    restart_is_refused(begun(prepared, tmp_path), *sizes)
+    assert asked == [(4, True), (13, False)]
+
+
+def test_room_is_what_is_free_and_what_is_going_to_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, size = tmp_path / "train", 2_000_000  # of weights and momenta
+    config = changes(settings=["train.keep_checkpoints=1"])(RECIPES["seed"])
+    training = SimpleNamespace(run_dir=RunDir(tmp_path), config=config, shapes={"w": (1000, 250)})
+    folder.mkdir()
+
+    def told(free: int, saved: Path | None) -> str:
+        monkeypatch.setattr(start_stage.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        try:
+            start_stage._require_room(training, None if saved is None else SimpleNamespace(path=saved))
+        except PipelineError as error:
+            return str(error)
+        return capsys.readouterr().out
+
+    needs, in_time = "but a checkpoint needs 2 MB; free some space", "in time the checkpoints may need"
+    assert needs in told(size - 1, None)
+    # One is kept, one is the best, and one more is being written.
+    assert in_time in told(size, None)
+    assert in_time in told(3 * size - 1, None)
+    assert told(3 * size, None) == ""
+    paths = [folder / name for name in ("step-00000001.ckpt", "step-00000002.ckpt", "step-00000003.ckpt.tmp")]
+    for path in paths:
+        with open(path, "wb") as file:
+            file.truncate(size)
+    # Going on from the second, the first and the cut-off one will be removed; starting over, all is moved aside.
+    assert told(0, paths[1]) == ""
+    assert needs in told(size - 1, None)
+    paths[2].unlink()
+    assert in_time in told(size - 1, paths[1])
+    assert told(size, paths[1]) == ""
+    # What a crash left over before there was a checkpoint is removed too.
+    for path in paths[:2]:
+        path.rename(path.with_suffix(".ckpt.tmp"))
+    assert in_time in told(0, None)
+    assert told(size, None) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import sys
 import time
@@ -13,7 +14,9 @@ import pytest
 import run_pipeline
 from pipeline.config import RECIPES
 from pipeline.metrics import MetricsLog, read_metrics
+from pipeline.run_dir import move_aside, read_sealed, write_sealed
 from pipeline.tensorboard import events
+from stages import watch
 from stages.watch import braille, screen
 from tests.net.test_weights import needed
 
@@ -91,6 +94,39 @@ def test_watch_prints_once_into_a_pipe(trained_run: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "step 12 of 540" in out
     assert "\x1b" not in out
+
+
+def test_watch_goes_on_while_another_process_starts_the_run_over(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its looks the old metrics go, the configuration is another one, damaged, and the new metrics come."""
+    folder, config = run / "train", run / "config.json"
+    folder.mkdir()
+    line = json.dumps(step(3, 2.0)) + "\n"
+    (folder / "metrics.jsonl").write_text(line)
+
+    def another_recipe() -> None:
+        values = read_sealed(config, "")
+        values["train"]["epochs"] = 7
+        write_sealed(config, values)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(line)
+
+    happens = iter((lambda: move_aside(folder), another_recipe, lambda: config.write_text("{}")))
+
+    def sleep(seconds: float) -> None:
+        try:
+            next(happens)()
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=sleep, time=time.time))
+    assert run_pipeline.main(["--stage", "watch", "--run", str(run)]) == 0
+    looks = capsys.readouterr().out.split("\x1b[H\x1b[J")[1:]
+    assert ["no step has been logged yet" in look for look in looks] == [False, True, False, False]
+    assert "step 3 of 540" in looks[0]
+    assert all("step 3 of 42" in look for look in looks[2:])
 
 
 def test_watch_does_not_need_the_lock_and_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
