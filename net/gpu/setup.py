@@ -116,10 +116,10 @@ def start(precision: str = "fp32") -> None:
             storage="uint16" if precision == "bf16" else "float32",
         )
     )
+    free, total = cupy.cuda.runtime.memGetInfo()
     try:
         cublas.start()
     except (RuntimeError, MemoryError) as error:  # on a card that others have filled cuBLAS is "not initialised"
-        free, total = cupy.cuda.runtime.memGetInfo()
         raise BackendUnavailableError(
             f"the GPU's libraries cannot start ({_first_line(error)}) with {free / 2**30:.1f} of its "
             f"{total / 2**30:.1f} GiB free: nvidia-smi lists the programs that use it"

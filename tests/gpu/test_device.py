@@ -289,3 +289,24 @@ def test_out_of_memory_in_a_step_is_one_plain_sentence(fp32: ModuleType, pretend
     assert "smaller batch" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert os.linesep not in str(caught.value)
+
+
+def test_a_graph_that_finds_no_memory_is_told_like_a_batch(
+    fp32: ModuleType, pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's own error, from outside CuPy's pools; and the batch is the pictures' number, not that of the rates."""
+
+    def fail(_: standin.Stream) -> None:
+        original(_)
+        raise standin.CUDARuntimeError(said)
+
+    original, said = standin.Stream.end_capture, "cudaErrorMemoryAllocation: out of memory"
+    monkeypatch.setattr(standin.Stream, "end_capture", fail)
+    step = fp32.replayable(lambda inputs: fp32.softmax(inputs["x"]))
+    batch = {"x": np.ones((3, 700), np.float32), "rates": np.ones(16, np.float32)}
+    step(fp32.upload(batch))
+    with pytest.raises(MemoryError, match="does not suffice for a batch of 3: cudaErrorMemoryAllocation"):
+        step(fp32.upload(batch))
+    said = "cudaErrorLaunchFailure: unspecified launch failure"
+    with pytest.raises(standin.CUDARuntimeError, match="unspecified"):
+        step(fp32.upload(batch))
