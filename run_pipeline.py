@@ -309,14 +309,15 @@ def _backend(options: argparse.Namespace) -> ModuleType:
 
 
 def _loaded(options: argparse.Namespace, device: str, why: str) -> ModuleType:
-    """The device's backend, with a line that says what computes, in which precision and why."""
+    """The device's backend, with a line that says what computes, in which precision and why, and on which card."""
     from net.backend import load
 
     ops = load(device, options.precision)
     name = device.upper() if device != "reference" else device
     # predict's standard output belongs to its results
     where = sys.stderr if options.stage == "predict" else sys.stdout
-    print(f"computing on the {name} in {options.precision} ({why})", file=where)
+    card = f": {ops.card()}" if hasattr(ops, "card") else ""
+    print(f"computing on the {name} in {options.precision} ({why}){card}", file=where)
     return ops
 
 

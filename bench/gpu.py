@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -375,7 +376,7 @@ def machine(dry: bool) -> dict[str, str]:
     found = {"python": platform.python_version(), "dry run": str(dry), "date": time.strftime("%Y-%m-%d")}
     for name in ("numpy", "cupy", "torch"):
         found[name] = str(getattr(sys.modules.get(name), "__version__", "not loaded"))
-    if not dry:
+    if not dry and shutil.which("nvidia-smi"):  # containers may lack it
         query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
         found["card"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     return found

@@ -319,8 +319,10 @@ def loader_rate(run: str, steps: int, precision: str, dry: bool) -> None:
         return
     subprocess.run(command, check=True)
     lines = [json.loads(line) for line in (Path(run) / "train" / "metrics.jsonl").read_text().splitlines()]
-    rates = [line["images_per_second"] for line in lines if "images_per_second" in line][1:]
-    waits = [line["data_wait"] for line in lines if "data_wait" in line][1:]
+    # RUN may have been trained before, on whatever: of these steps alone, and without the first line, which recorded.
+    own = [line for line in lines if line["step"] > lines[-1]["step"] - steps]
+    rates = [line["images_per_second"] for line in own if "images_per_second" in line][1:]
+    waits = [line["data_wait"] for line in own if "data_wait" in line][1:]
     rate = statistics.median(rates)
     print(f"fed by the loader: {rate:,.0f} images/s, {statistics.median(waits):.1%} of the time waiting for data")
     print(f"90 epochs of ILSVRC at this rate: {90 * EPOCH / rate / 60:,.0f} minutes")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import pictures
 from tests.command_line import QUICK, ROOT, pipeline, settings
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -68,6 +67,8 @@ def mounted(path: Path, options: str) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def small_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five classes of drawn pictures, 22 to train on and 13 to validate with, as folders of PNG files."""
+    from tests import pictures  # and h5py with it, which a machine lent for its GPU may lack: tests/gpu goes without
+
     return pictures.draw(tmp_path_factory.mktemp("pictures") / "source")
 
 

@@ -14,7 +14,7 @@ from net.gpu.blocks import (
     linear_block_forward,
 )
 from net.gpu.convolution import conv2d_backward, conv2d_forward
-from net.gpu.device import describe
+from net.gpu.device import card, describe
 from net.gpu.graph import replayable
 from net.gpu.layers import (
     augment,
@@ -42,6 +42,7 @@ __all__ = [
     "augment",
     "availability",
     "bytes_needed",
+    "card",
     "check_memory",
     "conv2d_backward",
     "conv2d_forward",

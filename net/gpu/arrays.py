@@ -72,10 +72,20 @@ def empty(shape: Any, dtype: Any) -> Array:
 
 
 def host_empty(shape: Any, dtype: Any) -> np.ndarray:
-    """A NumPy array in pinned memory, from which copies run beside computations."""
+    """A NumPy array in pinned memory, from which copies run beside computations.
+
+    Raises
+    ------
+    MemoryError
+        The host has no such memory left, which CUDA tells by an error of its own.
+    """
     import cupyx
 
-    return cupyx.empty_pinned(shape, dtype)
+    try:
+        return cupyx.empty_pinned(shape, dtype)
+    except current().cupy.cuda.runtime.CUDARuntimeError as error:
+        size = prod(shape) * np.dtype(dtype).itemsize
+        raise MemoryError(f"of the host's, no {size:,} bytes can be pinned for the GPU to read: {error}") from error
 
 
 def synchronize() -> None:

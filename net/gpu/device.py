@@ -42,6 +42,14 @@ def current() -> Device:
     return _device
 
 
+def card() -> str:
+    """The card that computes: its name and memory, and, where this process sees several, that it is the first."""
+    device = current()
+    count = device.cupy.cuda.runtime.getDeviceCount()
+    which = f", the first of {count}; CUDA_VISIBLE_DEVICES chooses another" if count > 1 else ""
+    return f"{device.name}, {device.memory / 2**30:.0f} GiB{which}"
+
+
 def describe() -> str:
     """One line for the log: the card and the arithmetic."""
     device = current()
@@ -50,4 +58,4 @@ def describe() -> str:
         "tf32": "TF32 tensor cores, float32 sums and weights",
         "bf16": "bfloat16 tensor cores and pictures, float32 sums, statistics and weights",
     }[device.precision]
-    return f"{device.name}, {device.memory / 2**30:.0f} GiB, {device.precision} ({arithmetic})"
+    return f"{card()}: {device.precision} ({arithmetic})"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 from net.gpu import beside
 from net.gpu.arrays import empty, mark_finished
@@ -18,6 +18,9 @@ from net.gpu.device import current
 
 Array = Any
 Step = Callable[[dict[str, Array]], Array]
+
+# How the messages of CUDA's runtime and of its driver begin.
+_OUT_OF_MEMORY: Final = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
 
 
 def replayable(function: Step) -> Step:
@@ -83,11 +86,14 @@ def _record(function: Step, inputs: dict[str, Array]) -> _Recording:
 
 @contextmanager
 def _plainly(inputs: dict[str, Array]) -> Iterator[None]:
-    """Turn CuPy's out-of-memory error into one plain sentence about this batch."""
+    """Turn an out-of-memory error, CuPy's or CUDA's own, into one plain sentence about this batch."""
     try:
         yield
-    except MemoryError as error:
-        batch = max((a.shape[0] for a in inputs.values()), default=0)
+    except (MemoryError, RuntimeError) as error:
+        # A graph takes memory too when it is made, and kernels do when they are loaded: not through CuPy's pools.
+        if not isinstance(error, MemoryError) and not str(error).startswith(_OUT_OF_MEMORY):
+            raise
+        batch = max(inputs.values(), key=lambda a: a.nbytes).shape[0] if inputs else 0  # the pictures, not the rates
         device = current()
         free, total = device.cupy.cuda.runtime.memGetInfo()
         raise MemoryError(

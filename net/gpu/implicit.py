@@ -235,6 +235,11 @@ def slices(tile: int, beside: int, room: Room) -> int:
     return 3 if 2 * (3 * _stage(tile) + beside + 1024) <= room.shared_processor else 2
 
 
+def fits(stages: int, tile: int, beside: int, room: Room) -> bool:
+    """Whether a block can have so many slices: a multiprocessor's shared memory less a kilobyte, which CUDA takes."""
+    return stages * _stage(tile) + beside + 1024 <= room.shared_processor
+
+
 def together(plan: Plan, room: Room) -> int:
     """Blocks a multiprocessor holds at once, by their shared memory and by the registers they have been given."""
     return max(1, min(3 if plan.tile == 48 else 2, room.shared_processor // (plan.shared + 1024)))

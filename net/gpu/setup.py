@@ -6,7 +6,8 @@ imported, and asked why it cannot be used, on any machine.
 
 from __future__ import annotations
 
-from typing import Final
+import os
+from typing import Any, Final
 
 from net.backend import BackendUnavailableError
 from net.gpu import cublas
@@ -15,6 +16,7 @@ from net.gpu.device import Device, current, started, use
 PRECISIONS: Final = ("fp32", "tf32", "bf16")
 INSTALL: Final = "python -m pip install '.[gpu]' (or '.[gpu13]' for CUDA 13, which needs driver 580 or newer)"
 
+_OTHER_FOLDER: Final = "let the environment variable CUPY_CACHE_DIR name one that can be written"
 _PROBE: Final = 'extern "C" __global__ void __launch_bounds__(32) probe() {}'
 
 
@@ -27,18 +29,9 @@ def availability() -> str | None:
             return f"CuPy is not installed: {INSTALL}"
         return f"CuPy is installed but cannot be loaded ({_first_line(error)}): {INSTALL}"
     except OSError as error:  # it makes its cache's folder when it is imported
-        return (
-            f"CuPy cannot make its folder for compiled kernels ({_first_line(error)}): let the environment variable "
-            "CUPY_CACHE_DIR name one that can be written"
-        )
+        return f"CuPy cannot make its folder for compiled kernels ({_first_line(error)}): {_OTHER_FOLDER}"
     if not cupy.cuda.is_available():
-        driver, made_for = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
-        if 0 < driver // 1000 < made_for // 1000:
-            return (
-                f"the driver knows CUDA up to {driver // 1000}.{driver % 1000 // 10}, but CuPy was made for CUDA "
-                f"{made_for // 1000}: install a newer driver, or CuPy for the older CUDA: {INSTALL}"
-            )
-        return "no NVIDIA GPU with a working driver was found: nvidia-smi shows what the driver sees"
+        return _no_card(cupy)
     try:
         cupy.cuda.nvrtc.getVersion()
         cublas.load_library()
@@ -57,7 +50,30 @@ def availability() -> str | None:
     except (RuntimeError, cupy.cuda.compiler.CompileException) as error:
         older = "; CUDA 13 has no code for cards below compute capability 7.5" if capability < 75 else ""
         return f"CuPy cannot compile kernels ({_first_line(error)}{older}): {INSTALL}"
+    except OSError as error:  # a folder that is there but takes no files, or no place for temporary ones
+        return f"CuPy cannot keep compiled kernels ({_first_line(error)}): {_OTHER_FOLDER}"
     return None
+
+
+def _no_card(cupy: Any) -> str:
+    """Why CUDA counts no cards, in one sentence."""
+    driver, made_for = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
+    if 0 < driver // 1000 < made_for // 1000:
+        return (
+            f"the driver knows CUDA up to {driver // 1000}.{driver % 1000 // 10}, but CuPy was made for CUDA "
+            f"{made_for // 1000}: install a newer driver, or CuPy for the older CUDA: {INSTALL}"
+        )
+    if driver == 0:
+        return "no NVIDIA GPU with a working driver was found: nvidia-smi shows what the driver sees"
+    try:
+        cupy.cuda.runtime.getDeviceCount()  # is_available() keeps what this says to itself
+        said = ""
+    except RuntimeError as error:
+        said = f" ({_first_line(error)})"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # a launcher, a scheduler, or pipeline.mpi where a machine has more ranks than cards
+        return f"there is a driver, but no GPU among CUDA_VISIBLE_DEVICES={visible!r}{said}: nvidia-smi -L lists them"
+    return f"there is a driver, but no GPU that can be used{said}: nvidia-smi shows what the driver sees"
 
 
 def start(precision: str = "fp32") -> None:
@@ -66,7 +82,7 @@ def start(precision: str = "fp32") -> None:
     Raises
     ------
     BackendUnavailableError
-        No driver, no CuPy, a missing CUDA library, or a precision the GPU does not have.
+        No driver, no CuPy, a missing CUDA library, a precision the GPU does not have, or no memory even to begin.
     """
     if precision not in PRECISIONS:
         raise BackendUnavailableError(f"the GPU computes in {', '.join(PRECISIONS)}, not in {precision!r}")
@@ -100,7 +116,14 @@ def start(precision: str = "fp32") -> None:
             storage="uint16" if precision == "bf16" else "float32",
         )
     )
-    cublas.start()
+    free, total = cupy.cuda.runtime.memGetInfo()
+    try:
+        cublas.start()
+    except (RuntimeError, MemoryError) as error:  # on a card that others have filled cuBLAS is "not initialised"
+        raise BackendUnavailableError(
+            f"the GPU's libraries cannot start ({_first_line(error)}) with {free / 2**30:.1f} of its "
+            f"{total / 2**30:.1f} GiB free: nvidia-smi lists the programs that use it"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from tests.gpu.shim import build
 REAL = os.environ.get("ALEXNET_TEST_GPU") == "1"
 
 # A machine lent for its GPU may lack the product's other packages; everywhere else their absence is an error.
-_STAGES_NEED = ("h5py", "safetensors", "jinja2", "matplotlib", "tqdm")
+_STAGES_NEED = ("h5py", "joblib", "jinja2", "matplotlib", "numba", "PIL", "safetensors", "scipy", "tqdm")
 collect_ignore = ["test_pipeline.py"] if REAL and not all(map(find_spec, _STAGES_NEED)) else []
 
 
@@ -44,7 +44,9 @@ def pretended(backend: Callable[[str], ModuleType]) -> Iterator[standin.Machine]
     machine, settings = standin.machine, build.settings
     before = vars(machine).copy(), vars(settings).copy()
     yield machine
-    vars(machine).update({name: before[0][name] for name in ("memory", "capability", "schedule", "limit", "others")})
+    vars(machine).update(
+        {name: before[0][name] for name in ("memory", "capability", "cards", "schedule", "limit", "others")}
+    )
     vars(settings).update({"order": before[1]["order"]})
 
 

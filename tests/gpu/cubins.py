@@ -18,6 +18,8 @@ from net.gpu import kernels
 
 # sm_90a has the instructions of Hopper alone; the backend compiles for it what uses them.
 ARCHITECTURES = ("sm_70", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100")
+OTHERS = ("sm_75", "sm_120")  # Turing, and consumers' Blackwell: compiled by the test, not in the table
+WITHOUT_BFLOAT16 = ("sm_70", "sm_75")
 TYPES = ("float", "bfloat16")
 
 _FUNCTION = re.compile(
@@ -133,13 +135,13 @@ def table() -> str:
 def used(file: str, kind: str, architecture: str) -> bool:
     """Whether the backend compiles a file so: for bfloat16 only with arrays of it, and on cards that have it."""
     if file == "implicit":  # for bfloat16 only, and on Hopper only with that card's own instructions
-        return kind == "bfloat16" and architecture not in ("sm_70", "sm_90")
+        return kind == "bfloat16" and architecture not in (*WITHOUT_BFLOAT16, "sm_90")
     if architecture == "sm_90a":
         return False
     if kind == "float":
         return True
     types = [t for kernel, parameters in kernels.signatures().values() if kernel == file for t in parameters]
-    return architecture != "sm_70" and any("real" in t for t in types)
+    return architecture not in WITHOUT_BFLOAT16 and any("real" in t for t in types)
 
 
 def _cell(usage: Usage) -> str:

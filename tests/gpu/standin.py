@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import itertools
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ class Machine:
     capability: str = "90"
     schedule: str = "at once"  # or "late": as late as possible; "copies first": copies at once, the rest late
     others: int = 0  # bytes that other programs have
+    cards: int = 1  # of its kind in the computer
     allocated: int = 0  # bytes obtained from the system
     allocations: int = 0  # how often the system was asked
     limit: int | None = None  # bytes at which memory is out
@@ -77,24 +79,24 @@ class Stream:
         self._began = False  # a recording, rather than joined one
 
     def use(self) -> Stream:
-        _current[0] = self
+        _here.stream = self
         return self
 
     def __enter__(self) -> Stream:
-        _stack.append(self)
+        _here.streams.append(self)
         return self.use()
 
     def __exit__(self, *error: object) -> None:
         """As CuPy's: back to the `with` around this one, or the default stream, whatever use() had chosen."""
-        _stack.pop()
-        _stack[-1].use()
+        _here.streams.pop()
+        _here.streams[-1].use()
 
     def queue(self, work: Work) -> None:
         if self._recording is not None:
             self._recording.append(work)
             return
         self._queue.append(work)
-        if machine.schedule == "at once" or (machine.schedule == "copies first" and self is not _current[0]):
+        if machine.schedule == "at once" or (machine.schedule == "copies first" and self is not _here.stream):
             self.drain()
 
     def drain(self, until: object = None) -> None:
@@ -128,6 +130,10 @@ class Stream:
         return event
 
     def begin_capture(self, mode: int | None = None) -> None:
+        if self is _null:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        if self._recording is not None:
+            raise CUDARuntimeError("cudaErrorIllegalState: the operation cannot be performed in the present state")
         self._recording, self._began = [], True
 
     def end_capture(self) -> Graph:
@@ -148,13 +154,17 @@ class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
         self.stream: Stream | None = None
         self.mark: Work = lambda: None
+        self.timed, self.recorded_in_graph = not disable_timing, False
 
     def record(self, stream: Stream | None = None) -> None:
-        self.stream = stream or _current[0]
+        self.stream = stream or _here.stream
         self.mark = lambda: None
+        self.recorded_in_graph = self.stream.is_capturing()
         self.stream.queue(self.mark)
 
     def synchronize(self) -> None:
+        if self.recorded_in_graph:
+            raise CUDARuntimeError("cudaErrorCapturedEvent: operation not permitted on an event last recorded in one")
         if self.stream is not None and self.mark in self.stream._queue:
             self.stream.drain(self.mark)
 
@@ -165,7 +175,14 @@ class Graph:
 
     def launch(self, stream: Stream | None = None) -> None:
         for work in self.work:
-            (stream or _current[0]).queue(work)
+            (stream or _here.stream).queue(work)
+
+
+def get_elapsed_time(start: Event, end: Event) -> float:
+    """No time passes here; CUDA's refusals are kept."""
+    if any(event.stream is None or not event.timed for event in (start, end)):
+        raise CUDARuntimeError("cudaErrorInvalidResourceHandle: invalid resource handle")
+    return 0.0
 
 
 def _recording_stream() -> Stream | None:
@@ -173,8 +190,20 @@ def _recording_stream() -> Stream | None:
 
 
 _null = Stream()
-_current = [_null]
-_stack = [_null]
+
+
+class _Here(threading.local):
+    """What CuPy keeps for each thread: another thread than the one that started the backend is on the null stream."""
+
+    def __init__(self) -> None:
+        self.stream = _null
+        self.streams = [_null]
+        self.allocators: list[Callable[[int], MemoryPointer]] = [_default_pool.malloc]
+
+
+def current_stream() -> Stream:
+    """The stream that this thread queues on."""
+    return _here.stream
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -225,7 +254,7 @@ class MemoryPool:
         self._obtained.add(memory)
         pointer = MemoryPointer(Block(self, memory), 0)
         address = memory.address
-        _current[0].queue(lambda: ctypes.memset(address, 0xFF, size) and None)
+        _here.stream.queue(lambda: ctypes.memset(address, 0xFF, size) and None)
         return pointer
 
     def _obtain(self, size: int) -> Memory:
@@ -261,20 +290,20 @@ class MemoryPointer:
 
     def copy_from_device_async(self, src: MemoryPointer, size: int, stream: Stream | None = None) -> None:
         to, origin = self.ptr, src.ptr
-        (stream or _current[0]).queue(lambda: ctypes.memmove(to, origin, size) and None)
+        (stream or _here.stream).queue(lambda: ctypes.memmove(to, origin, size) and None)
 
 
 _default_pool = MemoryPool()
-_allocators: list[Callable[[int], MemoryPointer]] = [_default_pool.malloc]
+_here = _Here()
 
 
 @contextlib.contextmanager
 def using_allocator(allocator: Callable[[int], MemoryPointer]) -> Iterator[None]:
-    _allocators.append(allocator)
+    _here.allocators.append(allocator)
     try:
         yield
     finally:
-        _allocators.pop()
+        _here.allocators.pop()
 
 
 def numpy_at(address: int, dtype: Any, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> np.ndarray:
@@ -316,7 +345,7 @@ class ndarray:
         return numpy_at(self.data.ptr, self.dtype, self.shape, self.strides)
 
     def get(self, stream: Stream | None = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
-        stream = stream or _current[0]
+        stream = stream or _here.stream
         host = np.empty(self.shape, self.dtype) if out is None else out
         stream.queue(lambda: host.__setitem__(..., self._numpy))
         if blocking:
@@ -324,7 +353,7 @@ class ndarray:
         return host
 
     def set(self, arr: np.ndarray, stream: Stream | None = None) -> None:
-        stream = stream or _current[0]
+        stream = stream or _here.stream
         assert isinstance(arr, np.ndarray)
         assert arr.shape == self.shape
         assert arr.dtype == self.dtype
@@ -350,13 +379,13 @@ class ndarray:
         assert index is Ellipsis
         assert isinstance(value, ndarray)
         assert value.dtype == self.dtype
-        _current[0].queue(lambda: self._numpy.__setitem__(..., value._numpy))
+        _here.stream.queue(lambda: self._numpy.__setitem__(..., value._numpy))
 
     def _arithmetic(self, make: Callable[[np.ndarray], np.ndarray]) -> ndarray:
         if self.dtype != np.float32:
             raise TypeError(f"arithmetic on {self.dtype} bits")
         result = empty(make(np.zeros(self.shape, np.float32)).shape, np.float32)
-        _current[0].queue(lambda: result._numpy.__setitem__(..., make(self._numpy)))
+        _here.stream.queue(lambda: result._numpy.__setitem__(..., make(self._numpy)))
         return result
 
     def __mul__(self, factor: float | ndarray) -> ndarray:
@@ -374,7 +403,7 @@ class ndarray:
 def empty(shape: Any, dtype: Any) -> ndarray:
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     size = int(np.prod(sizes)) * np.dtype(dtype).itemsize
-    return ndarray(sizes, dtype, _allocators[-1](size))
+    return ndarray(sizes, dtype, _here.allocators[-1](size))
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------
@@ -382,9 +411,14 @@ def empty(shape: Any, dtype: Any) -> ndarray:
 
 class RawModule:
     def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
+        assert isinstance(options, tuple), "CuPy takes no list"
         self._module = build.Module(code, [o for o in options if o.startswith("-D")])
 
     def get_function(self, name: str) -> RawKernel:
+        if (
+            _recording_stream() is not None
+        ):  # loading may wait for the device; the call before the recording has done it
+            raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {name} is first wanted while recording")
         return RawKernel(self._module.get_function(name))
 
 
@@ -398,11 +432,15 @@ class RawKernel:
 
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, size: int) -> None:
+        if size > card().shared_block:
+            raise CUDARuntimeError("CUDA_ERROR_INVALID_VALUE: invalid argument")
         self._kernel.max_dynamic_shared_size_bytes = size
 
     def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
+        assert isinstance(grid, tuple), "CuPy takes no list"
+        assert isinstance(block, tuple), "CuPy takes no list"
         pointers = [a.data.ptr for a in args if isinstance(a, ndarray) and a.size]
-        stream = _current[0]
+        stream = _here.stream
 
         def queue(run: Work) -> None:
             def checked() -> None:
@@ -442,17 +480,30 @@ class Cublas:
     """The functions of libcublas that ``net.gpu.cublas`` calls, column-major like the library's."""
 
     def __init__(self) -> None:
+        self._stream: Stream | None = None
+        self._workspace: tuple[int, int] | None = None
         # Plain functions, which take the argtypes that net.gpu.cublas declares.
         self.cublasCreate_v2 = lambda handle: self._create(handle)
         self.cublasSetMathMode = lambda handle, mode: 0 if mode == 16 else 7
-        self.cublasSetStream_v2 = lambda handle, stream: 0
-        self.cublasSetWorkspace_v2 = lambda handle, address, size: 0 if address % 256 == 0 else 7
+        self.cublasSetStream_v2 = lambda handle, stream: self._set_stream(stream)
+        self.cublasSetWorkspace_v2 = lambda handle, address, size: self._set_workspace(address, size)
         self.cublasGetVersion_v2 = lambda handle, version: 0
         self.cublasGemmEx = lambda *a: self._gemm(*a[:7], *_triple(a[7:10]), *_triple(a[10:13]), *_last(a[13:]))
         self.cublasGemmStridedBatchedEx = lambda *a: self._gemm(*a)
 
     def _create(self, handle: Any) -> int:
         handle._obj.value = 0xB1A5
+        return 0
+
+    def _set_stream(self, stream: int) -> int:
+        """As the library's: it forgets the workspace, and one of its own is no other stream's and is not for graphs."""
+        self._stream, self._workspace = _streams[stream], None
+        return 0
+
+    def _set_workspace(self, address: int, size: int) -> int:
+        if address % 256:
+            return 7
+        self._workspace = address, size
         return 0
 
     def _gemm(self, handle: Any, transa: int, transb: int, m: int, n: int, k: int, alpha: Any, *rest: Any) -> int:
@@ -463,10 +514,14 @@ class Cublas:
             return 15
         if a_type == 14 and compute != 68:
             return 15
+        if self._stream is None or self._workspace is None:
+            return 1
         one, add = alpha._obj.value, beta._obj.value
+        start, size = self._workspace
 
         def run() -> None:
             machine.products += 1
+            numpy_at(start, np.uint8, (size,))  # still its own
             for i in range(batch):
                 left = _column_major(a, a_type, (k, m) if transa else (m, k), lda, i * a_step)
                 right = _column_major(b, b_type, (n, k) if transb else (k, n), ldb, i * b_step)
@@ -481,7 +536,7 @@ class Cublas:
                 else:
                     out[...] = result
 
-        _current[0].queue(run)
+        self._stream.queue(run)  # the handle's, whatever stream is the current one
         return 0
 
 
@@ -533,6 +588,32 @@ NCCL_ADDRESS = tuple(range(-64, 64))
 # --- the modules ---------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Card:
+    """What cards of a compute capability have, by the table of NVIDIA's programming guide; bytes."""
+
+    shared_processor: int  # shared memory of a multiprocessor
+    shared_block: int  # what a block may ask for
+
+
+_LARGE, _SMALL = Card(228 * 1024, 227 * 1024), Card(100 * 1024, 99 * 1024)
+CARDS = {
+    "70": Card(96 * 1024, 96 * 1024),
+    "75": Card(64 * 1024, 64 * 1024),
+    "80": Card(164 * 1024, 163 * 1024),
+    "86": _SMALL,
+    "89": _SMALL,
+    "90": _LARGE,
+    "100": _LARGE,
+    "120": _SMALL,
+}
+
+
+def card() -> Card:
+    """The pretended one's; an unknown one is taken for the smallest."""
+    return CARDS.get(machine.capability, CARDS["75"])
+
+
 class Device:
     id = 0
 
@@ -544,11 +625,21 @@ class Device:
         pass
 
 
-PROPERTIES = {
-    "name": b"a pretended GPU",
-    "multiProcessorCount": 4,
-    "sharedMemPerMultiprocessor": 228 * 1024,
-}
+def properties(number: int) -> dict[str, Any]:
+    assert number == 0
+    return {
+        "name": b"a pretended GPU",
+        "multiProcessorCount": 4,
+        "sharedMemPerMultiprocessor": card().shared_processor,
+        "totalGlobalMem": machine.memory,
+    }
+
+
+def empty_pinned(shape: Any, dtype: Any = float) -> np.ndarray:
+    """Like CuPy's, with whatever values the memory had."""
+    buffer = np.empty(shape, dtype)
+    buffer.view(np.uint8).fill(0xFF)
+    return buffer
 
 
 @contextlib.contextmanager
@@ -611,7 +702,7 @@ def _modules() -> dict[str, ModuleType]:
     cupy, cupyx, cuda = ModuleType("cupy"), ModuleType("cupyx"), ModuleType("cupy.cuda")
     vars(cupy).update(ndarray=ndarray, empty=empty, RawModule=RawModule, cuda=cuda)
     vars(cupy).update(get_default_memory_pool=lambda: _default_pool)
-    vars(cupyx).update(empty_pinned=lambda shape, dtype: np.empty(shape, dtype))
+    vars(cupyx).update(empty_pinned=empty_pinned)
     vars(cuda).update(
         is_available=lambda: True,
         nvrtc=SimpleNamespace(getVersion=lambda: (12, 9)),
@@ -620,7 +711,8 @@ def _modules() -> dict[str, ModuleType]:
             CUDARuntimeError=CUDARuntimeError,
             driverGetVersion=lambda: 13000,
             runtimeGetVersion=lambda: 12090,
-            getDeviceProperties=lambda _: {**PROPERTIES, "totalGlobalMem": machine.memory},
+            getDeviceCount=lambda: machine.cards,
+            getDeviceProperties=properties,
             memGetInfo=lambda: (machine.memory - machine.allocated - machine.others, machine.memory),
         ),
         Device=Device,
@@ -633,6 +725,6 @@ def _modules() -> dict[str, ModuleType]:
         nccl=SimpleNamespace(
             NcclCommunicator=NcclCommunicator, get_unique_id=lambda: NCCL_ADDRESS, NCCL_FLOAT32=7, NCCL_SUM=0
         ),
-        get_elapsed_time=lambda start, end: 0.0,
+        get_elapsed_time=get_elapsed_time,
     )
     return {"cupy": cupy, "cupyx": cupyx, "cupy.cuda": cuda}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,8 +17,12 @@ import pytest
 
 from bench import gpu, gpu_checks, gpu_convolution
 from net.alexnet import alexnet
+from net.gpu import implicit
+from net.gpu.shape import Shape
 from tests.gpu import test_network
 from tests.gpu.conftest import REAL, need_compiler
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -59,6 +66,67 @@ def test_a_resume_that_loses_the_momenta_is_seen(in_small: None, monkeypatch: py
     monkeypatch.setattr(gpu_checks, "training", forgetful)
     with pytest.raises(SystemExit, match="resuming gives other bits"):
         gpu.main(["--dry-run", "--precision", "fp32"])
+
+
+LENT = ("h5py", "hypothesis", "joblib", "jinja2", "matplotlib", "numba", "PIL", "safetensors", "scipy", "tqdm", "xdist")
+
+
+def test_a_lent_machine_can_collect_the_tests() -> None:
+    """Line 1 of docs/gpu.md, "When you have a card": NumPy, CuPy and pytest are all that such a machine has."""
+    code = f"""
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def without(cls, name, path=None, target=None):
+    return None if name.split(".")[0] in {LENT} else find(name, path, target)
+PathFinder.find_spec = classmethod(without)
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu"]))
+"""
+    # Installed plugins are found by their metadata, and would not load without their modules.
+    environment = os.environ | {"ALEXNET_TEST_GPU": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_operations.py" in done.stdout
+    assert "test_pipeline.py" not in done.stdout
+
+
+def test_the_loaders_rate_is_that_of_its_own_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RUN has been trained before, on the CPU; its lines are above those of the steps that are measured."""
+    before = [{"step": 20 * n, "images_per_second": 90.0, "data_wait": 0.0} for n in range(1, 31)]
+    own = [{"step": 600 + 20 * n, "images_per_second": 1000.0 * n, "data_wait": 0.5} for n in range(1, 4)]
+    (tmp_path / "train").mkdir()
+    lines = "".join(json.dumps(line) + "\n" for line in before + own)
+    (tmp_path / "train" / "metrics.jsonl").write_text(lines)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: None)
+    gpu_checks.loader_rate(str(tmp_path), 60, "bf16", dry=False)
+    assert "fed by the loader: 2,500 images/s, 50.0%" in capsys.readouterr().out
+
+
+def test_a_container_without_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert "card" not in gpu.machine(dry=False)
+
+
+def test_tiles_that_a_card_has_no_shared_memory_for_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a consumers' card `--tune` would end at the first of them."""
+    card = SimpleNamespace(processors=128, shared_processor=100 * 1024)
+    conv2 = Shape(128, 27, 27, 96, 5, 5, 256, 1, 2, 2)
+
+    def timed(run: Callable[[], Any]) -> float:
+        plan = run()
+        assert plan.shared <= 99 * 1024
+        return 1.0
+
+    gpu_convolution._tune(lambda: implicit.product_plan(implicit.backwards(conv2), 27 * 27, card), "dx", timed)
+    told = capsys.readouterr().out.split("  ")
+    assert "128x2 1.0" in told
+    assert "128x3 too large" in told
+    assert "48x3 1.0" in told
 
 
 def figure(contender: str, milliseconds: float) -> gpu.Figure:

@@ -68,11 +68,80 @@ def test_a_home_where_cupy_cannot_make_its_folder(without_cupy: Callable[[BaseEx
 
 def test_no_driver(pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["cupy"].cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys.modules["cupy"].cuda.runtime, "driverGetVersion", lambda: 0)
     assert "no NVIDIA GPU" in str(setup.availability())
     assert "nvidia-smi" in str(setup.availability())
     monkeypatch.setattr(sys.modules["cupy"].cuda.runtime, "driverGetVersion", lambda: 12040)
     monkeypatch.setattr(sys.modules["cupy"].cuda.runtime, "runtimeGetVersion", lambda: 13000)
     assert "driver knows CUDA up to 12.4, but CuPy was made for CUDA 13" in str(setup.availability())
+
+
+def test_a_driver_without_a_card_to_use(pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi shows a card all the same: what CUDA says of it, and the variable that hides it, must be told."""
+
+    def fail() -> None:
+        raise standin.CUDARuntimeError("cudaErrorSystemNotReady: system not yet initialized")
+
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys.modules["cupy"].cuda.runtime, "getDeviceCount", fail)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "(cudaErrorSystemNotReady: system not yet initialized)" in str(setup.availability())
+    assert "CUDA_VISIBLE_DEVICES" not in str(setup.availability())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert "no GPU among CUDA_VISIBLE_DEVICES='7' (cudaErrorSystem" in str(setup.availability())
+    monkeypatch.setattr(sys.modules["cupy"].cuda.runtime, "getDeviceCount", lambda: 0)
+    assert "no GPU among CUDA_VISIBLE_DEVICES='7': nvidia-smi -L" in str(setup.availability())
+
+
+def test_a_folder_that_takes_no_kernels(pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is there, so importing CuPy goes well, and the first kernel cannot be put into it."""
+
+    def fail(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/home/x/.cupy/kernel_cache/tmpa1b2")
+
+    monkeypatch.setattr(sys.modules["cupy"], "RawModule", fail)
+    assert "cannot keep compiled kernels ([Errno 13] Permission denied" in str(setup.availability())
+    assert "CUPY_CACHE_DIR" in str(setup.availability())
+    assert choose("auto")[0] == "cpu"
+
+
+@pytest.mark.parametrize("short_of", ["cuBLAS", "memory"])
+def test_a_card_that_others_have_filled(
+    pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch, short_of: str
+) -> None:
+    """The context fits, what cuBLAS needs does not: a sentence that names the programs' list, not a traceback."""
+    standin.forget()
+    pretended.others = pretended.memory - 2**30
+    if short_of == "cuBLAS":
+        monkeypatch.setattr(cublas.load_library(), "cublasCreate_v2", lambda handle: 1)
+    else:
+        standin._default_pool.free_all_blocks()
+        pretended.limit = pretended.allocated
+    with pytest.raises(BackendUnavailableError, match="libraries cannot start") as caught:
+        load("gpu")
+    assert "GiB free: nvidia-smi lists" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    standin.forget()
+
+
+def test_a_host_without_memory_to_pin(
+    fp32: ModuleType, pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's error would be a traceback; the command line has a sentence for MemoryError."""
+
+    def fail(*_: Any) -> None:
+        raise standin.CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+
+    monkeypatch.setattr(sys.modules["cupyx"], "empty_pinned", fail)
+    with pytest.raises(MemoryError, match="no 24 bytes can be pinned"):
+        fp32.host_empty((2, 3), np.float32)
+
+
+def test_which_of_several_cards_is_said(fp32: ModuleType, pretended: standin.Machine) -> None:
+    assert fp32.card() == "a pretended GPU, 80 GiB"
+    pretended.cards = 8
+    assert fp32.card() == "a pretended GPU, 80 GiB, the first of 8; CUDA_VISIBLE_DEVICES chooses another"
+    assert fp32.describe().startswith(fp32.card())
 
 
 @pytest.mark.parametrize("missing", ["NVRTC", "cuBLAS"])
@@ -220,3 +289,24 @@ def test_out_of_memory_in_a_step_is_one_plain_sentence(fp32: ModuleType, pretend
     assert "smaller batch" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert os.linesep not in str(caught.value)
+
+
+def test_a_graph_that_finds_no_memory_is_told_like_a_batch(
+    fp32: ModuleType, pretended: standin.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's own error, from outside CuPy's pools; and the batch is the pictures' number, not that of the rates."""
+
+    def fail(_: standin.Stream) -> None:
+        original(_)
+        raise standin.CUDARuntimeError(said)
+
+    original, said = standin.Stream.end_capture, "cudaErrorMemoryAllocation: out of memory"
+    monkeypatch.setattr(standin.Stream, "end_capture", fail)
+    step = fp32.replayable(lambda inputs: fp32.softmax(inputs["x"]))
+    batch = {"x": np.ones((3, 700), np.float32), "rates": np.ones(16, np.float32)}
+    step(fp32.upload(batch))
+    with pytest.raises(MemoryError, match="does not suffice for a batch of 3: cudaErrorMemoryAllocation"):
+        step(fp32.upload(batch))
+    said = "cudaErrorLaunchFailure: unspecified launch failure"
+    with pytest.raises(standin.CUDARuntimeError, match="unspecified"):
+        step(fp32.upload(batch))

@@ -106,9 +106,9 @@ def test_a_loss_read_a_step_late_does_not_wait_for_the_step_after(fp32: ModuleTy
     fp32.synchronize()
     pretended.schedule = "late"
     losses += [step(inputs) for inputs in ring_uploads(fp32, range(3, 5))]
-    waiting = len(standin._current[0]._queue)
+    waiting = len(standin.current_stream()._queue)
     np.testing.assert_allclose(fp32.to_host(losses[3]), expected_losses(5)[0][3], rtol=1e-5)
-    assert 0 < len(standin._current[0]._queue) < waiting
+    assert 0 < len(standin.current_stream()._queue) < waiting
     fp32.synchronize()
 
 
@@ -187,7 +187,7 @@ def test_waiting_for_the_device_inside_a_recorded_step_is_an_error(
     step(next(uploads))
     with pytest.raises(RuntimeError, match="capturing"):
         step(next(uploads))
-    assert not standin._current[0].is_capturing()  # and the stream can be used again
+    assert not standin.current_stream().is_capturing()  # and the stream can be used again
     np.testing.assert_array_equal(fp32.to_host(fp32.asarray(np.ones(3, np.float32))), 1)
 
 

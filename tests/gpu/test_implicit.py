@@ -122,6 +122,8 @@ def test_the_order_of_the_threads_changes_no_bit(ops: ModuleType, pretended: sta
 def test_every_tile_and_number_of_stages(
     ops: ModuleType, monkeypatch: pytest.MonkeyPatch, tile: int, stages: int
 ) -> None:
+    if not implicit.fits(stages, tile, 2048, _current()):
+        pytest.skip("this card has not so much shared memory")
     monkeypatch.setattr(implicit, "TILES", (tile, *((96,) if tile == 48 else ())))  # dw has no kernel for 48
     monkeypatch.setattr(implicit, "slices", lambda tile, beside, room: stages)
     if tile == 48:

@@ -65,7 +65,9 @@ def test_training_resume_and_evaluation(
         shutil.copytree(shards, run)
     gpu = ("--device", "gpu", "--precision", "bf16")
     train(whole, *gpu, "--steps", "3")
-    assert "computing on the GPU in bf16" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "computing on the GPU in bf16" in said
+    assert REAL or "(as asked): a pretended GPU, 80 GiB\n" in said
     train(parts, *gpu, "--steps", "2")
     train(parts, *gpu, "--steps", "1", "--resume")
     expected = weights(whole)
@@ -92,6 +94,19 @@ def test_training_resume_and_evaluation(
     train(whole, "--device", "reference", "--steps", "1", "--resume")
     train(whole, *gpu, "--steps", "1", "--resume")
     assert all(np.isfinite(a).all() for a in weights(whole).values() if a.dtype == np.float32)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_report_and_the_export(
+    backend: Callable[[str], ModuleType], shards: Path, tmp_path: Path, precision: str
+) -> None:
+    """The stages that follow: activations layer by layer, and another program's file checked against ours."""
+    run, gpu = tmp_path / "run", ("--device", "gpu", "--precision", precision)
+    shutil.copytree(shards, run)
+    train(run, *gpu, "--steps", "2")
+    for stage in ("eval", "report", "export"):
+        assert run_pipeline.main(["--stage", stage, "--run", str(run), *gpu]) == 0
+    assert (run / "report" / "index.html").exists()
 
 
 def test_a_batch_that_does_not_fit_is_refused_in_one_line(
