@@ -71,6 +71,8 @@ def read_source(root: Path) -> Source:
             if note is not None:
                 unread[split] = note
         else:
+            if (root / split).is_dir():
+                unread[split] = f"the folder {split}/ is not read, because {path.name} is there"
             assert devkit is not None  # _forms refuses an official archive without it
             read = ilsvrc.index_train if split == "train" else ilsvrc.index_val
             listing, left_out = read(path, devkit)

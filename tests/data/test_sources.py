@@ -64,6 +64,14 @@ def test_official_archives(official: Path):
     assert source.rejects == ()
 
 
+def test_an_archive_is_read_and_a_folder_of_the_same_split_beside_it_is_told(official: Path):
+    before = read_source(official)
+    unpack_train(official, official, as_tars=True)
+    source = read_source(official)
+    assert source.fingerprint() == before.fingerprint()
+    assert source.unread == (f"the folder train/ is not read, because {ilsvrc.TRAIN} is there",)
+
+
 def test_validation_pictures_are_paired_by_the_number_in_their_name(tmp_path: Path):
     names = ["ILSVRC2012_val_00000007.JPEG", "ILSVRC2012_val_00000002.JPEG"]  # few of many, and in no order
     write_official(tmp_path, {"n01": {"a": b"1"}}, {name: name.encode() for name in names}, [1, 2, 1, 1, 1, 1, 3, 1])
