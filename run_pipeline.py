@@ -28,7 +28,7 @@ from typing import Final
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse
 from pipeline.config_values import changes, to_dict
-from pipeline.errors import PipelineError, StoppedError
+from pipeline.errors import PipelineError, StoppedError, UsageError
 from pipeline.mpi import joined
 from pipeline.ranks import Ranks
 from pipeline.run_dir import RunDir, locked, write_sealed
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     return 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from pipeline.errors import PipelineError
+from pipeline.errors import UsageError
 
 Schedule = tuple[tuple[int, float], ...]
 
@@ -190,7 +190,7 @@ RECIPES: Final[dict[str, Config]] = {c.recipe: c for c in (SEED, PAPER, ORIGINAL
 def load_config(recipe: str) -> Config:
     """The recipe of this name; refuses an unknown one with the nearest that exists."""
     if recipe not in RECIPES:
-        raise PipelineError(f"there is no recipe {recipe!r}{nearest(recipe, RECIPES)}; there are {', '.join(RECIPES)}")
+        raise UsageError(f"there is no recipe {recipe!r}{nearest(recipe, RECIPES)}; there are {', '.join(RECIPES)}")
     return RECIPES[recipe]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.config import SEED, Config, Network, Schedule, nearest
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UsageError
 
 FLOAT32_MAX: Final = 3.4e38
 
@@ -33,7 +33,8 @@ def changes(
     Raises
     ------
     PipelineError
-        Unreadable file; and where the changes are made: unknown key, value of the wrong type or out of range.
+        Unreadable file; and where the changes are made: unknown key, value of the wrong type or out of range. Where
+        these stand on the command line it is a UsageError.
     """
     entries = [] if toml is None else _read_toml(toml)
 
@@ -42,21 +43,27 @@ def changes(
             if key == "recipe":
                 raise PipelineError(f"{toml}: a recipe is many settings at once; name it with --recipe, not in a file")
             config = _with_value(config, key, value, where=str(toml))
-        for setting in settings or []:
-            key, sign, text = setting.partition("=")
-            if key.strip() == "recipe":
-                raise PipelineError(f"--set {setting}: a recipe is many settings at once; name it with --recipe")
-            if not sign:
-                raise PipelineError(
-                    f"--set {setting} has no '='; write --set key=value, for example --set train.batch_size=64"
-                )
-            config = _with_value(config, key.strip(), _parse(text.strip()), where=f"--set {setting}")
-        if seed is not None:
-            config = _with_value(config, "seed", seed, where="--seed")
-        _check(config, str(toml) if toml is not None and not settings else None)
+        try:
+            config = _with_settings(config, settings or [], seed)
+            _check(config, str(toml) if toml is not None and not settings else None)
+        except PipelineError as error:
+            raise (UsageError(str(error)) if settings or seed is not None else error) from None
         return config
 
     return change
+
+
+def _with_settings(config: Config, settings: list[str], seed: int | None) -> Config:
+    for setting in settings:
+        key, sign, text = setting.partition("=")
+        if key.strip() == "recipe":
+            raise PipelineError(f"--set {setting}: a recipe is many settings at once; name it with --recipe")
+        if not sign:
+            raise PipelineError(
+                f"--set {setting} has no '='; write --set key=value, for example --set train.batch_size=64"
+            )
+        config = _with_value(config, key.strip(), _parse(text.strip()), where=f"--set {setting}")
+    return config if seed is None else _with_value(config, "seed", seed, where="--seed")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The one exception that reaches the user as a plain sentence."""
+"""The exceptions that reach the user as a plain sentence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ class PipelineError(Exception):
 
     ``run_pipeline.py`` prints the message and exits with status 1; with ``--debug`` it shows the traceback as well.
     """
+
+
+class UsageError(PipelineError):
+    """A command line that asks for what there is not, such as an unknown recipe or key: status 2, as a wrong flag."""
 
 
 class StoppedError(Exception):
