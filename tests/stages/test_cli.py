@@ -120,6 +120,13 @@ def test_wrong_settings_are_plain_and_touch_nothing(tmp_path: Path, small_source
     assert not run.exists()
 
 
+def test_names_that_standard_output_has_no_letters_for_are_written_as_escapes(tmp_path: Path, prepared: Path) -> None:
+    run = tmp_path / "Läufe"
+    run.symlink_to(prepared)
+    result = pipeline("--stage", "verify", "--run", run, PYTHONIOENCODING="ascii").done()
+    assert rf"files of {tmp_path}/L\xe4ufe are sound" in result.out
+
+
 def test_a_connection_that_breaks_is_not_taken_for_output_without_a_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
