@@ -21,6 +21,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import contextlib
+import io
 import json
 import select
 import sys
@@ -99,7 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _open_streams() -> None:
     """Open what is closed of standard input, output and error on nothing, as their numbers go to the next file opened.
 
-    What a library says on standard error would then stand in that file.
+    What a library says on standard error would then stand in that file. And let standard output take every name, as
+    standard error does: what it has no letters for is written as escapes.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)  # for worker processes
@@ -107,6 +109,8 @@ def _open_streams() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _unread() -> bool:

@@ -7,6 +7,7 @@ split may have its own form.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from data import folders, ilsvrc
-from data.listing import SPLITS, Listing, Reject, digest, relabelled
+from data.listing import SPLITS, Listing, Reject, digest, relabelled, text
 from pipeline.errors import PipelineError
 from pipeline.run_dir import fingerprint
 
@@ -71,6 +72,8 @@ def read_source(root: Path) -> Source:
             if note is not None:
                 unread[split] = note
         else:
+            if (root / split).is_dir():
+                unread[split] = f"the folder {split}/ is not read, because {path.name} is there"
             assert devkit is not None  # _forms refuses an official archive without it
             read = ilsvrc.index_train if split == "train" else ilsvrc.index_val
             listing, left_out = read(path, devkit)
@@ -153,5 +156,5 @@ def _refuse_empty_class(folder: Path, names: list[str], listing: Listing, hint: 
 
 def _class_entry(name: str, devkit: ilsvrc.Devkit | None) -> ClassEntry:
     if devkit is None or name not in devkit.ids:
-        return ClassEntry(name, None, None)
+        return ClassEntry(text(os.fsencode(name)), None, None)  # a folder's name may be any bytes
     return ClassEntry(name, devkit.words[name], devkit.ids[name])

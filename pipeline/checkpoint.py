@@ -228,9 +228,14 @@ def note_best(folder: Path, path: Path, step: int, top1: float) -> None:
 
 
 def restore_best(folder: Path, newest: Path) -> None:
-    """Write a missing ``best.json`` anew, from what the checkpoints up to ``newest`` say of their validation."""
-    if best_of(folder) is not None:
+    """Write a missing ``best.json`` anew, from what the checkpoints up to ``newest`` say of their validation.
+
+    So too where its checkpoint is gone: ``verify`` has damaged ones removed.
+    """
+    best = best_of(folder)
+    if best is not None and (folder / best["checkpoint"]).exists():
         return
+    remove(folder / "best.json")
     for path in checkpoints(folder):
         if step_of(path) <= step_of(newest):
             with contextlib.suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):  # a damaged one

@@ -65,7 +65,8 @@ def _compile_parts() -> bool:
 @contextlib.contextmanager
 def _helper(parts: range) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
     """A process that compiles these parts and ends with the with-block at the latest, and what it says."""
-    command = [sys.executable, "-c", f"from net.cpu import ahead; ahead.help_out({list(parts)})"]
+    # -P: without it the current folder comes first, and a `net` of the user's own there in place of ours.
+    command = [sys.executable, "-P", "-c", f"from net.cpu import ahead; ahead.help_out({list(parts)})"]
     root = str(Path(__file__).resolve().parents[2])
     # Packages may come from there, as on clusters; an empty entry would be the current folder.
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))

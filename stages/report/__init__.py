@@ -66,7 +66,7 @@ def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str) -> Path:
         hashes=facts.hashes(known, trained),
         **shown.page,
     )
-    files = {"index.html": page.encode(), **shown.files}
+    files = {"index.html": _as_bytes(page), **shown.files}
     if curves:
         files["curves.png"] = charts.curves_png(curves)
     for name, data in files.items():
@@ -104,7 +104,7 @@ def compare(run_dirs: list[RunDir]) -> Path:
         same_pictures=len({run.manifest["source"] for run in runs}) == 1,
     )
     folder = make_folder(run_dirs[0].report)
-    write_bytes(folder / "compare.html", page.encode())
+    write_bytes(folder / "compare.html", _as_bytes(page))
     if curves:
         write_bytes(folder / "compare.png", charts.curves_png(curves))
     print(f"report: {folder / 'compare.html'} shows {', '.join(str(run_dir.root) for run_dir in run_dirs)}")
@@ -283,6 +283,10 @@ def _short(value: float | None) -> str:
         return ""
     text = f"{value:.2g}" if value >= 0.001 or value == 0 else f"{value:.1e}"
     return text.replace("e-0", "e-")
+
+
+def _as_bytes(page: str) -> bytes:
+    return page.encode(errors="backslashreplace")  # a folder's name may be bytes that are no UTF-8
 
 
 def _now() -> str:

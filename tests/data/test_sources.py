@@ -64,6 +64,25 @@ def test_official_archives(official: Path):
     assert source.rejects == ()
 
 
+def test_an_archive_is_read_and_a_folder_of_the_same_split_beside_it_is_told(official: Path):
+    before = read_source(official)
+    unpack_train(official, official, as_tars=True)
+    source = read_source(official)
+    assert source.fingerprint() == before.fingerprint()
+    assert source.unread == (f"the folder train/ is not read, because {ilsvrc.TRAIN} is there",)
+
+
+def test_a_class_may_have_a_name_that_is_no_utf8(tmp_path: Path):
+    """What is written of it later is text, whatever the disk's names are."""
+    for split in ("train", "val"):
+        folder = tmp_path / split / os.fsdecode(b"caf\xe9")
+        folder.mkdir(parents=True)
+        (folder / "a.JPEG").write_bytes(b"a")
+    source = read_source(tmp_path)
+    assert source.classes == (ClassEntry(r"caf\xe9", None, None),)
+    assert source.splits["train"].name.tolist() == [b"caf\xe9/a.JPEG"]
+
+
 def test_validation_pictures_are_paired_by_the_number_in_their_name(tmp_path: Path):
     names = ["ILSVRC2012_val_00000007.JPEG", "ILSVRC2012_val_00000002.JPEG"]  # few of many, and in no order
     write_official(tmp_path, {"n01": {"a": b"1"}}, {name: name.encode() for name in names}, [1, 2, 1, 1, 1, 1, 3, 1])

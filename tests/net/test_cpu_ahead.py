@@ -100,3 +100,12 @@ def test_a_helper_finds_packages_where_its_parent_does(tmp_path: Path, monkeypat
     with ahead._helper(range(0)) as helper:
         assert ahead._ended_well(*helper)
     assert (tmp_path / "seen").exists()
+
+
+def test_a_helper_takes_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program may be started from anywhere, such as a project that has a package ``net`` of its own."""
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with ahead._helper(range(0)) as helper:
+        assert ahead._ended_well(*helper)

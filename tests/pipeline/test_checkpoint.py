@@ -442,3 +442,17 @@ def test_a_lost_index_of_the_best_is_made_from_the_checkpoints(folder: Path) -> 
     write_sealed(folder / "best.json", {"checkpoint": "step-00000005.ckpt", "step": 5, "top1": 0.4})
     k.restore_best(folder, k.checkpoints(folder)[4])  # what is there stays
     assert k.best_of(folder)["step"] == 5
+
+
+def test_an_index_of_the_best_whose_checkpoint_is_gone_is_made_anew(folder: Path) -> None:
+    """Verification has a damaged checkpoint removed; what goes on then must leave nothing that it would name again."""
+    for step, top1 in {1: 0.5, 2: 0.3}.items():
+        k.save_checkpoint(folder, step, {"validation": {"top1": top1}}, arrays())
+    write_sealed(folder / "best.json", {"checkpoint": "step-00000001.ckpt", "step": 1, "top1": 0.5})
+    k.checkpoints(folder)[0].unlink()
+    k.restore_best(folder, k.checkpoints(folder)[-1])
+    assert k.best_of(folder) == {"checkpoint": "step-00000002.ckpt", "step": 2, "top1": 0.3}
+    k.checkpoints(folder)[0].unlink()
+    newest = k.save_checkpoint(folder, 3, {"validation": None}, arrays())
+    k.restore_best(folder, newest)  # no other has been validated
+    assert k.best_of(folder) is None

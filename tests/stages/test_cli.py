@@ -107,10 +107,26 @@ def test_wrong_usage_of_the_real_process() -> None:
 def test_wrong_settings_are_plain_and_touch_nothing(tmp_path: Path, small_source: Path) -> None:
     run = tmp_path / "run"
     common = ("--stage", "preprocess", "--source", small_source, "--run", run)
-    pipeline(*common, "--recipe", "orignal").refused(r"there is no recipe 'orignal' \(did you mean original\?\)")
-    pipeline(*common, "--set", "train.batchsize=3").refused(r"did you mean train\.batch_size\?")
+    for wrong, told in {
+        ("--recipe", "orignal"): "there is no recipe 'orignal' (did you mean original?)",
+        ("--set", "train.batchsize=3"): "did you mean train.batch_size?",
+        ("--set", "train.batch_size"): "has no '='",
+        ("--set", "train.batch_size=three"): "takes a whole number, not 'three'",
+        ("--set", "train.batch_size=0"): "train.batch_size must lie between 1 and",
+        ("--seed", "-1"): "seed must lie between 0 and",
+    }.items():
+        pipeline(*common, *wrong).refused(re.escape(told))
     pipeline(*common, "--config", tmp_path / "none.toml").refused(r"cannot read the configuration file .*none\.toml")
+    (tmp_path / "some.toml").write_text("train.batch_size = 0\n")
+    pipeline(*common, "--config", tmp_path / "some.toml").refused(r"some\.toml: train\.batch_size must lie between")
     assert not run.exists()
+
+
+def test_names_that_standard_output_has_no_letters_for_are_written_as_escapes(tmp_path: Path, prepared: Path) -> None:
+    run = tmp_path / "Läufe"
+    run.symlink_to(prepared)
+    result = pipeline("--stage", "verify", "--run", run, PYTHONIOENCODING="ascii").done()
+    assert rf"files of {tmp_path}/L\xe4ufe are sound" in result.out
 
 
 def test_a_connection_that_breaks_is_not_taken_for_output_without_a_reader(

@@ -332,6 +332,16 @@ def test_page_where_text_is_not_utf8_by_itself(page: Path, trained_run: Path, tm
     assert style.findall((run / "report" / "index.html").read_text("utf-8")) == style.findall(page.read_text("utf-8"))
 
 
+def test_page_of_a_run_whose_name_is_no_utf8(trained_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / os.fsdecode(b"run\xff")
+    run.mkdir()
+    for name in ("config.json", "preprocess", "train", "eval"):
+        (run / name).symlink_to(trained_run / name)
+    result = pipeline("--stage", "report", "--run", run, PYTHONIOENCODING="utf-8:strict").done()
+    assert r"run\udcff/report/index.html" in result.out
+    assert r"run\udcff" in (run / "report" / "index.html").read_text("utf-8")
+
+
 def test_pictures_lie_beside_the_page(page: Path) -> None:
     names = sorted(path.name for path in page.parent.glob("*.png"))
     assert {"curves.png", "filters.png", "jitter.png", "activations-1.png", "confident-wrong.png"} <= set(names)
