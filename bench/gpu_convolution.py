@@ -23,7 +23,7 @@ from unittest import mock
 import numpy as np
 
 from net.alexnet import alexnet
-from net.backend import load
+from net.backend import BackendUnavailableError, load
 from net.gpu import convolution, implicit
 from net.gpu.arrays import pictures
 from net.gpu.device import current
@@ -137,7 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tune", action="store_true", help="every tile and number of stages")
     options = parser.parse_args(arguments)
-    ops = load("gpu", "bf16")
+    try:
+        ops = load("gpu", "bf16")
+    except BackendUnavailableError as error:
+        raise SystemExit(f"bench.gpu_convolution: {error}") from error
     device = current()
     scratch, zeros = (ops.empty((2**28,), "uint8") for _ in range(2))
 

@@ -145,10 +145,21 @@ def _share_machine(world: Any, ranks: Ranks) -> None:
     # Read when the kernels are first loaded, which has not happened yet.
     os.environ.setdefault("NUMBA_NUM_THREADS", str(cores))
     threadpool_limits(int(os.environ["NUMBA_NUM_THREADS"]), user_api="blas")
-    devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-    if len(devices) != 1 and here.Get_size() > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[ranks.local % len(devices)] if devices else str(ranks.local)
+    card = card_of(os.environ.get("CUDA_VISIBLE_DEVICES"), ranks.local, here.Get_size())
+    if card is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = card
     here.Free()
+
+
+def card_of(visible: str | None, local: int, ranks: int) -> str | None:
+    """The GPU that a rank takes, one of those ``visible`` (CUDA_VISIBLE_DEVICES) on a machine with so many ranks.
+
+    None where that is settled already: the rank is alone, the launcher has given it one, or all are hidden ("").
+    """
+    cards = [card for card in (visible or "").split(",") if card]
+    if ranks == 1 or visible == "" or len(cards) == 1:
+        return None
+    return cards[local % len(cards)] if cards else str(local)
 
 
 def _ranks(world: Any) -> Ranks:

@@ -72,7 +72,10 @@ def _no_card(cupy: Any) -> str:
         said = f" ({_first_line(error)})"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:  # a launcher, a scheduler, or pipeline.mpi where a machine has more ranks than cards
-        return f"there is a driver, but no GPU among CUDA_VISIBLE_DEVICES={visible!r}{said}: nvidia-smi -L lists them"
+        return (
+            f"there is a driver, but no GPU among CUDA_VISIBLE_DEVICES={visible!r}{said}: nvidia-smi -L lists them, "
+            "and of a machine's each rank takes one"
+        )
     return f"there is a driver, but no GPU that can be used{said}: nvidia-smi shows what the driver sees"
 
 

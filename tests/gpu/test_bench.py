@@ -17,6 +17,7 @@ import pytest
 
 from bench import gpu, gpu_checks, gpu_convolution
 from net.alexnet import alexnet
+from net.backend import BackendUnavailableError
 from net.gpu import implicit
 from net.gpu.shape import Shape
 from tests.gpu import test_network
@@ -105,6 +106,16 @@ def test_the_loaders_rate_is_that_of_its_own_steps(
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: None)
     gpu_checks.loader_rate(str(tmp_path), 60, "bf16", dry=False)
     assert "fed by the loader: 2,500 images/s, 50.0%" in capsys.readouterr().out
+
+
+def test_without_a_card_it_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: str, precision: str) -> None:
+        raise BackendUnavailableError("no card")
+
+    for module in (gpu, gpu_convolution):
+        monkeypatch.setattr(module, "load", fail)
+        with pytest.raises(SystemExit, match="no card"):
+            module.main([])
 
 
 def test_a_container_without_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,15 @@ def test_a_bucket_is_handed_out_as_soon_as_it_is_full() -> None:
     assert seen == [(["0"], 1), ([], 2), (["1", "2"], 3), (["3"], 4), ([], 5), (["4"], 5)]
 
 
+def test_each_rank_of_a_machine_takes_one_gpu() -> None:
+    assert [mpi.card_of(None, local, 3) for local in range(3)] == ["0", "1", "2"]
+    assert [mpi.card_of("4,6", local, 3) for local in range(3)] == ["4", "6", "4"]
+    assert mpi.card_of("MIG-1,MIG-2", 1, 2) == "MIG-2"
+    assert mpi.card_of(None, 0, 1) is None
+    assert mpi.card_of("2", 1, 4) is None, "the launcher has given it one"
+    assert mpi.card_of("", 1, 4) is None, "GPUs that have been hidden stay hidden"
+
+
 def test_what_launchers_say() -> None:
     assert mpi.launched({}) == 1
     assert mpi.launched({"PMI_SIZE": "4", "PMI_RANK": "2"}) == 4
