@@ -28,7 +28,7 @@ def test_parts_cover_a_batch_once_and_are_even(count: int, size: int) -> None:
 
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 100))
 def test_buckets_keep_every_gradient_and_large_ones_uncopied(sizes: list[int], least: int) -> None:
-    gradients = [(f"g{i}", np.full((n, 1), i, np.float32)) for i, n in enumerate(sizes)]
+    gradients = [(f"g{i}", np.full((n, 2), i, np.float32)) for i, n in enumerate(sizes)]
     found = {}
     for bucket in mpi.buckets(iter(gradients), least):
         if not bucket:
@@ -40,19 +40,19 @@ def test_buckets_keep_every_gradient_and_large_ones_uncopied(sizes: list[int], l
         found |= {name: value.copy() for name, value in mpi.unpacked(flat, bucket)}
     assert found.keys() == dict(gradients).keys()
     for i, n in enumerate(sizes):
-        np.testing.assert_array_equal(found[f"g{i}"], np.full((n, 1), i + 1))
+        np.testing.assert_array_equal(found[f"g{i}"], np.full((n, 2), i + 1))
 
 
 def test_a_bucket_is_handed_out_as_soon_as_it_is_full() -> None:
     taken = []
 
     def gradients():
-        for i, size in enumerate((10, 2, 2, 10, 1)):
+        for i, size in enumerate((10, 2, 2, 10, 1, 4)):
             taken.append(i)
             yield str(i), np.zeros(size, np.float32)
 
     seen = [([name for name, _ in bucket], len(taken)) for bucket in mpi.buckets(gradients(), 16)]
-    assert seen == [(["0"], 1), ([], 2), (["1", "2"], 3), (["3"], 4), ([], 5), (["4"], 5)]
+    assert seen == [(["0"], 1), ([], 2), (["1", "2"], 3), (["3"], 4), ([], 5), (["5"], 6), (["4"], 6)]
 
 
 def test_what_launchers_say() -> None:
