@@ -571,3 +571,15 @@ def test_reading_ahead_begins_where_training_goes_on(
         assert run_pipeline.main([*command, steps]) == 0
     assert noted == [(0, 2), (2, 3)]
     shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("place", ["parameters", "momenta"])
+def test_numbers_that_are_not_finite_are_never_saved(place: str, tmp_path: Path) -> None:
+    """The loss of the step before may still be: it is what the weights were before this step."""
+    sound = {"fc8.b": np.ones(5, np.float32)}
+    state = State(3, dict(sound), dict(sound))
+    getattr(state, place)["fc8.b"] = np.array([1, 2, np.inf, 4, 5], np.float32)
+    log = SimpleNamespace(sync=lambda: None)
+    with pytest.raises(PipelineError, match=r"fc8\.b is not finite at step 3: training has diverged; the last good"):
+        train_stage.save(RunDir(tmp_path), reference, log, 3, state, {"validation": None})
+    assert list((tmp_path / "train").iterdir()) == []
