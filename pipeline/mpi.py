@@ -123,7 +123,7 @@ def _leave(leaving: Any, *, failed: bool) -> bool:
             return False
         time.sleep(0.002)
     _orderly = True
-    return not failed or leaving.Get_rank() == 0 or bool(heard[0])
+    return not failed or bool(heard[0])
 
 
 def _share_machine(world: Any, ranks: Ranks) -> None:

@@ -135,6 +135,20 @@ def test_a_signal_to_the_job_saves_and_two_ranks_resume_to_the_same_bits(two: Pa
     assert digest(run) == digest(two)
 
 
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(run: Path) -> None:
+    process = start("--stage", "train", "--run", run, "--steps", 1000, *BATCH, launcher=ranks(2))
+    wait_until(lambda: len(losses(run)) >= 1, process)
+    number = signal.SIGUSR1 if OPEN_MPI else signal.SIGTERM
+    os.kill(process_of(run, 1), number)
+    result = finish(process)
+    assert result.status == 128 + number, result
+    assert result.err.count("everything is saved; go on with:") == 1
+    saved, complaints = newest_sound(run / "train")
+    assert saved is not None
+    assert not complaints
+    assert max(losses(run)) <= saved.header["step"] < 1000
+
+
 def test_a_killed_rank_ends_the_job_and_four_ranks_resume_where_two_were(run: Path, one: Path) -> None:
     every = settings("train.checkpoint_every=1")
     process = start("--stage", "train", "--run", run, "--steps", STEPS, *BATCH, *every, launcher=ranks(2))

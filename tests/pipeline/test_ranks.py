@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +31,7 @@ def test_parts_cover_a_batch_once_and_are_even(count: int, size: int) -> None:
 
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 100))
 def test_buckets_keep_every_gradient_and_large_ones_uncopied(sizes: list[int], least: int) -> None:
-    gradients = [(f"g{i}", np.full((n, 1), i, np.float32)) for i, n in enumerate(sizes)]
+    gradients = [(f"g{i}", np.full((n, 2), i, np.float32)) for i, n in enumerate(sizes)]
     found = {}
     for bucket in mpi.buckets(iter(gradients), least):
         if not bucket:
@@ -40,19 +43,19 @@ def test_buckets_keep_every_gradient_and_large_ones_uncopied(sizes: list[int], l
         found |= {name: value.copy() for name, value in mpi.unpacked(flat, bucket)}
     assert found.keys() == dict(gradients).keys()
     for i, n in enumerate(sizes):
-        np.testing.assert_array_equal(found[f"g{i}"], np.full((n, 1), i + 1))
+        np.testing.assert_array_equal(found[f"g{i}"], np.full((n, 2), i + 1))
 
 
 def test_a_bucket_is_handed_out_as_soon_as_it_is_full() -> None:
     taken = []
 
     def gradients():
-        for i, size in enumerate((10, 2, 2, 10, 1)):
+        for i, size in enumerate((10, 2, 2, 10, 1, 4)):
             taken.append(i)
             yield str(i), np.zeros(size, np.float32)
 
     seen = [([name for name, _ in bucket], len(taken)) for bucket in mpi.buckets(gradients(), 16)]
-    assert seen == [(["0"], 1), ([], 2), (["1", "2"], 3), (["3"], 4), ([], 5), (["4"], 5)]
+    assert seen == [(["0"], 1), ([], 2), (["1", "2"], 3), (["3"], 4), ([], 5), (["5"], 6), (["4"], 6)]
 
 
 def test_each_rank_of_a_machine_takes_one_gpu() -> None:
@@ -113,3 +116,60 @@ def test_every_rank_says_the_same_of_which_differ() -> None:
 
 def test_the_first_rank_of_another_machine_does_not_lead() -> None:
     assert [replace(of(rank, 4), local=rank % 2).leads for rank in range(4)] == [True, False, False, False]
+
+
+class Leaving:
+    """A communicator at the end of a run: what all ranks say, and after how many looks it has come."""
+
+    def __init__(self, rank: int, failed: list[bool], looks: float) -> None:
+        self.rank, self.failed, self.looks = rank, failed, looks
+
+    def Get_size(self) -> int:
+        return len(self.failed)
+
+    def Iallgather(self, said: np.ndarray, heard: np.ndarray) -> Leaving:
+        assert bool(said[0]) == self.failed[self.rank]
+        heard[:] = self.failed
+        return self
+
+    def Test(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+@pytest.mark.parametrize(
+    ("rank", "failed", "spoken_for"),
+    [
+        (1, [False, False], True),
+        (0, [True, False], True),  # the first rank speaks for itself
+        (1, [True, True], True),
+        (1, [False, True], False),  # the first rank has nothing to say of what went wrong here
+    ],
+)
+def test_a_rank_that_fails_speaks_where_the_first_does_not(
+    rank: int, failed: list[bool], spoken_for: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mpi, "_orderly", False)
+    assert mpi._leave(Leaving(rank, failed, 2), failed=failed[rank]) == spoken_for
+    assert mpi._orderly
+
+
+def test_a_rank_that_fails_waits_for_the_others_a_moment_and_one_that_is_done_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mpi, "_orderly", False)
+    monkeypatch.setattr(mpi, "PATIENCE", 0.0)
+    assert not mpi._leave(Leaving(1, [False, True], math.inf), failed=True)
+    assert not mpi._orderly, "the job is to be aborted"
+    assert mpi._leave(Leaving(1, [False, False], 5), failed=False)
+    assert mpi._orderly
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+def test_the_process_ends_mpi_or_the_whole_job(orderly: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    fake = SimpleNamespace(Finalize=lambda: done.append("finalized"), COMM_WORLD=SimpleNamespace(Abort=done.append))
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=fake))
+    monkeypatch.setattr(mpi, "_orderly", orderly)
+    mpi._end()
+    assert done == (["finalized"] if orderly else [1])

@@ -493,3 +493,13 @@ def test_a_run_beside_the_archives_is_not_among_the_pictures(tmp_path: Path) -> 
         run_pipeline._refuse_among_pictures(RunDir(tmp_path), tmp_path)
     (tmp_path / TRAIN).touch()
     run_pipeline._refuse_among_pictures(RunDir(tmp_path), tmp_path)
+
+
+def test_a_source_that_is_gone_matters_to_preprocessing_alone(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As where the disk that $ILSVRC2012_ROOT names is not mounted while a network is trained on its shards."""
+    monkeypatch.setenv("ILSVRC2012_ROOT", "/no/where")
+    assert run_pipeline.main(["--stage", "verify", "--run", str(run)]) == 0
+    assert run_pipeline.main(["--stage", "preprocess", "--run", str(run)]) == 1
+    assert "ILSVRC2012_ROOT names /no/where" in capsys.readouterr().err

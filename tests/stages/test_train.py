@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -31,6 +32,7 @@ from pipeline.run_dir import RunDir
 from stages import losses, trainer
 from stages import start as start_stage
 from stages import train as train_stage
+from stages.batches import TrainingPlan
 from stages.losses import Plateau
 from stages.start import State
 from tests.command_line import finish, pipeline, settings, start, wait_until
@@ -537,3 +539,47 @@ def test_room_is_what_is_free_and_what_is_going_to_be_removed(
         path.rename(path.with_suffix(".ckpt.tmp"))
     assert in_time in told(0, None)
     assert told(size, None) == ""
+
+
+def test_a_signal_in_the_last_step_finds_training_done(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, step = tmp_path / "run", trainer.Trainer.step
+    shutil.copytree(prepared, run)
+
+    def and_signal(self: trainer.Trainer, batch: Any) -> None:
+        step(self, batch)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer.Trainer, "step", and_signal)
+    assert run_pipeline.main(["--stage", "train", "--run", str(run), "--device", "reference", "--steps", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "trained to step 1" in out
+    assert "go on with" not in err
+    shutil.rmtree(run)
+
+
+def test_reading_ahead_begins_where_training_goes_on(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the beginning it would give the same bytes, after reading again what the epoch has had."""
+    run, noted, read_ahead = tmp_path / "run", [], TrainingPlan.read_ahead
+    shutil.copytree(prepared, run)
+    monkeypatch.setattr(TrainingPlan, "read_ahead", lambda *given: noted.append(given[1:]) or read_ahead(*given))
+    command = ["--stage", "train", "--run", str(run), "--device", "reference", "--resume", "--steps"]
+    for steps in ("2", "1"):
+        assert run_pipeline.main([*command, steps]) == 0
+    assert noted == [(0, 2), (2, 3)]
+    shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("place", ["parameters", "momenta"])
+def test_numbers_that_are_not_finite_are_never_saved(place: str, tmp_path: Path) -> None:
+    """The loss of the step before may still be: it is what the weights were before this step."""
+    sound = {"fc8.b": np.ones(5, np.float32)}
+    state = State(3, dict(sound), dict(sound))
+    getattr(state, place)["fc8.b"] = np.array([1, 2, np.inf, 4, 5], np.float32)
+    log = SimpleNamespace(sync=lambda: None)
+    with pytest.raises(PipelineError, match=r"fc8\.b is not finite at step 3: training has diverged; the last good"):
+        train_stage.save(RunDir(tmp_path), reference, log, 3, state, {"validation": None})
+    assert list((tmp_path / "train").iterdir()) == []

@@ -182,3 +182,6 @@ def test_train_writes_events(run: Path) -> None:
     written = {s: value for tag, s, value in scalars(run / "train" / "tensorboard") if tag == "train/loss"}
     assert written == pytest.approx(losses)
     assert len(losses) == 2
+    # What was written before a resume is there again, and once.
+    assert run_pipeline.main(["--stage", "train", "--resume", "--steps", "1", "--tensorboard", "--run", str(run)]) == 0
+    assert [s for tag, s, _ in scalars(run / "train" / "tensorboard") if tag == "train/loss"] == [1, 2, 3]
