@@ -143,13 +143,13 @@ def backward(
 
     A generator of (name, gradient of the parameter's shape). Each is handed out as soon as it is known, with the
     gradient of the layer's input already computed, so the receiver may update that parameter at once. ``tape`` is what
-    :func:`forward` kept; it is emptied on the way, which frees memory. Parameters in ``frozen`` are left out, and what
-    lies before the first layer with others is not computed.
+    :func:`forward` kept; it is emptied on the way, which frees memory. Parameters in ``frozen`` are left out, and
+    nothing is computed below the lowest layer that has others.
     """
     dy = dz
-    first = next((n for n, layer in enumerate(layers) if not frozen >= set(layer.names)), len(layers))
-    for number in reversed(range(first, len(layers))):
-        dy, gradients = layers[number].backward(ops, parameters, dy, tape.pop(), number > first)
+    lowest = next((n for n, layer in enumerate(layers) if not set(layer.names) <= frozen), len(layers))  # that learns
+    for number in reversed(range(lowest, len(layers))):
+        dy, gradients = layers[number].backward(ops, parameters, dy, tape.pop(), number > lowest)
         yield from ((name, gradient) for name, gradient in gradients.items() if name not in frozen)
     tape.clear()
 
