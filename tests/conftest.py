@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import QUICK, ROOT, pipeline, settings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As in what a script starts with `&`; the command line under test would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
