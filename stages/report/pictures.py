@@ -29,6 +29,8 @@ _MAGMA: Final = np.array(
     ]
 )  # fmt: skip
 
+_KINDS: Final = {Relu: "ReLU", Lrn: "LRN", MapNorm: "map norm", MaxPool: "pool"}
+
 
 @dataclass(frozen=True)
 class Maps:
@@ -71,8 +73,8 @@ def activations(trained: Trained, ops: ModuleType, squares: Sequence[np.ndarray]
             case Flatten() | Dropout():
                 continue
             case _:
-                done.append({Relu: "ReLU", Lrn: "LRN", MapNorm: "map norm", MaxPool: "pool"}[type(layer)])
-        if done and done[-1] in ("ReLU", "pool") and name != "fc8":
+                done.append(_KINDS.get(type(layer), type(layer).__name__))
+        if done and not isinstance(layer, Lrn | MapNorm) and name != "fc8":
             for place, y in enumerate(ops.to_host(x)):
                 shown[place].append(_maps(f"{name} · {' · '.join(done)}", np.asarray(y)))
     return shown

@@ -266,6 +266,18 @@ def test_activations_follow_the_layers(trained_run: Path) -> None:
     assert maps[-1].shape == "4096 units"
 
 
+def test_activations_of_a_layer_that_somebody_added(trained_run: Path) -> None:
+    from net import reference
+
+    class Doubled(Relu):
+        pass
+
+    trained = load_trained(RunDir(trained_run), "latest")
+    square = np.zeros((72, 72, 3), np.uint8)
+    (maps,) = pictures.activations(replace(trained, layers=(trained.layers[0], Doubled())), reference, [square])
+    assert [m.title for m in maps] == ["conv1 · Doubled"]
+
+
 def test_the_strongest_maps_are_shown_strongest_first() -> None:
     y = np.zeros((2, 2, 20), np.float32)
     y[1] = np.arange(20)
