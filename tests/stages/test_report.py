@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 import run_pipeline
 from net.layers import Relu
@@ -301,8 +301,14 @@ def test_the_last_row_need_not_be_full() -> None:
     assert two.height > 1.9 * one.height
 
 
+def test_captions_have_more_letters_than_ascii() -> None:
+    square = np.zeros((8, 8, 3), np.uint8)
+    sheets = [np.asarray(pictures.sheet([square], [[letter]])) for letter in "äéßжΩ"]
+    assert len({sheet.tobytes() for sheet in sheets}) == len(sheets), "a box for each"
+
+
 def test_captions_fit_below_their_pictures() -> None:
-    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), pictures._font(12)
     fitted = pictures._fitted(draw, "W" * 60, font, 192)
     assert draw.textlength(fitted, font=font) <= 192 < draw.textlength(f"W{fitted}W", font=font)
     assert fitted.endswith("W...")
