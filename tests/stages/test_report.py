@@ -189,6 +189,9 @@ def test_curves(known: Facts) -> None:
     assert loss.data()["series"][0]["points"][0] == [0.14286, 9.0]
     warming = [{**record, "lr": 0.1} if record["step"] > 7 else record for record in known.steps]
     assert charts.charts([replace(known, steps=warming)])[0].marks == [(1.0, "lr 0.1")]
+    for count, marks in ((charts.MOST_MARKS, charts.MOST_MARKS), (charts.MOST_MARKS + 1, 0)):
+        falling = [{**known.steps[0], "step": n + 1, "epoch": n, "lr": 1 / (n + 1)} for n in range(count + 1)]
+        assert len(charts.charts([replace(known, steps=falling)])[0].marks) == marks
 
 
 def test_curves_of_several_runs(known: Facts) -> None:
