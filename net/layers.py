@@ -271,8 +271,8 @@ class Dropout(_WithoutParameters):
     def backward(
         self, ops: ModuleType, parameters: Parameters, dy: Array, kept: Any, need_dx: bool
     ) -> tuple[Array | None, Parameters]:
-        if kept is None:
-            raise ValueError("dropout keeps no mask in a test pass; run the forward pass with training=True")
+        if kept is None:  # a test pass
+            return (dy if self.scale_in_training else dy * self.keep), {}
         key, first = kept
         return ops.dropout_backward(dy, keep=self.keep, scale=self._scale, key=key, first=first), {}
 

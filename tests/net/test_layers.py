@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
+from net import reference
 from net.alexnet import alexnet
 from net.backend import FUSED_OPERATIONS
-from net.layers import Conv, ConvBlock, Layer, Linear, LinearBlock, Lrn, MaxPool, Relu, Run, fuse
+from net.layers import Conv, ConvBlock, Dropout, Layer, Linear, LinearBlock, Lrn, MaxPool, Relu, Run, fuse
 
 ALL = cast(ModuleType, SimpleNamespace(**dict.fromkeys(FUSED_OPERATIONS)))  # offers every fused operation
 
@@ -80,3 +82,12 @@ def test_backends_are_told_every_field_of_a_blocks_layers() -> None:
     ops = cast(ModuleType, SimpleNamespace(conv_block_forward=lambda x, w, b, **options: (0, told.update(options))))
     ConvBlock(CONV, LRN, PaddedPool(3, 2)).forward(ops, {"conv1.w": 0, "conv1.b": 0}, 0, Run(training=False))
     assert (told["lrn"], told["pool"]) == ((5, 2.0, 1.0, 0.75), (3, 2, 1))
+
+
+@pytest.mark.parametrize(("scale_in_training", "factor"), [(False, 0.75), (True, 1.0)])
+def test_a_test_pass_through_dropout_has_a_way_back(scale_in_training: bool, factor: float) -> None:
+    dropout, x = Dropout(6, 0.75, scale_in_training), np.array([[1.0, -2.0]], np.float32)
+    y, kept = dropout.forward(reference, {}, x, Run(training=False))
+    dx, _ = dropout.backward(reference, {}, x, kept, need_dx=True)
+    np.testing.assert_array_equal(y, x * np.float32(factor))
+    np.testing.assert_array_equal(dx, x * np.float32(factor))
