@@ -77,7 +77,7 @@ except ModuleNotFoundError:
 
 PARTS = ("preprocess", "scaling", "loader", "memory", "wait", "blocks")
 SIZE, CROP, BATCH = 256, 224, 128
-HOW = Augmentation(SIZE, CROP, True, True, 0.1, np.eye(3))
+HOW = Augmentation(size=SIZE, crop=CROP, random_crop=True, flip=True, jitter=0.1, directions=np.eye(3))
 
 
 def alternated(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:

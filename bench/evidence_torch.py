@@ -32,7 +32,7 @@ from net import reference
 from net.network import initial_parameters
 from net.reference import philox
 from pipeline.checkpoint import newest_sound, note_best, prune, save_checkpoint
-from pipeline.config import Config, Network, at_epoch
+from pipeline.config import Config, Network
 from pipeline.config_values import from_dict, to_dict
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.metrics import MetricsLog, cut_back
@@ -40,7 +40,7 @@ from pipeline.run_dir import RunDir, read_sealed
 from pipeline.signals import StopRequest
 from stages.batches import TrainingPlan
 from stages.eval import evaluate
-from stages.setup import MOMENTUM, decays, jittered, learning_rates, loader_slots, network_layers, shapes
+from stages.setup import MOMENTUM, decays, jittered, learning_rate, learning_rates, loader_slots, network_layers, shapes
 
 PRECISIONS: Final = ("fp32", "tf32", "bf16")
 Dropout = Callable[[torch.Tensor, int], torch.Tensor]
@@ -101,7 +101,7 @@ def train(run: RunDir, config: Config, device: str = "cpu", precision: str = "fp
                         "step": step,
                         "epoch": epoch,
                         "loss": number,
-                        "lr": at_epoch(config.train.lr, epoch),
+                        "lr": learning_rate(config.train, epoch),
                         "images_per_second": round(images / seconds, 2),
                         "data_wait": round(min(waited / seconds, 1.0), 5),
                     }

@@ -276,7 +276,7 @@ def fed(
     for first in range(0, count, len(some)):
         pictures[first : first + len(some)] = some[: count - first]
     labels = random.integers(0, classes, count).astype(np.int32)
-    how = Augmentation(size, crop, True, True, 0.1, np.eye(3))
+    how = Augmentation(size=size, crop=crop, random_crop=True, flip=True, jitter=0.1, directions=np.eye(3))
     per_epoch = count // images
 
     def plan(number: int) -> Crops:

@@ -222,7 +222,7 @@ _capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, (ctypes.p
 
 
 def square(pixels: np.ndarray, size: int, resample: str) -> np.ndarray:
-    """Short side to ``size``, centre crop: uint8 (size, size, 3), from what :func:`decode` gave.
+    """Short side to ``size``, centre crop: uint8 (size, size, 3), from what :func:`decode` or :func:`rgbx` gave.
 
     Raises
     ------

@@ -44,7 +44,7 @@ class Crops:
     shift: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """How training crops are drawn (paper, section 4.1).
 

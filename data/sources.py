@@ -125,9 +125,12 @@ def _forms(root: Path) -> dict[str, Path]:
             forms[split] = root / split
     missing = [split for split in SPLITS if split not in forms]
     if len(missing) == 2 and not archives:
+        # Pictures of one's own often lie in a folder a class, without splits.
+        classes = any(root.glob("[!.]*/"))
         raise PipelineError(
             f"{root} holds neither the ILSVRC-2012 archives ({ilsvrc.TRAIN}, {ilsvrc.VAL}, {ilsvrc.DEVKIT}) nor "
-            "folders train/ and val/; check --source"
+            "folders train/ and val/ with a folder or a tar for each class; check --source"
+            + (", or sort the pictures of its folders into train/<class>/ and val/<class>/" if classes else "")
         )
     if any(path.is_file() for path in forms.values()) or (missing and archives):
         wanted = [_ARCHIVE[split] for split in missing]

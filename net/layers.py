@@ -22,9 +22,9 @@ with respect to x. Every layer has
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 Array = Any  # the backend's array type
 Shape = tuple[int, ...]
@@ -271,8 +271,8 @@ class Dropout(_WithoutParameters):
     def backward(
         self, ops: ModuleType, parameters: Parameters, dy: Array, kept: Any, need_dx: bool
     ) -> tuple[Array | None, Parameters]:
-        if kept is None:
-            raise ValueError("dropout keeps no mask in a test pass; run the forward pass with training=True")
+        if kept is None:  # a test pass
+            return (dy if self.scale_in_training else dy * self.keep), {}
         key, first = kept
         return ops.dropout_backward(dy, keep=self.keep, scale=self._scale, key=key, first=first), {}
 
@@ -306,8 +306,9 @@ class ConvBlock:
 
     @property
     def _options(self) -> dict[str, Any]:
-        lrn = (self.lrn.size, self.lrn.k, self.lrn.alpha, self.lrn.beta) if self.lrn else None
-        pool = (self.pool.size, self.pool.stride) if self.pool else None
+        # All their fields, so that one more than backends know of is an error and not forgotten.
+        lrn = astuple(self.lrn) if self.lrn else None
+        pool = astuple(self.pool) if self.pool else None
         return {**self.conv.geometry, "lrn": lrn, "pool": pool}
 
     def forward(self, ops: ModuleType, parameters: Parameters, x: Array, run: Run) -> tuple[Array, Any]:
@@ -352,19 +353,22 @@ class LinearBlock:
 
 
 def fuse(layers: Sequence[Layer], ops: ModuleType) -> tuple[Layer, ...]:
-    """The same network with each run of layers that ``ops`` computes in one operation replaced by a block."""
+    """The same network with each run of layers that ``ops`` computes in one operation replaced by a block.
+
+    A block computes these layers and nothing like them: a class derived from one of them stays on its own.
+    """
     fused: list[Layer] = []
     rest = list(layers)
     while rest:
         layer = rest.pop(0)
-        if isinstance(layer, Conv) and _next_is(rest, Relu) and hasattr(ops, "conv_block_forward"):
+        if type(layer) is Conv and _relu_next(rest) and hasattr(ops, "conv_block_forward"):
             rest.pop(0)
             # A pool that comes after something other than ReLU or LRN (block 2 of `original`) stays on its own.
             layer = ConvBlock(layer, _take(rest, Lrn), _take(rest, MaxPool))
-        elif isinstance(layer, Conv) and _relu_last(rest) and hasattr(ops, "conv_block_relu_last_forward"):
+        elif type(layer) is Conv and _relu_last(rest) and hasattr(ops, "conv_block_relu_last_forward"):
             layer = ConvBlock(layer, _take(rest, Lrn), _take(rest, MaxPool), relu_last=True)
             rest.pop(0)
-        elif isinstance(layer, Linear) and _next_is(rest, Relu) and hasattr(ops, "linear_block_forward"):
+        elif type(layer) is Linear and _relu_next(rest) and hasattr(ops, "linear_block_forward"):
             rest.pop(0)
             layer = LinearBlock(layer)
         fused.append(layer)
@@ -377,17 +381,19 @@ _Kind = TypeVar("_Kind")
 def _relu_last(layers: list[Layer]) -> bool:
     """Whether [LRN,] max pooling and a ReLU follow."""
     after = layers[1:] if _next_is(layers, Lrn) else layers
-    return _next_is(after, MaxPool) and _next_is(after[1:], Relu)
+    return _next_is(after, MaxPool) and _relu_next(after[1:])
+
+
+def _relu_next(layers: list[Layer]) -> bool:
+    return layers[:1] == [Relu()]  # not one with a slope or a limit, if there should ever be such a field
 
 
 def _next_is(layers: list[Layer], kind: type) -> bool:
-    return bool(layers) and isinstance(layers[0], kind)
+    return bool(layers) and type(layers[0]) is kind
 
 
 def _take(layers: list[Layer], kind: type[_Kind]) -> _Kind | None:
     """The next layer, taken off the list, where it is of this kind."""
-    layer = layers[0] if layers else None
-    if not isinstance(layer, kind):
+    if not _next_is(layers, kind):
         return None
-    del layers[0]
-    return layer
+    return cast(_Kind, layers.pop(0))

@@ -88,6 +88,11 @@ def drawing(
     shapes: dict[str, Shape], weight_std: Sequence[float], bias: Sequence[float], seed: int
 ) -> Iterator[Callable[[], dict[str, np.ndarray]]]:
     """Draw the initial parameters beside what the with-block does; the function it gets waits for them."""
+    # With one too few or too many, layers would begin with what is meant for their neighbours.
+    if not len(weight_std) == len(bias) == len(shapes) / 2:
+        raise ValueError(
+            f"{len(shapes) // 2} layers with parameters, but {len(weight_std)} weight_std and {len(bias)} bias"
+        )
     parameters = zeros(shapes)
 
     def draw(number: int, name: str) -> None:

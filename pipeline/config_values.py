@@ -207,8 +207,11 @@ def _check(config: Config, file: str | None = None) -> None:
         ),
         (inp.mean in ("none", "image", "center"), "input.mean must be none, image or center"),
         (min(inp.jitter, inp.jitter_epochs or 0) >= 0, "input.jitter and input.jitter_epochs must not be negative"),
-        (len(net.weight_std) == 8 and min(net.weight_std) >= 0, "network.weight_std needs eight values, none negative"),
-        (len(net.bias) == 8, "network.bias needs eight values"),
+        (
+            len(net.weight_std) == len(LAYERS) and min(net.weight_std) >= 0,
+            f"network.weight_std needs {len(LAYERS)} values, one for each layer, none negative",
+        ),
+        (len(net.bias) == len(LAYERS), f"network.bias needs {len(LAYERS)} values, one for each layer"),
         (0 < net.dropout_keep <= 1, "network.dropout_keep must lie in (0, 1]"),
         (
             0 <= net.lrn_size <= 512 and net.lrn_k > 0,

@@ -71,7 +71,12 @@ class TrainingPlan:
         self.steps_per_epoch = steps_per_epoch(self._pictures, config.train.batch_size)
         inp = config.input
         self._how = Augmentation(
-            config.preprocess.size, inp.crop, inp.random_crop, inp.flip, inp.jitter, dataset.directions
+            size=config.preprocess.size,
+            crop=inp.crop,
+            random_crop=inp.random_crop,
+            flip=inp.flip,
+            jitter=inp.jitter,
+            directions=dataset.directions,
         )
         self._split = dataset.train
         # Two epochs at most are under way at a time; two threads that both come for a new one compute the same.

@@ -81,6 +81,8 @@ def run(
     trained = load_trained(run_dir, checkpoint, dataset)
     own, asked = trained.config, request.applied_to(trained.config)
     config = replace(own, eval=asked.eval, loader=asked.loader)
+    if asked.train.order == "auto":  # training settled it: what it became there is no other wish than this
+        asked = replace(asked, train=replace(asked.train, order=own.train.order))
     ignored = difference(own, replace(asked, preprocess=own.preprocess, eval=own.eval, loader=own.loader))
     if ignored:
         print(f"note: the network and how it was trained are the checkpoint's own; not used: {'; '.join(ignored)}")

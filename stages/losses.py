@@ -11,10 +11,10 @@ from typing import Any, Final
 import numpy as np
 
 from net.layers import Array
-from pipeline.config import at_epoch
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from stages.batches import Part
+from stages.setup import learning_rate
 from stages.start import Training
 
 
@@ -81,7 +81,7 @@ class Losses:
                 "step": step,
                 "epoch": epoch,
                 "loss": loss,
-                "lr": at_epoch(self._config.lr, epoch),
+                "lr": learning_rate(self._config, epoch),
                 "images_per_second": round(rate, 2),
                 "data_wait": round(wait, 5),
             }

@@ -12,7 +12,7 @@ import numpy as np
 from net.alexnet import alexnet
 from net.layers import Layer, Shape
 from net.network import Preparation, parameter_shapes
-from pipeline.config import Config, at_epoch
+from pipeline.config import Config, Train, at_epoch
 from pipeline.errors import PipelineError
 
 _MOST_THREADS: Final = 12  # of the loader, unless asked for: more than one GPU can use
@@ -96,13 +96,19 @@ def jittered(config: Config, epoch: int) -> bool:
     return inp.jitter > 0 and (inp.jitter_epochs is None or epoch < inp.jitter_epochs)
 
 
+def learning_rate(train: Train, epoch: int) -> float:
+    """The learning rate of the weights in this epoch: what training uses, and what its metrics name."""
+    rate = at_epoch(train.lr, epoch)
+    assert rate is not None  # checked when the configuration was read
+    return rate
+
+
 def learning_rates(config: Config, names: Sequence[str], epoch: int) -> np.ndarray:
     """The learning rate of each parameter in this epoch, float32."""
     train = config.train
-    weights = at_epoch(train.lr, epoch)
+    weights = learning_rate(train, epoch)
     biases = at_epoch(train.bias_lr, epoch)
     conv1 = at_epoch(train.conv1_lr, epoch)
-    assert weights is not None  # checked when the configuration was read
     if biases is None:
         biases = weights * train.bias_lr_factor
     rates = [

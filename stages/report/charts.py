@@ -11,6 +11,7 @@ import numpy as np
 
 from stages.report.facts import Facts
 
+MOST_MARKS: Final = 10  # of a chart: a rate that changes every epoch would be nothing but lines and words
 MOST_POINTS: Final = 600  # of a line; more are averaged, a screen shows no more
 _COLOURS: Final = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#65a30d", "#db2777")
 
@@ -139,12 +140,12 @@ def curves_png(shown: Sequence[Chart]) -> bytes:
 
 
 def _rate_steps(facts: Facts) -> list[tuple[float, str]]:
-    """Where the learning rate changed, at the start of the epoch it changed in."""
+    """Where the learning rate changed, at the start of the epoch it changed in; nowhere if it changed all the time."""
     marks = []
     for before, after in zip(facts.steps, facts.steps[1:], strict=False):
         if after["lr"] != before["lr"]:
             marks.append((float(after.get("epoch", facts.epoch(after["step"]))), f"lr {after['lr']:.4g}"))
-    return marks
+    return marks if len(marks) <= MOST_MARKS else []
 
 
 def _moving_mean(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
@@ -28,6 +29,8 @@ _MAGMA: Final = np.array(
         (229, 80, 100), (251, 135, 97), (254, 194, 135), (252, 253, 191),
     ]
 )  # fmt: skip
+
+_KINDS: Final = {Relu: "ReLU", Lrn: "LRN", MapNorm: "map norm", MaxPool: "pool"}
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ def activations(trained: Trained, ops: ModuleType, squares: Sequence[np.ndarray]
             case Flatten() | Dropout():
                 continue
             case _:
-                done.append({Relu: "ReLU", Lrn: "LRN", MapNorm: "map norm", MaxPool: "pool"}[type(layer)])
-        if done and done[-1] in ("ReLU", "pool") and name != "fc8":
+                done.append(_KINDS.get(type(layer), type(layer).__name__))
+        if done and not isinstance(layer, Lrn | MapNorm) and name != "fc8":
             for place, y in enumerate(ops.to_host(x)):
                 shown[place].append(_maps(f"{name} · {' · '.join(done)}", np.asarray(y)))
     return shown
@@ -95,7 +98,7 @@ def sheet(squares: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) -> I
     cell = (side + pad, side + lines * line + 2 * pad)
     rows = -(-len(squares) // _COLUMNS)
     image = Image.new("RGB", (_COLUMNS * cell[0] + pad, rows * cell[1] + pad), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(image), _font(12)
     for place, (square, texts) in enumerate(zip(squares, captions, strict=True)):
         x, y = pad + place % _COLUMNS * cell[0], pad + place // _COLUMNS * cell[1]
         image.paste(Image.fromarray(square).resize((side, side)), (x, y))
@@ -112,7 +115,7 @@ def maps_sheet(square: np.ndarray, maps: Sequence[Maps]) -> Image.Image:
     titles = ["the stored picture", *(f"{m.title}   {m.shape}" for m in maps)]
     height = sum(p.height + line + pad for p in pictures) + pad
     image = Image.new("RGB", (width + 2 * pad, height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    draw, font = ImageDraw.Draw(image), _font(13)
     y = pad
     for title, picture in zip(titles, pictures, strict=True):
         draw.text((pad, y), title, fill="black", font=font)
@@ -180,6 +183,13 @@ def _coloured(values: np.ndarray) -> np.ndarray:
     share = np.sqrt(np.clip(values, 0, None) / max(float(values.max()), np.finfo(np.float32).tiny))
     places = np.linspace(0, 1, len(_MAGMA))
     return np.stack([np.interp(share, places, _MAGMA[:, c]) for c in range(3)], axis=-1).astype(np.uint8)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """A font for class names in more than English: Pillow's own has hardly more than ASCII."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:

@@ -16,7 +16,7 @@ from data import loader
 from data.sampling import Augmentation, Crops, steps_per_epoch, training_crops
 
 SIZE, CROP, COUNT, BATCH = 20, 13, 37, 8
-HOW = Augmentation(SIZE, CROP, True, True, 0.1, np.eye(3) * 30)
+HOW = Augmentation(size=SIZE, crop=CROP, random_crop=True, flip=True, jitter=0.1, directions=np.eye(3) * 30)
 
 
 class Pictures:

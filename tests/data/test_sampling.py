@@ -17,7 +17,7 @@ DIRECTIONS = np.array([[68.2, 70.6, 71.9], [-26.0, 0.3, 26.4], [8.0, -16.0, 8.1]
 
 def how(size: int = 256, crop: int = 224, **changes: object) -> s.Augmentation:
     values = {"random_crop": True, "flip": True, "jitter": 0.1, "directions": DIRECTIONS, **changes}
-    return s.Augmentation(size, crop, **values)
+    return s.Augmentation(size=size, crop=crop, **values)
 
 
 def draw(count: int, seed: int = 0, epoch: int = 0, **changes: object) -> s.Crops:

@@ -131,6 +131,26 @@ def test_frozen_layers_stay_and_the_others_move_as_without_freezing(
         np.testing.assert_array_equal(ops.to_host(some_parameters[name]), ops.to_host(all_parameters[name]), name)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_gradient_of_the_scores_agrees_with_the_reference(fp32: ModuleType, variant: str) -> None:
+    """As docs/formats.md has it: the plain layers of a test pass, back to the input."""
+    layers = small(alexnet(CLASSES, **VARIANTS[variant]))
+    host = initial_parameters(parameter_shapes(layers, (SIDE, SIDE, 3)), (0.0,) * 8, (0.1,) * 8, SEED)
+    results = []
+    for ops in (fp32, reference):
+        parameters = {name: ops.asarray(a) for name, a in host.items()}
+        x, tape = ops.asarray(cases.random_for("score").random((2, SIDE, SIDE, 3), dtype=np.float32)), []
+        for layer in layers:
+            x, kept = layer.forward(ops, parameters, x, Run(training=False))
+            tape.append(kept)
+        dy = ops.asarray(np.ones((2, CLASSES), np.float32))  # of all: a last ReLU may hold one at 0
+        for layer, kept in zip(reversed(layers), reversed(tape), strict=True):
+            dy, _ = layer.backward(ops, parameters, dy, kept, need_dx=True)
+        results.append(ops.to_host(dy))
+    cases.assert_close(*results, 1e-4)
+    assert results[1].any()
+
+
 def test_training_in_tf32_agrees_with_the_reference(backend: Callable[[str], ModuleType]) -> None:
     ops = backend("tf32")
     ours = run(ops, start(ops, "paper")[0], range(3))

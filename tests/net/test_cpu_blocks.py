@@ -103,6 +103,24 @@ def test_convolution_blocks(name: str) -> None:
         np.testing.assert_array_equal(test_pass, y)
 
 
+@pytest.mark.parametrize(("images", "depth", "maps"), [(1, 5, 3), (4, 1030, 33), (7, 97, 48), (35, 300, 1)])
+def test_fully_connected_blocks(images: int, depth: int, maps: int) -> None:
+    random = cases.random_for(f"linear block {images} {depth} {maps}")
+    sizes = ((images, depth), (depth, maps), (maps,), (images, maps))
+    x, w, b, dy = (random.standard_normal(size, dtype=np.float32) for size in sizes)
+    wide = [a.astype(np.float64) for a in (x, w, b, dy)]
+    expected = reference.relu_forward(reference.linear_forward(*wide[:3]))
+    gradients = reference.linear_backward(reference.relu_backward(wide[3], expected), *wide[:2], need_dx=True)
+    for training in (True, False):
+        y, _ = net.cpu.linear_block_forward(x, w, b, training=training)
+        cases.assert_close(y, expected, 1e-5, "y")
+    _, kept = net.cpu.linear_block_forward(x, w, b, training=True)
+    got = net.cpu.linear_block_backward(dy, kept, w, need_dx=True)
+    for which, g, e in zip(("dx", "dw", "db"), got, gradients, strict=True):
+        cases.assert_close(net.cpu.to_host(g), e, 1e-5, which)
+    assert net.cpu.linear_block_backward(dy, kept, w, need_dx=False)[0] is None
+
+
 def test_nan_passes_and_ties_go_to_the_first_place() -> None:
     x = np.zeros((1, 7, 9, 4), np.float32)
     x[0, :, :, 1] = np.arange(63).reshape(7, 9) // 9

@@ -52,5 +52,11 @@ def test_they_are_drawn_while_the_caller_does_something_else(monkeypatch: pytest
 
 
 def test_what_goes_wrong_in_a_draw_is_raised_where_the_values_are_asked_for() -> None:
-    with drawing(SHAPES, STD, (0.0,), SEED) as drawn, pytest.raises(IndexError):  # no bias for the second layer
+    with drawing(SHAPES, STD, (0.0, "one"), SEED) as drawn, pytest.raises(ValueError, match="could not convert"):  # type: ignore[arg-type]
         drawn()
+
+
+@pytest.mark.parametrize(("std", "bias"), [(STD, (0.0,)), (STD, (*BIAS, 0.0)), (STD[:1], BIAS), ((*STD, 0.1), BIAS)])
+def test_a_number_for_each_layer_is_needed(std: tuple[float, ...], bias: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="2 layers with parameters, but"):
+        initial_parameters(SHAPES, std, bias, SEED)

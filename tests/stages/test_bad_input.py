@@ -67,7 +67,11 @@ def test_mistyped_source(tmp_path: Path, ilsvrc_mini: Path) -> None:
 def test_source_without_pictures(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     preprocess(tmp_path / "run", tmp_path / "source").refused(
-        r"source holds neither the ILSVRC-2012 archives .* nor folders train/ and val/; check --source"
+        r"source holds neither the ILSVRC-2012 archives .* nor folders train/ and val/ .*; check --source$"
+    )
+    (tmp_path / "source" / "cats").mkdir()
+    preprocess(tmp_path / "run", tmp_path / "source").refused(
+        r"check --source, or sort the pictures of its folders into train/<class>/ and val/<class>/$"
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 import run_pipeline
 from net.layers import Relu
@@ -189,6 +189,9 @@ def test_curves(known: Facts) -> None:
     assert loss.data()["series"][0]["points"][0] == [0.14286, 9.0]
     warming = [{**record, "lr": 0.1} if record["step"] > 7 else record for record in known.steps]
     assert charts.charts([replace(known, steps=warming)])[0].marks == [(1.0, "lr 0.1")]
+    for count, marks in ((charts.MOST_MARKS, charts.MOST_MARKS), (charts.MOST_MARKS + 1, 0)):
+        falling = [{**known.steps[0], "step": n + 1, "epoch": n, "lr": 1 / (n + 1)} for n in range(count + 1)]
+        assert len(charts.charts([replace(known, steps=falling)])[0].marks) == marks
 
 
 def test_curves_of_several_runs(known: Facts) -> None:
@@ -266,6 +269,18 @@ def test_activations_follow_the_layers(trained_run: Path) -> None:
     assert maps[-1].shape == "4096 units"
 
 
+def test_activations_of_a_layer_that_somebody_added(trained_run: Path) -> None:
+    from net import reference
+
+    class Doubled(Relu):
+        pass
+
+    trained = load_trained(RunDir(trained_run), "latest")
+    square = np.zeros((72, 72, 3), np.uint8)
+    (maps,) = pictures.activations(replace(trained, layers=(trained.layers[0], Doubled())), reference, [square])
+    assert [m.title for m in maps] == ["conv1 · Doubled"]
+
+
 def test_the_strongest_maps_are_shown_strongest_first() -> None:
     y = np.zeros((2, 2, 20), np.float32)
     y[1] = np.arange(20)
@@ -289,8 +304,14 @@ def test_the_last_row_need_not_be_full() -> None:
     assert two.height > 1.9 * one.height
 
 
+def test_captions_have_more_letters_than_ascii() -> None:
+    square = np.zeros((8, 8, 3), np.uint8)
+    sheets = [np.asarray(pictures.sheet([square], [[letter]])) for letter in "äéßжΩ"]
+    assert len({sheet.tobytes() for sheet in sheets}) == len(sheets), "a box for each"
+
+
 def test_captions_fit_below_their_pictures() -> None:
-    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), pictures._font(12)
     fitted = pictures._fitted(draw, "W" * 60, font, 192)
     assert draw.textlength(fitted, font=font) <= 192 < draw.textlength(f"W{fitted}W", font=font)
     assert fitted.endswith("W...")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data.dataset import open_dataset
 from net import reference
-from pipeline.config import SEED, load_config
+from pipeline.config import LAYERS, RECIPES, SEED, load_config
 from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file, read_sealed, write_sealed
@@ -147,6 +147,14 @@ def test_the_mean_is_the_whole_picture_or_its_centre() -> None:
     assert np.array_equal(prepared("image"), mean)
     assert np.array_equal(prepared("center"), mean[2:69, 2:69])
     assert prepared("none") is None
+
+
+def test_settings_name_the_layers_of_the_network() -> None:
+    """``pipeline`` knows no layer, and so it has a list of its own."""
+    names = [layer.names for layer in setup.network_layers(load_config("seed"), 10) if layer.names]
+    assert names == [(f"{layer}.w", f"{layer}.b") for layer in LAYERS]
+    for recipe in RECIPES.values():
+        assert len(recipe.network.weight_std) == len(recipe.network.bias) == len(LAYERS)
 
 
 def test_rates_and_jitter_of_the_authors_code() -> None:
