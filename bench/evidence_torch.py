@@ -91,7 +91,7 @@ def train(run: RunDir, config: Config, device: str = "cpu", precision: str = "fp
             rates = dict(zip(names, learning_rates(config, names, epoch).tolist(), strict=True))
             parity.torch_update(parameters, velocities, gradients, rates, decay, config.train.momentum)
             images, waited = images + len(there["labels"]), waited + batch.waited
-            if step % config.train.log_every == 0:
+            if step % config.train.log_every == 0 or step == last:
                 number = float(loss.detach())
                 if not math.isfinite(number):
                     raise PipelineError(f"PyTorch's loss is {number} at step {step}: training has diverged")
