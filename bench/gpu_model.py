@@ -58,20 +58,16 @@ class Card:
     name: str
     bandwidth: float  # bytes a second
     peak: dict[str, float]  # multiply-adds * 2 a second, sums in float32
-    sms: int
+    processors: int  # multiprocessors (SMs)
     clock: float  # hertz
     memory: int  # bytes
     cache: float  # bytes a second from the second-level cache to the SMs; measured by others, not in data sheets
     shared_processor: int  # bytes of shared memory an SM has
 
     @property
-    def processors(self) -> int:
-        return self.sms
-
-    @property
     def instructions(self) -> float:
         """Instructions of all lanes a second."""
-        return self.sms * 128 * self.clock
+        return self.processors * 128 * self.clock
 
 
 HOPPER: Final = {"bf16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}
@@ -189,7 +185,7 @@ def _forward(layer: Layer, shape: tuple[int, ...], s: Setting, *, training: bool
     elif isinstance(layer, Linear | LinearBlock):
         linear = layer.linear if isinstance(layer, LinearBlock) else layer
         d, k = shape[0], linear.units
-        if item == 2 and linear.name != _first_linear(shape):
+        if item == 2 and linear.name != "fc6":  # which gets pictures, in the products' type already
             yield Kernel(linear.name, "cast_from_float", n * d * 6)
         yield from _packed(linear.name, d * k, d * k, s)
         yield _gemm(linear.name, n, k, d, s, out_item=4)
@@ -297,7 +293,7 @@ def _implicit_kernel(
 ) -> Kernel:
     blocks = plan.blocks * plan.count
     copied = blocks * terms * (implicit.ROWS + plan.tile) * s.picture
-    places = s.card.sms * implicit.together(plan, s.card)
+    places = s.card.processors * implicit.together(plan, s.card)
     waves = blocks / (ceil(blocks / places) * places)
     return Kernel(name, kernel, moved, products=work, waves=waves, copied=copied)
 
@@ -331,13 +327,13 @@ def _gemm(name: str, m: int, n: int, k: int, s: Setting, *, out_item: int) -> Ke
     moved = (m * k + k * n) * s.picture + m * n * out_item
     # Where the tiles do not fill the card the long sum is split, in pieces of at least 512 terms.
     tiles = ceil(m / TILE) * ceil(n / TILE)
-    if tiles < s.card.sms:
-        tiles *= max(1, min(s.card.sms // tiles, k // 512))
+    if tiles < s.card.processors:
+        tiles *= max(1, min(s.card.processors // tiles, k // 512))
     return Kernel(name, "product", moved, products=2.0 * m * n * k, waves=_waves(tiles, s))
 
 
 def _waves(tiles: int, s: Setting) -> float:
-    return tiles / (ceil(tiles / s.card.sms) * s.card.sms)
+    return tiles / (ceil(tiles / s.card.processors) * s.card.processors)
 
 
 def _shape(conv: Conv, shape: tuple[int, ...], images: int) -> Shape:
@@ -351,11 +347,6 @@ def _piece(c: Shape, s: Setting) -> int:
 
 def _each(channels: int) -> int:
     return 4 if channels % 4 == 0 else 1
-
-
-def _first_linear(shape: tuple[int, ...]) -> str:
-    """fc6 gets pictures, which are in the products' type already."""
-    return "fc6" if shape else ""
 
 
 # --- tables --------------------------------------------------------------------------------------------------------

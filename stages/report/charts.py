@@ -94,7 +94,7 @@ def charts(runs: Sequence[Facts], sampled: float | None = None) -> list[Chart]:
         accuracy.append(Series("training top-1, a sample", [(runs[0].epoch(runs[0].step), sampled)], 2, "dots"))
     made = [
         Chart("loss", "Loss", "cross-entropy, nats", "number", loss, marks, log=True),
-        Chart("accuracy", "Accuracy", "share of pictures, centre view", "percent", accuracy, marks, log=False),
+        Chart("accuracy", "Accuracy", "share of pictures, centre view", "percent", accuracy, marks),
         Chart("speed", "Speed", "training images per second", "number", speed, []),
         Chart("wait", "Waiting for data", "share of the training time", "percent", wait, []),
     ]
