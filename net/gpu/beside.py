@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from net.gpu.device import current
+from net.gpu.device import current, event_on
 
 Array = Any
 
@@ -27,7 +27,7 @@ def allowed() -> Iterator[None]:
     try:
         yield
         if _held:
-            current().stream.wait_event(_mark(_stream()))
+            current().stream.wait_event(event_on(_stream()))
     finally:
         _allowed = False
         _held.clear()
@@ -41,7 +41,7 @@ def run(work: Callable[[], None], reads: Array) -> None:
     if not _allowed:
         work()
         return
-    _stream().wait_event(_mark(current().stream))
+    _stream().wait_event(event_on(current().stream))
     # Not `with`, which leaves CuPy on its default stream: it does not know the one that was chosen by use().
     _stream().use()
     try:
@@ -49,12 +49,6 @@ def run(work: Callable[[], None], reads: Array) -> None:
     finally:
         current().stream.use()
     _held.append(reads)
-
-
-def _mark(stream: Any) -> Any:
-    event = current().cupy.cuda.Event(disable_timing=True)
-    event.record(stream)
-    return event
 
 
 @cache
