@@ -18,8 +18,8 @@ import numpy as np
 
 from net.gpu.device import current, event_on
 from net.gpu.kernels import THREADS, launch
+from net.layers import Array
 
-Array = Any  # cupy.ndarray
 BFLOAT16: Final = "uint16"
 
 

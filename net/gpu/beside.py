@@ -12,8 +12,7 @@ from functools import cache
 from typing import Any
 
 from net.gpu.device import current, event_on
-
-Array = Any
+from net.layers import Array
 
 _held: list[Array] = []  # what the work reads: its memory must not be given to others before it has been done
 _allowed = False

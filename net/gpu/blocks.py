@@ -26,8 +26,8 @@ from net.gpu.kernels import THREADS, launch
 from net.gpu.layers import relu_backward
 from net.gpu.linear import matrices, multiply, weight_and_input_gradient
 from net.gpu.shape import ConvShape, shape_of
+from net.layers import Array
 
-Array = Any
 Lrn = tuple[int, float, float, float]  # size, k, alpha, beta
 Pool = tuple[int, int]  # size, stride
 

@@ -14,15 +14,13 @@ In bfloat16 most layers take kernels that need no columns in memory instead (``i
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from net.gpu import cublas, implicit
 from net.gpu.arrays import blocks, dense, empty, floats, pictures
 from net.gpu.device import current
 from net.gpu.kernels import THREADS, launch
 from net.gpu.shape import ConvShape, shape_of
-
-Array = Any
+from net.layers import Array
 
 
 def conv2d_forward(x: Array, w: Array, b: Array, *, stride: int, pad: int, groups: int) -> Array:

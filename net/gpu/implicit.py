@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from net.gpu.arrays import BFLOAT16, blocks, empty
 from net.gpu.device import current
 from net.gpu.kernels import launch
 from net.gpu.shape import ConvShape
+from net.layers import Array
 
-Array = Any
 BLOCK: Final = 128  # threads, as in implicit.cu
 ROWS: Final = 128  # of the product, a block
 DEPTH: Final = 64  # terms of the sum, a slice

@@ -18,10 +18,10 @@ import numpy as np
 from net.backend import BackendUnavailableError
 from net.gpu.arrays import dense
 from net.gpu.device import current, event_on
+from net.layers import Array
 
 ADDRESS: Final = 128  # signed bytes in the tuple by which NCCL's ranks find each other
 
-Array = Any
 Gradients = Iterable[tuple[str, Array]]
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from net.layers import Conv, Shape
+from net.layers import Array, Conv, Shape
 
-Array = Any
 LARGEST_COLUMNS: Final = 2**31 - 1  # elements; the kernels count those of a piece in 32 bits
 COLUMNS_SHARE: Final = 1 / 16  # of the device's memory, for the columns of one layer
 
