@@ -21,9 +21,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import contextlib
-import io
 import json
-import select
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +38,7 @@ from pipeline.ranks import Ranks
 from pipeline.run_dir import RunDir, locked, write_sealed
 from pipeline.settings import Request, Settled, settle
 from pipeline.signals import Interruption
+from pipeline.streams import discard_output, open_streams, unread, unwritable
 
 _SETTLED: Final = frozenset(("preprocess", "train"))  # these need settings of their own; others have a checkpoint's
 _BEGINNING: Final = frozenset((None, "preprocess", "import"))  # these make a run where there is none
@@ -63,7 +62,7 @@ class _Job:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stages the command line asks for; returns the exit status."""
-    _open_streams()
+    open_streams()
     options = parse(arguments)
     try:
         # Outside the loops that save before they stop, a signal makes a stage leave with temporary files removed.
@@ -77,62 +76,24 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; everything finished so far is kept", file=sys.stderr)
         return 130
     except _plain_errors() as error:
-        if isinstance(error, BrokenPipeError) and _unread():  # as in `--stage predict ... | head`
+        if isinstance(error, BrokenPipeError) and unread():  # as in `--stage predict ... | head`
             if options.stage != "predict":
                 with contextlib.suppress(BrokenPipeError):
                     print("the output has no reader any more; everything finished so far is kept", file=sys.stderr)
-            _discard_output()
+            discard_output()
             return 128 + signal.SIGPIPE
         if options.debug:
             raise
         sentence = _sentence(error)
-        if isinstance(error, OSError) and error.filename is None and _unwritable():
+        if isinstance(error, OSError) and error.filename is None and unwritable():
             sentence = (
                 f"standard output cannot be written: {error.strerror or error}; send it elsewhere, or make room where "
                 "it goes; everything finished so far is kept"
             )
-            _discard_output()
+            discard_output()
         print(f"error: {sentence}", file=sys.stderr)
         return 1
     return 0
-
-
-def _open_streams() -> None:
-    """Open what is closed of standard input, output and error on nothing, as their numbers go to the next file opened.
-
-    What a library says on standard error would then stand in that file. And let standard output take every name, as
-    standard error does: what it has no letters for is written as escapes.
-    """
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)  # for worker processes
-    os.close(number)
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _unread() -> bool:
-    """Whether what is printed has no reader any more; else it was another pipe that broke, such as one to a cluster."""
-    poll = select.poll()
-    for stream in (sys.stdout, sys.stderr):
-        poll.register(stream.fileno(), 0)  # errors are told unasked
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
-
-
-def _unwritable() -> bool:
-    """Whether it is standard output that failed: a line end more is no harm where a stage has."""
-    try:
-        print(flush=True)
-    except OSError:
-        return True
-    return False
-
-
-def _discard_output() -> None:
-    """Let nothing more go to standard output: Python flushes it once more when it ends, and would complain."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(options: argparse.Namespace, ranks: Ranks) -> None:

@@ -29,15 +29,15 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.hand import begin
 from data.dataset import Dataset, open_dataset
 from data.loader import load
-from net.layers import fuse
-from net.network import Descent, initial_parameters, training_step
+from net.network import initial_parameters
 from pipeline.config import RECIPES, Config
 from pipeline.config_values import from_dict
 from pipeline.run_dir import RunDir, read_sealed
 from stages.batches import TrainingPlan, with_order
-from stages.setup import decays, learning_rates, network_layers, preparation, shapes
+from stages.setup import decays, learning_rates, network_layers, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("hand", "hand-one", "torch", "torch-one")  # with all cores, and with one
@@ -72,14 +72,8 @@ def batches(config: Config, dataset: Dataset, steps: int) -> Iterator[tuple[int,
 def by_hand(config: Config, dataset: Dataset, start: Host, steps: int) -> list[float]:
     import net.cpu as ops
 
-    layers = fuse(network_layers(config, len(dataset.classes)), ops)
-    names = list(start)
-    parameters = {name: ops.asarray(value) for name, value in start.items()}
-    momenta = {name: ops.asarray(np.zeros_like(value)) for name, value in start.items()}
-    prepared = preparation(config, dataset.mean, ops, jittered=config.input.jitter > 0)
-    descent = Descent(config.train.momentum, decays(config, names))
-    step = training_step(ops, layers, parameters, momenta, prepared, descent, config.seed)
-    rates = learning_rates(config, names, 0)
+    step = begin(ops, config, len(dataset.classes), start, dataset.mean, config.seed).step
+    rates = learning_rates(config, list(start), 0)
     return [
         float(
             step(ops.upload({**arrays, "rates": rates, "step": np.array([number], np.uint64)})).mean(dtype=np.float64)

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from bench.hand import begin
 from bench.parity import batches
-from net.layers import fuse
-from net.network import Descent, initial_parameters, prediction, training_step
-from pipeline.config import RECIPES
-from stages.setup import decays, learning_rates, network_layers, preparation, shapes
+from net.network import initial_parameters, prediction
+from pipeline.config import RECIPES, Config
+from stages.setup import learning_rates, network_layers, shapes
 
 CLASSES = 1000
 Host = dict[str, np.ndarray]
@@ -31,20 +31,17 @@ Host = dict[str, np.ndarray]
 def sides(ops: Any, batch: int) -> tuple[Host, dict[str, Callable[[Host], Any]]]:
     """A batch of random crops, and the training step and the prediction of ``ops`` on it."""
     config = RECIPES["seed"]
-    layers = network_layers(config, CLASSES)
-    start = initial_parameters(shapes(layers, config), (0.0,) * 8, config.network.bias, seed=0)
-    names = list(start)
-    parameters = {name: ops.asarray(value) for name, value in start.items()}
-    momenta = {name: ops.asarray(np.zeros_like(value)) for name, value in start.items()}
-    prepared = preparation(config, np.zeros((256, 256, 3), dtype=np.float32), ops, jittered=True)
-    descent = Descent(config.train.momentum, decays(config, names))
-    fused = fuse(layers, ops)
-    step = training_step(ops, fused, parameters, momenta, prepared, descent, seed=0)
-    predict = prediction(ops, fused, parameters, prepared, views=1)
+    hand = begin(ops, config, CLASSES, start(config), np.zeros((256, 256, 3), dtype=np.float32))
+    predict = prediction(ops, hand.layers, hand.parameters, hand.prepared, views=1)
     return crops(batch), {
-        "train": lambda host: step(ops.upload(host)),
+        "train": lambda host: hand.step(ops.upload(host)),
         "forward": lambda host: predict(ops.upload(host)),
     }
+
+
+def start(config: Config) -> Host:
+    """The parameters all contestants begin with."""
+    return initial_parameters(shapes(network_layers(config, CLASSES), config), (0.0,) * 8, config.network.bias, seed=0)
 
 
 def crops(batch: int) -> Host:
@@ -66,11 +63,9 @@ def torch_side(mode: str, kind: str) -> Callable[[Host], Any]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     how = next(m for m in MODES if (m.compiled == "default" if mode == "compile" else m.name == "eager"))
     config = RECIPES["seed"]
-    layers = network_layers(config, CLASSES)
-    start = initial_parameters(shapes(layers, config), (0.0,) * 8, config.network.bias, seed=0)
     if kind == "train":
-        return torch_training(how, "fp32", "cpu", start, CLASSES, 0.5, config.input.scale)
-    return torch_prediction(how, "fp32", "cpu", start, CLASSES, config.input.scale, 1)
+        return torch_training(how, "fp32", "cpu", start(config), CLASSES, 0.5, config.input.scale)
+    return torch_prediction(how, "fp32", "cpu", start(config), CLASSES, config.input.scale, 1)
 
 
 def main() -> int:
@@ -89,9 +84,9 @@ def main() -> int:
         inputs, function = crops(options.batch), torch_side(options.side, options.kind)
     times = []
     for _ in range(options.steps + 1):
-        start = time.perf_counter()
+        begun = time.perf_counter()
         function(inputs)
-        times.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - begun)
     print(json.dumps(times[1:]))
     return 0
 

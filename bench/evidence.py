@@ -43,7 +43,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from bench.evidence_plan import BASE, How, Planned, configured, folder_of, planned
+from bench.evidence_plan import BASE, LOG_EVERY, How, Planned, configured, folder_of, planned
 from bench.evidence_tables import markdown, picture
 from data.manifest import read_manifest
 from data.sampling import steps_per_epoch
@@ -216,8 +216,10 @@ def result(run: Planned, how: How, folder: RunDir) -> dict[str, Any]:
     manifest = read_manifest(folder)
     per_epoch = steps_per_epoch(manifest["splits"]["train"]["images"], how.batch)
     records = read_metrics(folder.train / "metrics.jsonl")
-    steps = [(r["step"] / per_epoch, r["loss"]) for r in records if "loss" in r]
-    rates = [r["images_per_second"] for r in records if "loss" in r]
+    # The last step's line stands outside the equal distances at which curves are compared.
+    lines = [r for r in records if "loss" in r and r["step"] % LOG_EVERY == 0]
+    steps = [(r["step"] / per_epoch, r["loss"]) for r in lines]
+    rates = [r["images_per_second"] for r in lines]
     return {
         "name": run.name,
         "recipe": run.recipe,

@@ -77,7 +77,7 @@ def train(run: RunDir, config: Config, device: str = "cpu", precision: str = "fp
             largest=config.train.batch_size,
             slots=loader_slots(config, threads),
             threads=threads,
-            allocate=_host_empty if device == "cpu" else _pinned,
+            allocate=np.empty if device == "cpu" else _pinned,
         )
         clock, images, waited = time.perf_counter(), 0, 0.0
         for batch in stack.enter_context(contextlib.closing(batches)):
@@ -91,7 +91,7 @@ def train(run: RunDir, config: Config, device: str = "cpu", precision: str = "fp
             rates = dict(zip(names, learning_rates(config, names, epoch).tolist(), strict=True))
             parity.torch_update(parameters, velocities, gradients, rates, decay, config.train.momentum)
             images, waited = images + len(there["labels"]), waited + batch.waited
-            if step % config.train.log_every == 0:
+            if step % config.train.log_every == 0 or step == last:
                 number = float(loss.detach())
                 if not math.isfinite(number):
                     raise PipelineError(f"PyTorch's loss is {number} at step {step}: training has diverged")
@@ -135,10 +135,6 @@ def _set_up(device: str, precision: str) -> None:
 
 def _arithmetic(device: str, precision: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _host_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    return np.empty(shape, dtype)
 
 
 def _pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -152,7 +152,8 @@ def rehearse(folder: Path, train: int, val: int, timed: Timed) -> tuple[int, int
     run = RunDir(folder / "run")
     run.preprocess.mkdir(parents=True)
     tally = Tally(plan)
-    hole = np.zeros((SEED.preprocess.shard_images, plan.size, plan.size, 3), np.uint8)  # never touched: no memory
+    size = SEED.preprocess.size
+    hole = np.zeros((SEED.preprocess.shard_images, size, size, 3), np.uint8)  # never touched: no memory
 
     def made() -> None:
         with MetricsLog(run.preprocess / "metrics.jsonl") as log:
@@ -173,7 +174,7 @@ def rehearse(folder: Path, train: int, val: int, timed: Timed) -> tuple[int, int
     assert all(task.known for task in again)
     timed("an epoch's order, uniform", lambda: epoch_order(train, 0, 0))
     timed("an epoch's order, block-wise", lambda: block_order(train, 0, 0))
-    return len(tasks), sum(shard_bytes(len(task.pictures), plan.size) for task in tasks)
+    return len(tasks), sum(shard_bytes(len(task.pictures), size) for task in tasks)
 
 
 def main() -> int:

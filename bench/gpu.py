@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import gpu_checks
+from bench import gpu_checks, gpu_model
 from bench.gpu_checks import BORDER, SCALE, SEED, Host, batches, ours
 from net.alexnet import alexnet
 from net.backend import BackendUnavailableError, load
@@ -181,7 +181,7 @@ def report(figures: Sequence[Figure]) -> list[str]:
     if mine and (ratio := ratio_to_best(figures)):
         lines.append(f"  ours / best PyTorch mode: {ratio:.2f} (target {TARGET})")
     if mine and mine.what == "training step":
-        minutes = 90 * gpu_checks.EPOCH / mine.images_per_second / 60
+        minutes = 90 * gpu_model.EPOCH / mine.images_per_second / 60
         lines.append(f"  90 epochs of ILSVRC at this rate: {minutes:,.0f} minutes")
     if any(f.contender.startswith("numpy") for f in figures):
         lines.append(WHY_NAIVE_IS_SLOW)

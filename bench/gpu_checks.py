@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 
 from bench import gpu_model
+from bench.gpu_model import EPOCH
 from data.loader import load as load_batches
 from data.sampling import Augmentation, Crops, training_crops
 from net.alexnet import alexnet
@@ -29,7 +30,6 @@ from net.network import Descent, Preparation, prediction, training_step
 
 Host = dict[str, np.ndarray]
 SCALE, BORDER, SEED = 1 / 255, (2, 1), 1
-EPOCH: Final = 1_281_167  # pictures of ILSVRC-2012's training set
 SANITIZER_SECONDS: Final = 170  # of each checker
 STORED: Final = 256  # side of a stored picture
 
@@ -201,7 +201,7 @@ def _card(device: Any) -> gpu_model.Card:
     """
     short = [(card.name.split()[-1] if "RTX" in card.name else card.name.split()[0], card) for card in gpu_model.CARDS]
     card = next((card for word, card in short if word in device.name), gpu_model.H100)
-    return replace(card, sms=device.processors, shared_processor=device.shared_processor, memory=device.memory)
+    return replace(card, processors=device.processors, shared_processor=device.shared_processor, memory=device.memory)
 
 
 # --- resuming ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from net.backend import BackendUnavailableError, load
 from net.gpu import convolution, implicit
 from net.gpu.arrays import pictures
 from net.gpu.device import current
-from net.gpu.shape import Shape
+from net.gpu.shape import ConvShape, layer_shape
 from net.layers import Conv
 
 Run = Callable[[], Any]
@@ -38,7 +38,7 @@ SIDE = 227
 @dataclass(frozen=True)
 class Layer:
     name: str
-    shape: Shape
+    shape: ConvShape
     x: Any
     w: Any
     dy: Any
@@ -49,8 +49,7 @@ def layers(ops: ModuleType, images: int) -> Iterator[Layer]:
     size: tuple[int, ...] = (SIDE, SIDE, 3)
     for layer in alexnet(1000):
         if isinstance(layer, Conv):
-            geometry = (layer.size, layer.size, layer.maps, layer.stride, layer.pad, layer.groups)
-            shape = Shape(images, *size, *geometry)
+            shape = layer_shape(layer, size, images)
             random = np.random.default_rng(shape.maps)
             w = random.standard_normal((layer.size, layer.size, size[2] // layer.groups, layer.maps), dtype=np.float32)
             x, dy = (_random_pictures(ops, images, s, random) for s in (size, layer.output_shape(size)))

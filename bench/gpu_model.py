@@ -27,8 +27,8 @@ import net.gpu as gpu
 from net.alexnet import alexnet
 from net.gpu import implicit
 from net.gpu.blocks import tile
-from net.gpu.shape import Shape
-from net.layers import Conv, ConvBlock, Dropout, Flatten, Layer, Linear, LinearBlock, fuse
+from net.gpu.shape import ConvShape, layer_shape
+from net.layers import ConvBlock, Dropout, Flatten, Layer, Linear, LinearBlock, fuse
 
 REACHED_BANDWIDTH: Final = 0.85
 REACHED_PEAK: Final = 0.65
@@ -58,20 +58,16 @@ class Card:
     name: str
     bandwidth: float  # bytes a second
     peak: dict[str, float]  # multiply-adds * 2 a second, sums in float32
-    sms: int
+    processors: int  # multiprocessors (SMs)
     clock: float  # hertz
     memory: int  # bytes
     cache: float  # bytes a second from the second-level cache to the SMs; measured by others, not in data sheets
     shared_processor: int  # bytes of shared memory an SM has
 
     @property
-    def processors(self) -> int:
-        return self.sms
-
-    @property
     def instructions(self) -> float:
         """Instructions of all lanes a second."""
-        return self.sms * 128 * self.clock
+        return self.processors * 128 * self.clock
 
 
 HOPPER: Final = {"bf16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}
@@ -157,7 +153,7 @@ def _augment(shape: tuple[int, int, int], crop: int, s: Setting) -> Iterator[Ker
 def _forward(layer: Layer, shape: tuple[int, ...], s: Setting, *, training: bool) -> Iterator[Kernel]:
     n, item = s.batch, s.picture
     if isinstance(layer, ConvBlock):
-        c, name = _shape(layer.conv, shape, n), layer.conv.name
+        c, name = layer_shape(layer.conv, shape, n), layer.conv.name
         result = n * c.pixels * c.maps
         without_columns = _without_columns(c, s)
         if without_columns:
@@ -189,7 +185,7 @@ def _forward(layer: Layer, shape: tuple[int, ...], s: Setting, *, training: bool
     elif isinstance(layer, Linear | LinearBlock):
         linear = layer.linear if isinstance(layer, LinearBlock) else layer
         d, k = shape[0], linear.units
-        if item == 2 and linear.name != _first_linear(shape):
+        if item == 2 and linear.name != "fc6":  # which gets pictures, in the products' type already
             yield Kernel(linear.name, "cast_from_float", n * d * 6)
         yield from _packed(linear.name, d * k, d * k, s)
         yield _gemm(linear.name, n, k, d, s, out_item=4)
@@ -204,7 +200,7 @@ def _forward(layer: Layer, shape: tuple[int, ...], s: Setting, *, training: bool
 def _backward(layer: Layer, shape: tuple[int, ...], s: Setting, need_dx: bool) -> Iterator[Kernel]:
     n, item = s.batch, s.picture
     if isinstance(layer, ConvBlock):
-        c, name = _shape(layer.conv, shape, n), layer.conv.name
+        c, name = layer_shape(layer.conv, shape, n), layer.conv.name
         out, result = n * prod(layer.output_shape(shape)), n * c.pixels * c.maps
         if item == 2 and layer.pool and len(layer.output_shape(shape)) == 3 and name == "conv5":
             yield Kernel(name, "cast_from_float", out * 6)  # fc6 hands its gradient over as float32
@@ -260,11 +256,11 @@ def _backward(layer: Layer, shape: tuple[int, ...], s: Setting, need_dx: bool) -
         yield Kernel(f"dropout{layer.number}", "dropout", 2 * n * prod(shape) * 4)
 
 
-def _without_columns(c: Shape, s: Setting) -> bool:
+def _without_columns(c: ConvShape, s: Setting) -> bool:
     return s.precision == "bf16" and implicit.takes(c)
 
 
-def _implicit_operands(name: str, c: Shape, s: Setting) -> Iterator[Kernel]:
+def _implicit_operands(name: str, c: ConvShape, s: Setting) -> Iterator[Kernel]:
     if c.stride == 1:
         yield from _packed(name, c.depth * c.maps, c.depth * c.maps, s)
         return
@@ -274,7 +270,7 @@ def _implicit_operands(name: str, c: Shape, s: Setting) -> Iterator[Kernel]:
     yield Kernel(name, "fold_weights", c.depth * c.maps * 4 + folded.depth * c.maps * s.picture)
 
 
-def _implicit(name: str, c: Shape, pixels: int, s: Setting) -> Kernel:
+def _implicit(name: str, c: ConvShape, pixels: int, s: Setting) -> Kernel:
     """y or dx, ``pixels`` of an image."""
     plan = implicit.product_plan(c, pixels, s.card)
     moved = c.images * (c.height * c.width * c.channels + pixels * c.maps) + c.depth * c.maps
@@ -282,7 +278,7 @@ def _implicit(name: str, c: Shape, pixels: int, s: Setting) -> Kernel:
     return _implicit_kernel(name, f"convolve_{plan.tile}", plan, moved * s.picture, work, c.depth, s)
 
 
-def _implicit_weight_gradient(name: str, c: Shape, s: Setting) -> Iterator[Kernel]:
+def _implicit_weight_gradient(name: str, c: ConvShape, s: Setting) -> Iterator[Kernel]:
     folded, plan = implicit.fold_shape(c), implicit.gradient_plan(c, s.card)
     pictures = c.images * (folded.height * folded.width * folded.channels + c.pixels * c.maps)
     parts = plan.count * folded.depth * c.maps * 4
@@ -297,7 +293,7 @@ def _implicit_kernel(
 ) -> Kernel:
     blocks = plan.blocks * plan.count
     copied = blocks * terms * (implicit.ROWS + plan.tile) * s.picture
-    places = s.card.sms * implicit.together(plan, s.card)
+    places = s.card.processors * implicit.together(plan, s.card)
     waves = blocks / (ceil(blocks / places) * places)
     return Kernel(name, kernel, moved, products=work, waves=waves, copied=copied)
 
@@ -308,7 +304,7 @@ def _packed(name: str, read: int, written: int, s: Setting, *, always: bool = Fa
         yield Kernel(name, "cast_from_float", read * 4 + written * s.picture)
 
 
-def _columns(name: str, c: Shape, s: Setting) -> Kernel:
+def _columns(name: str, c: ConvShape, s: Setting) -> Kernel:
     wide = c.channels // c.groups % (16 // s.picture) == 0
     kernel = "columns_wide" if wide else "columns_any"
     made = c.images * c.pixels * c.row
@@ -316,7 +312,7 @@ def _columns(name: str, c: Shape, s: Setting) -> Kernel:
     return Kernel(name, kernel, (made + read) * s.picture, instructions=made * INSTRUCTIONS[kernel])
 
 
-def _product(name: str, c: Shape, s: Setting, *, weights: bool = False) -> Kernel:
+def _product(name: str, c: ConvShape, s: Setting, *, weights: bool = False) -> Kernel:
     """columns w or dy w' for all groups at once; with ``weights``, columns' dy for one group."""
     rows, each = c.images * c.pixels, c.maps // c.groups
     if weights:
@@ -331,31 +327,21 @@ def _gemm(name: str, m: int, n: int, k: int, s: Setting, *, out_item: int) -> Ke
     moved = (m * k + k * n) * s.picture + m * n * out_item
     # Where the tiles do not fill the card the long sum is split, in pieces of at least 512 terms.
     tiles = ceil(m / TILE) * ceil(n / TILE)
-    if tiles < s.card.sms:
-        tiles *= max(1, min(s.card.sms // tiles, k // 512))
+    if tiles < s.card.processors:
+        tiles *= max(1, min(s.card.processors // tiles, k // 512))
     return Kernel(name, "product", moved, products=2.0 * m * n * k, waves=_waves(tiles, s))
 
 
 def _waves(tiles: int, s: Setting) -> float:
-    return tiles / (ceil(tiles / s.card.sms) * s.card.sms)
+    return tiles / (ceil(tiles / s.card.processors) * s.card.processors)
 
 
-def _shape(conv: Conv, shape: tuple[int, ...], images: int) -> Shape:
-    height, width, channels = shape
-    return Shape(images, height, width, channels, conv.size, conv.size, conv.maps, conv.stride, conv.pad, conv.groups)
-
-
-def _piece(c: Shape, s: Setting) -> int:
+def _piece(c: ConvShape, s: Setting) -> int:
     return c.images_at_once(s.card.memory, s.picture)
 
 
 def _each(channels: int) -> int:
     return 4 if channels % 4 == 0 else 1
-
-
-def _first_linear(shape: tuple[int, ...]) -> str:
-    """fc6 gets pictures, which are in the products' type already."""
-    return "fc6" if shape else ""
 
 
 # --- tables --------------------------------------------------------------------------------------------------------

@@ -35,11 +35,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bench.hand import begin
 from net import backend
-from net.layers import Run, fuse
-from net.network import Descent, backward, forward, initial_parameters, prepare, training_step
+from net.layers import Run
+from net.network import backward, forward, initial_parameters, prepare
 from pipeline.config import RECIPES, Config, Network, at_epoch
-from stages.setup import decays, learning_rates, network_layers, preparation, shapes
+from stages.setup import learning_rates, network_layers, shapes
 
 LOSS_BOUND = 1e-4  # of each step's loss, relative
 PARAMETER_BOUND = 1e-3  # of each parameter after the last step: norm of the difference over norm
@@ -99,27 +100,23 @@ def batches(config: Config, classes: int, batch: int, steps: int, seed: int) -> 
 
 def by_hand(ops: ModuleType, config: Config, classes: int, start: Arrays, data: Sequence[Arrays]) -> Trace:
     """Train on one of this project's backends, with the training stage's own step, in the precision of ``start``."""
-    layers = fuse(network_layers(config, classes), ops)
-    parameters = {name: ops.asarray(value) for name, value in start.items()}
-    momenta = {name: ops.asarray(np.zeros_like(value)) for name, value in start.items()}
-    prepared = preparation(config, mean_picture(config), ops, jittered=config.input.jitter > 0)
+    hand = begin(ops, config, classes, start, mean_picture(config))
     precision = start["conv1.w"].dtype
     data = [{**arrays, "shift": arrays["shift"].astype(precision)} for arrays in data]
 
     inputs = ops.upload(data[0])
-    scores, tape = forward(ops, layers, parameters, prepare(ops, prepared, inputs), Run(training=True))
+    x = prepare(ops, hand.prepared, inputs)
+    scores, tape = forward(ops, hand.layers, hand.parameters, x, Run(training=True))
     _, dz = ops.cross_entropy(scores, inputs["labels"])
     # Copied at once: a backend may use a gradient's memory again.
-    gradients = {name: ops.to_host(g).copy() for name, g in backward(ops, layers, parameters, dz, tape)}
+    gradients = {name: ops.to_host(g).copy() for name, g in backward(ops, hand.layers, hand.parameters, dz, tape)}
 
-    descent = Descent(config.train.momentum, decays(config, list(start)))
-    step = training_step(ops, layers, parameters, momenta, prepared, descent, seed=0)
     rates = learning_rates(config, list(start), epoch=0)
     losses = []
     for number, arrays in enumerate(data):
-        loss = step(ops.upload({**arrays, "rates": rates, "step": np.array([number], dtype=np.uint64)}))
+        loss = hand.step(ops.upload({**arrays, "rates": rates, "step": np.array([number], dtype=np.uint64)}))
         losses.append(float(ops.to_host(loss).astype(np.float64).mean()))
-    return Trace(np.array(losses), gradients, {name: ops.to_host(p).copy() for name, p in parameters.items()})
+    return Trace(np.array(losses), gradients, {name: ops.to_host(p).copy() for name, p in hand.parameters.items()})
 
 
 # --- PyTorch -------------------------------------------------------------------------------------------------------

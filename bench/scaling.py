@@ -93,34 +93,32 @@ def worker(part: str, batch: int, rounds: int) -> None:
 
 
 def _step(part: str, batch: int) -> Callable[[Any, int], None]:
+    from bench.hand import begin
     from bench.parity import batches
     from net.backend import load
-    from net.layers import fuse
-    from net.network import Descent, initial_parameters, training_step
+    from net.network import initial_parameters
     from pipeline.config import PAPER
-    from stages.setup import decays, learning_rates, network_layers, preparation, shapes
+    from stages.setup import learning_rates, network_layers, shapes
 
     ops = load("cpu")
-    layers = network_layers(PAPER, CLASSES)
-    start = initial_parameters(shapes(layers, PAPER), (0.0,) * 8, PAPER.network.bias, seed=0)
-    names = list(start)
-    parameters = {name: ops.asarray(value) for name, value in start.items()}
-    momenta = {name: ops.asarray(np.zeros_like(value)) for name, value in start.items()}
-    prepared = preparation(PAPER, np.zeros((256, 256, 3), dtype=np.float32), ops, jittered=True)
-    descent = Descent(PAPER.train.momentum, decays(PAPER, names))
+    sizes = shapes(network_layers(PAPER, CLASSES), PAPER)
+    start = initial_parameters(sizes, (0.0,) * 8, PAPER.network.bias, seed=0)
+    mean = np.zeros((256, 256, 3), dtype=np.float32)
     made: list[Any] = []
 
     def step(ranks: Any, number: int) -> None:
         if not made:
             first, last = ranks.part(batch)
             inputs = next(batches(PAPER, CLASSES, last - first, 1, seed=ranks.rank))
-            inputs |= {"rates": learning_rates(PAPER, names, 0) * np.float32(1e-3), "step": np.zeros(1, np.uint64)}
+            inputs |= {
+                "rates": learning_rates(PAPER, list(start), 0) * np.float32(1e-3),
+                "step": np.zeros(1, np.uint64),
+            }
             reduce = None
             if ranks.size > 1:
                 inputs |= {"first": np.array([first], np.uint64), "share": np.array([1 / ranks.size], np.float32)}
                 reduce = ranks.reduce if part == "step" else iter
-            fused = fuse(layers, ops)
-            made.extend((inputs, training_step(ops, fused, parameters, momenta, prepared, descent, 0, reduce)))
+            made.extend((inputs, begin(ops, PAPER, CLASSES, start, mean, reduce=reduce).step))
         made[1](ops.upload(made[0]))
 
     return step

@@ -173,12 +173,11 @@ def read_files(pictures: Listing) -> Iterator[tuple[int, bytes]]:
     try:
         for row in np.lexsort((pictures.offset, pictures.container)).tolist():
             offset, length = int(pictures.offset[row]), int(pictures.size[row])
+            path = pictures.containers[int(pictures.container[row])]
             if offset < 0:
-                folder = pictures.containers[int(pictures.container[row])]
-                path = folder / os.fsdecode(pictures.name[row]).rpartition("/")[2]
+                path = path / os.fsdecode(pictures.name[row]).rpartition("/")[2]
                 yield row, path.read_bytes()
                 continue
-            path = pictures.containers[int(pictures.container[row])]
             if pictures.container[row] != container:
                 if handle >= 0:
                     os.close(handle)

@@ -81,7 +81,7 @@ def load(
     ring = [_slot(largest, crop, allocate) for _ in range(slots)]
     state = _Ring(deque(range(slots)), batches)
     workers = [
-        threading.Thread(target=_work, args=(state, ring, pictures, plan, crop), name=f"loader-{i}", daemon=True)
+        threading.Thread(target=_work, args=(state, ring, pictures, plan), name=f"loader-{i}", daemon=True)
         for i in range(threads)
     ]
     for worker in workers:
@@ -155,18 +155,18 @@ class _Ring:
             self._changed.notify_all()
 
 
-def _work(state: _Ring, ring: list[dict[str, np.ndarray]], pictures: Pictures, plan: Plan, crop: int) -> None:
+def _work(state: _Ring, ring: list[dict[str, np.ndarray]], pictures: Pictures, plan: Plan) -> None:
     while (job := state.next_job()) is not None:
         number, slot = job
         try:
-            count = _fill(ring[slot], pictures, plan(number), crop)
+            count = _fill(ring[slot], pictures, plan(number))
         except BaseException as error:  # noqa: BLE001  whatever it is, the consumer must see it and not wait for ever
             state.put(number, slot, 0, error)
             return
         state.put(number, slot, count, None)
 
 
-def _fill(slot: dict[str, np.ndarray], pictures: Pictures, crops: Crops, crop: int) -> int:
+def _fill(slot: dict[str, np.ndarray], pictures: Pictures, crops: Crops) -> int:
     count = len(crops.index)
     slot["corner"][:count] = crops.corner
     slot["flip"][:count] = crops.flip

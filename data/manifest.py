@@ -30,7 +30,7 @@ def read_manifest(run: RunDir) -> dict[str, Any]:
     PipelineError
         Preprocessing has not been done or not finished, or files are missing or replaced.
     """
-    mend = remedy(run.root)
+    mend = remedy(run)
     manifest = _sealed_manifest(run)
     for name, why in defects(run.preprocess, manifest).items():
         raise PipelineError(f"{run.preprocess / name} {why}; {mend}")
@@ -38,7 +38,7 @@ def read_manifest(run: RunDir) -> dict[str, Any]:
 
 
 def _sealed_manifest(run: RunDir) -> dict[str, Any]:
-    mend = remedy(run.root)
+    mend = remedy(run)
     path = run.preprocess / "manifest.json"
     if not path.exists():
         raise PipelineError(f"{path} does not exist: preprocessing has not been finished; {mend}")
@@ -89,9 +89,9 @@ def require_sound_description(run: RunDir, name: str) -> None:
     try:
         sound = digest is None or hash_file(path) == digest
     except OSError as error:
-        raise PipelineError(f"{path} is missing ({error.strerror}); {remedy(run.root)}") from error
+        raise PipelineError(f"{path} is missing ({error.strerror}); {remedy(run)}") from error
     if not sound:
-        raise PipelineError(f"{path} is not the file that was written; {remedy(run.root)}")
+        raise PipelineError(f"{path} is not the file that was written; {remedy(run)}")
 
 
 def defects(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:

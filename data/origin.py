@@ -23,9 +23,9 @@ def made_from(run: RunDir) -> str | None:
     return None if moved or source.absolute() == demo.absolute() else noted[-1]
 
 
-def remedy(run: Path) -> str:
+def remedy(run: RunDir) -> str:
     """What mends shards that are not usable: the end of a sentence."""
-    return f"run {preprocess_command(RunDir(run))}"
+    return f"run {preprocess_command(run)}"
 
 
 def preprocess_command(run: RunDir) -> str:

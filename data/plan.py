@@ -22,35 +22,19 @@ from pipeline.run_dir import fingerprint
 
 @dataclass(frozen=True)
 class Plan:
-    """A source, how it is preprocessed, and fingerprints of both and of everything together."""
+    """A source, the configuration and the decoder it is preprocessed with, and a fingerprint of everything together."""
 
     source: Source
     source_fingerprint: str
-    settings: dict[str, Any]
-    settings_fingerprint: str
-    fingerprint: str
+    config: Config
     decoder: dict[str, str]
-    size: int
-    filter: str
-    seed: int
-    shard_images: int
+    fingerprint: str
 
 
 def make_plan(config: Config, source: Source) -> Plan:
-    pictures, hashed = source.fingerprint(), settings_fingerprint(config)
-    decoded_by = decoder(config.preprocess.decoder)
-    return Plan(
-        source=source,
-        source_fingerprint=pictures,
-        settings=settings(config),
-        settings_fingerprint=hashed,
-        fingerprint=fingerprint([SCHEMA, RULE, LABEL_ORDER, pictures, hashed, decoded_by]),
-        decoder=decoded_by,
-        size=config.preprocess.size,
-        filter=config.preprocess.filter,
-        seed=config.seed,
-        shard_images=config.preprocess.shard_images,
-    )
+    pictures, decoded_by = source.fingerprint(), decoder(config.preprocess.decoder)
+    whole = fingerprint([SCHEMA, RULE, LABEL_ORDER, pictures, settings_fingerprint(config), decoded_by])
+    return Plan(source, pictures, config, decoded_by, whole)
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -65,15 +49,15 @@ def settings_fingerprint(config: Config) -> str:
 
 def shard_tasks(plan: Plan, folder: Path, parent: int | None) -> list[ShardTask]:
     """The splits, each shuffled once as a whole, cut into slices of ``shard_images``; ``parent`` as in ShardTask."""
-    known = _known_hashes(plan, folder)
+    known, how = _known_hashes(plan, folder), plan.config.preprocess
     ids = np.array([-1 if c.devkit_id is None else c.devkit_id for c in plan.source.classes], dtype=np.int32)
     tasks = []
     for split in SPLITS:
         listing = plan.source.splits[split]
-        order = shuffled(len(listing), plan.seed, split)
-        layout = Layout(split, plan.fingerprint, plan.size, plan.filter)
-        for index, first in enumerate(range(0, len(order), plan.shard_images)):
-            pictures = listing.take(order[first : first + plan.shard_images])
+        order = shuffled(len(listing), plan.config.seed, split)
+        layout = Layout(split, plan.fingerprint, how.size, how.filter)
+        for index, first in enumerate(range(0, len(order), how.shard_images)):
+            pictures = listing.take(order[first : first + how.shard_images])
             hashed = known.get(shard_name(split, index))
             tasks.append(ShardTask(folder, layout, index, pictures, ids, hashed, plan.decoder, parent))
     return tasks

@@ -38,7 +38,7 @@ import numpy as np
 
 from data.origin import remedy
 from pipeline.errors import PipelineError
-from pipeline.run_dir import write_error
+from pipeline.run_dir import RunDir, write_error
 
 SCHEMA: Final = 1
 LABEL_ORDER: Final = "sorted WNID"
@@ -264,7 +264,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
             yield file
     except _DAMAGE as error:
         raise PipelineError(
-            f"{path} is not usable ({str(error)[:200]}); remove it and {remedy(path.parent.parent)}"
+            f"{path} is not usable ({str(error)[:200]}); remove it and {remedy(RunDir(path.parent.parent))}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from data.color import mean_picture, statistics
 from data.convert import ShardResult
 from data.images import FORMATS
 from data.listing import SPLITS, Reject
-from data.plan import Plan
+from data.plan import Plan, settings, settings_fingerprint
 from data.shards import LABEL_ORDER, RULE, SCHEMA, index_hash
 from pipeline.errors import PipelineError
 from pipeline.run_dir import hash_file, write_bytes, write_json, write_sealed
@@ -46,7 +46,8 @@ class Tally:
     _readable: dict[str, np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._total = np.zeros((self.plan.size, self.plan.size, 3), dtype=np.int64)
+        size = self.plan.config.preprocess.size
+        self._total = np.zeros((size, size, 3), dtype=np.int64)
         self._readable = {split: np.zeros(len(self.plan.source.classes), dtype=np.int64) for split in SPLITS}
 
     def add(self, result: ShardResult) -> None:
@@ -116,7 +117,7 @@ class Tally:
 
     def _manifest(self, folder: Path, rejects: list[Reject]) -> dict[str, Any]:
         # Nothing here changes from run to run: a checkpoint remembers the manifest as the data it belongs to.
-        splits = {}
+        config, splits = self.plan.config, {}
         for split in SPLITS:
             shards = [self.entries[file] for file in sorted(self.entries) if file.startswith(split)]
             splits[split] = {
@@ -128,11 +129,11 @@ class Tally:
             "schema": SCHEMA,
             "plan": self.plan.fingerprint,
             "source": self.plan.source_fingerprint,
-            "settings": self.plan.settings_fingerprint,
-            "made_with": self.plan.settings,
+            "settings": settings_fingerprint(config),
+            "made_with": settings(config),
             "decoder": self.plan.decoder,
-            "size": self.plan.size,
-            "filter": self.plan.filter,
+            "size": config.preprocess.size,
+            "filter": config.preprocess.filter,
             "resize": RULE,
             "label_order": LABEL_ORDER,
             "classes": len(self.plan.source.classes),

@@ -85,7 +85,7 @@ class Train:
     checkpoint_every: int = 4000  # steps
     save_every: int = 1  # epochs from a checkpoint at an epoch's end to the next; the end of training has one anyway
     validate_every: int = 1  # epochs from a validation to the next; the last epoch is validated anyway
-    log_every: int = 20  # steps
+    log_every: int = 20  # steps; the last one of a start has a line anyway
     order: str = "auto"  # of an epoch's pictures: uniform | blocks (for sets larger than memory) | auto: what fits
     plateau_steps: int = 500  # warn when the loss has stayed at ln(classes) for so many steps
     keep_checkpoints: int = 2  # newest so many, and the best

@@ -56,7 +56,7 @@ def joined() -> Iterator[Ranks]:
         return
     world = _start(count)
     ranks = _ranks(world)
-    _share_machine(world, ranks)
+    _share_machine(world)
     # Messages of the end must not meet those of the run that other ranks may still be in.
     leaving = world.Dup()
     spoken = sys.stdout, sys.stderr
@@ -126,7 +126,7 @@ def _leave(leaving: Any, *, failed: bool) -> bool:
     return not failed or bool(heard[0])
 
 
-def _share_machine(world: Any, ranks: Ranks) -> None:
+def _share_machine(world: Any) -> None:
     """Give each rank of a machine its cores and its GPU, where the launcher has not.
 
     Cores are shared out by their number only: pinning is the launcher's business (``mpiexec -bind-to core``).
@@ -145,7 +145,7 @@ def _share_machine(world: Any, ranks: Ranks) -> None:
     # Read when the kernels are first loaded, which has not happened yet.
     os.environ.setdefault("NUMBA_NUM_THREADS", str(cores))
     threadpool_limits(int(os.environ["NUMBA_NUM_THREADS"]), user_api="blas")
-    card = card_of(os.environ.get("CUDA_VISIBLE_DEVICES"), ranks.local, here.Get_size())
+    card = card_of(os.environ.get("CUDA_VISIBLE_DEVICES"), here.Get_rank(), here.Get_size())
     if card is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = card
     here.Free()
@@ -165,9 +165,6 @@ def card_of(visible: str | None, local: int, ranks: int) -> str | None:
 def _ranks(world: Any) -> Ranks:
     from mpi4py import MPI
 
-    here = world.Split_type(MPI.COMM_TYPE_SHARED)
-    local = here.Get_rank()
-    here.Free()
     watched = _watch(world.Get_rank(), world.Get_size(), silence(os.environ))
 
     def add(a: np.ndarray) -> None:
@@ -204,7 +201,6 @@ def _ranks(world: Any) -> Ranks:
     return Ranks(
         rank=world.Get_rank(),
         size=world.Get_size(),
-        local=local,
         add=add,
         unite=unite,
         broadcast=broadcast,

@@ -30,8 +30,6 @@ class Ranks:
     ----------
     rank, size : int
         Its number, from 0, and how many there are.
-    local : int
-        Its number among those on the same machine.
     add : callable
         Sum an array over all ranks, in place.
     unite : callable
@@ -55,7 +53,6 @@ class Ranks:
 
     rank: int
     size: int
-    local: int
     add: Callable[[np.ndarray], None]
     unite: Callable[[np.ndarray], None]
     broadcast: Callable[[np.ndarray], None]
@@ -106,7 +103,6 @@ def _nothing(_: np.ndarray) -> None:
 ALONE: Final = Ranks(
     rank=0,
     size=1,
-    local=0,
     add=_nothing,
     unite=_nothing,
     broadcast=_nothing,

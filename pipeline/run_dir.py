@@ -27,7 +27,7 @@ _CHUNK: Final = 4 << 20  # bytes read at a time
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of a run. A plain value; nothing is created until :meth:`folder` or a writer is called."""
+    """Paths of a run; nothing is created here."""
 
     root: Path
 

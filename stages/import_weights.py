@@ -81,13 +81,13 @@ def run(run_dir: RunDir, file: Path, *, mean: Path | None, request: Request) -> 
 def _read_mean(file: Path, config: Config) -> np.ndarray:
     try:
         mean = caffe.read_mean(file)
+        if config.input.mean == "none":
+            raise PipelineError(f"the recipe {config.recipe} subtracts no mean; leave out --mean")
+        require_mean_shape(mean.shape, config)
     except WeightsError as error:
         raise PipelineError(
             f"cannot use {file}: {error} (--mean takes Caffe's mean image, a .binaryproto file)"
         ) from error
-    if config.input.mean == "none":
-        raise PipelineError(f"the recipe {config.recipe} subtracts no mean; leave out --mean")
-    require_mean_shape(mean.shape, config)
     return mean
 
 

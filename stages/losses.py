@@ -22,9 +22,14 @@ class Losses:
     """What happens to each step's loss, and the clock by which speed is measured from one line to the next."""
 
     def __init__(
-        self, training: Training, ops: ModuleType, write: Callable[[dict[str, Any]], None], progress: Progress
+        self,
+        training: Training,
+        ops: ModuleType,
+        write: Callable[[dict[str, Any]], None],
+        progress: Progress,
+        last: int,
     ) -> None:
-        self._config, self._ranks = training.config.train, training.ranks
+        self._config, self._ranks, self._last = training.config.train, training.ranks, last
         self._ops, self._write, self._progress = ops, write, progress
         self._plateau = Plateau(len(training.dataset.classes), self._config.plateau_steps)
         self._pending: tuple[int, int, Array, int] | None = None
@@ -40,7 +45,7 @@ class Losses:
         self._waited += waited
         self._images += part.total
         on_host = isinstance(loss, np.ndarray)
-        if on_host or step % self._config.log_every == 0:
+        if on_host or self._is_logged(step):
             self._pending = step, epoch, loss, part.counted
         if on_host:
             self.settle()
@@ -61,7 +66,7 @@ class Losses:
             )
         if self._plateau.stays(step, loss):
             self._progress.say(self._plateau.advice(loss))
-        if step % self._config.log_every == 0:
+        if self._is_logged(step):
             self._write_line(step, epoch, loss)
 
     def restart_clock(self) -> None:
@@ -72,6 +77,9 @@ class Losses:
     def leave_out(self, seconds: float) -> None:
         """Do not count so much of the time until now: rates are those of steps."""
         self._clock += seconds
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self._config.log_every == 0 or step == self._last
 
     def _write_line(self, step: int, epoch: int, loss: float) -> None:
         elapsed = max(time.perf_counter() - self._clock, 1e-9)

@@ -28,6 +28,7 @@ from data.listing import LARGEST_FILE
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
+from pipeline.streams import can_show
 from stages.eval import most_probable
 from stages.trained import Predict, Trained, load_trained
 
@@ -223,9 +224,7 @@ def _printable(text: str) -> str:
 
 def bar(share: float, width: int) -> str:
     """``share`` of ``width`` columns filled, to an eighth of a column where the terminal can show it."""
-    try:
-        "█▏".encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
+    if not can_show("█▏"):
         return "#" * round(share * width)
     eighths = round(share * width * 8)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

@@ -32,7 +32,7 @@ from data.convert import ShardResult, ShardTask, make_shard
 from data.listing import SPLITS
 from data.manifest import defects, forget_damage, is_damage_noted, sound_manifest
 from data.origin import made_from
-from data.plan import Plan, make_plan, settings_fingerprint, shard_tasks
+from data.plan import Plan, make_plan, settings, settings_fingerprint, shard_tasks
 from data.shards import read_layout, shard_bytes, shard_name
 from data.sources import read_source, stamp
 from data.tally import Tally
@@ -183,7 +183,7 @@ def _check_place(plan: Plan, folder: Path, tasks: list[ShardTask]) -> None:
     for task in tasks:
         path = folder / shard_name(task.layout.split, task.index)
         if not path.is_file():
-            needed += shard_bytes(len(task.pictures), plan.size)
+            needed += shard_bytes(len(task.pictures), task.layout.size)
             continue
         try:
             layout = read_layout(path)
@@ -274,7 +274,7 @@ def _last_record(tally: Tally, by: dict[str, Any], root: Path, folder: Path, sta
     seconds = time.perf_counter() - start
     return {
         "finished": tally.plan.fingerprint,
-        "made_with": tally.plan.settings,
+        "made_with": settings(tally.plan.config),
         "source": str(root),
         "stamp": stamp(root, _rejected(folder)),
         **by,

@@ -86,7 +86,7 @@ def run(
         records = stack.enter_context(_records(config, run_dir, ops, tensorboard)) if ranks.leads else _NO_RECORDS
         stop = stack.enter_context(StopRequest())
         with Progress("train", last, "steps", done=first) as progress:
-            _loop(training, begun, Trainer(training, begun, records, progress), last, stop)
+            _loop(training, begun, Trainer(training, begun, records, progress, last), last, stop)
     print(f"trained to step {last}; checkpoints and metrics are in {run_dir.train}")
     return stop.signum
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from data.dataset import Dataset, read_classes, read_mean, require_size
 from data.manifest import require_sound_description
-from data.origin import preprocess_command
+from data.origin import remedy
 from data.sampling import view_crops
 from net.layers import Array, Layer, Parameters, fuse
 from net.network import Preparation, prediction
@@ -127,7 +127,7 @@ def _listed_classes(run_dir: RunDir, saved: Checkpoint, count: int) -> list[dict
     if not path.exists():
         return None
     require_sound_description(run_dir, path.name)
-    classes = read_classes(path, None, f"make it again: {_again(run_dir)}")
+    classes = read_classes(path, None, f"make it again: {remedy(run_dir)}")
     elsewhere = f"({path}); choose the run directory it belongs to with --run"
     if len(classes) != count:
         raise PipelineError(
@@ -151,10 +151,10 @@ def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.nd
         path, size = run_dir.preprocess / "mean.npy", config.preprocess.size
         if path.exists():
             require_sound_description(run_dir, path.name)
-        remedy = f"the recipe subtracts this mean of the training pictures: {_again(run_dir)}, or import with --mean"
+        mend = f"the recipe subtracts this mean of the training pictures: {remedy(run_dir)}, or import with --mean"
         if not path.exists():
-            raise PipelineError(f"{path} does not exist; {remedy}")
-        return read_mean(path, size, remedy)
+            raise PipelineError(f"{path} does not exist; {mend}")
+        return read_mean(path, size, mend)
     sides = (config.preprocess.size, config.input.crop)
     if imported.shape not in [(side, side, 3) for side in sides]:
         raise PipelineError(
@@ -162,7 +162,3 @@ def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.nd
             f"crops ({sides[1]})"
         )
     return imported.astype(np.float32, copy=False)
-
-
-def _again(run_dir: RunDir) -> str:
-    return f"run {preprocess_command(run_dir)}"

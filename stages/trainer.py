@@ -33,13 +33,13 @@ class Records:
 class Trainer:
     """The state of a training run, and what can be done with it."""
 
-    def __init__(self, training: Training, begun: Begun, records: Records, progress: Progress) -> None:
+    def __init__(self, training: Training, begun: Begun, records: Records, progress: Progress, last: int) -> None:
         self.state = begun.state
         self._config, self._dataset, self._ranks = training.config, training.dataset, training.ranks
         self._plan, self._steps_per_epoch = training.plan, training.plan.steps_per_epoch
         self._ops, self._reduce, self._layers = begun.ops, begun.reduce, fuse(training.layers, begun.ops)
         self._records, self._progress = records, progress
-        self._losses = Losses(training, begun.ops, records.write, progress)
+        self._losses = Losses(training, begun.ops, records.write, progress, last)
         self._names = list(self.state.parameters)
         frozen = frozenset(name for name in self._names if name.split(".")[0] in self._config.train.frozen)
         self._descent = Descent(self._config.train.momentum, decays(self._config, self._names), frozen)

@@ -20,6 +20,7 @@ from pipeline.metrics import has_numbers, read_metrics
 from pipeline.progress import duration
 from pipeline.run_dir import RunDir, read_sealed
 from pipeline.settings import remedy_of_config
+from pipeline.streams import can_show
 
 SECONDS: Final = 2.0  # between two looks
 _RATES: Final = 10  # last logged lines whose median speed tells the remaining time
@@ -109,18 +110,10 @@ def screen(
             f"best {best['top1']:.2%}, step {best['step']:,}"
         )
     points = [(r["step"] / per_epoch, r["loss"]) for r in steps]
-    if not _can_show("⠿"):
+    if not can_show("⠿"):
         return "\n".join(line[:width] for line in lines)
     curve = braille(points, max(20, width - 10), max(4, min(16, height - len(lines) - 5)))
     return "\n".join([*(line[:width] for line in lines), "", "training loss by epoch", *curve])
-
-
-def _can_show(text: str) -> bool:
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def braille(points: Sequence[tuple[float, float]], columns: int, rows: int) -> list[str]:

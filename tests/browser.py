@@ -5,7 +5,6 @@ The protocol is JSON over HTTP on this machine, a handful of requests of which a
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
 import json
@@ -54,11 +53,6 @@ class Browser:
     def messages(self) -> list[dict[str, Any]]:
         """What the console has said since it was last asked, blocked and failed requests included."""
         return self._post("se/log", {"type": "browser"})
-
-    def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG file."""
-        picture = self._devtools("Page.captureScreenshot", {"captureBeyondViewport": True})
-        path.write_bytes(base64.b64decode(picture["data"]))
 
     def _devtools(self, command: str, parameters: dict[str, Any]) -> Any:
         return self._post("goog/cdp/execute", {"cmd": command, "params": parameters})

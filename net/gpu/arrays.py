@@ -16,10 +16,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from net.gpu.device import current
+from net.gpu.device import current, event_on
 from net.gpu.kernels import THREADS, launch
+from net.layers import Array
 
-Array = Any  # cupy.ndarray
 BFLOAT16: Final = "uint16"
 
 
@@ -57,9 +57,7 @@ _results: deque[tuple[Any, Any]] = deque(maxlen=8)
 
 def mark_finished(a: Array) -> None:
     """Note that ``a`` is complete when what is queued now has been done, so that reading it waits for no more."""
-    event = current().cupy.cuda.Event(disable_timing=True)
-    event.record(current().stream)
-    _results.append((weakref.ref(a), event))
+    _results.append((weakref.ref(a), event_on(current().stream)))
 
 
 def _finished(a: Array) -> Any:
@@ -152,7 +150,7 @@ def upload(arrays: Mapping[str, np.ndarray]) -> dict[str, Array]:
     values.
     """
     global _uploads
-    device, copying = current(), _copying()
+    stream, copying = current().stream, _copying()
     key = tuple((name, a.shape, a.dtype.str) for name, a in arrays.items())
     if key not in _slots:
         # Another shape: the old slots may still be read by queued work, so wait before their memory is given back.
@@ -162,16 +160,13 @@ def upload(arrays: Mapping[str, np.ndarray]) -> dict[str, Array]:
         synchronize()
     slot = _slots[key][_uploads % _SLOTS]
     _uploads += 1
-    event = device.cupy.cuda.Event(disable_timing=True)
-    event.record(device.stream)
-    _queued.append(event)
+    _queued.append(event_on(stream))
     # The slot was last handed out three calls ago and may be in use by what was queued until the previous call.
     copying.wait_event(_queued[0] if len(_queued) == 1 else _queued.pop(0))
     for name, a in arrays.items():
         if prod(a.shape):
             slot[name].set(np.ascontiguousarray(a), stream=copying)
-    copied = device.cupy.cuda.Event(disable_timing=True)
-    copied.record(copying)
-    device.stream.wait_event(copied)
+    copied = event_on(copying)
+    stream.wait_event(copied)
     copied.synchronize()
     return dict(slot)

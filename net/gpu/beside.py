@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from net.gpu.device import current
-
-Array = Any
+from net.gpu.device import current, event_on
+from net.layers import Array
 
 _held: list[Array] = []  # what the work reads: its memory must not be given to others before it has been done
 _allowed = False
@@ -27,7 +26,7 @@ def allowed() -> Iterator[None]:
     try:
         yield
         if _held:
-            current().stream.wait_event(_mark(_stream()))
+            current().stream.wait_event(event_on(_stream()))
     finally:
         _allowed = False
         _held.clear()
@@ -41,7 +40,7 @@ def run(work: Callable[[], None], reads: Array) -> None:
     if not _allowed:
         work()
         return
-    _stream().wait_event(_mark(current().stream))
+    _stream().wait_event(event_on(current().stream))
     # Not `with`, which leaves CuPy on its default stream: it does not know the one that was chosen by use().
     _stream().use()
     try:
@@ -49,12 +48,6 @@ def run(work: Callable[[], None], reads: Array) -> None:
     finally:
         current().stream.use()
     _held.append(reads)
-
-
-def _mark(stream: Any) -> Any:
-    event = current().cupy.cuda.Event(disable_timing=True)
-    event.record(stream)
-    return event
 
 
 @cache

@@ -25,9 +25,9 @@ from net.gpu.convolution import (
 from net.gpu.kernels import THREADS, launch
 from net.gpu.layers import relu_backward
 from net.gpu.linear import matrices, multiply, weight_and_input_gradient
-from net.gpu.shape import Shape, shape_of
+from net.gpu.shape import ConvShape, shape_of
+from net.layers import Array
 
-Array = Any
 Lrn = tuple[int, float, float, float]  # size, k, alpha, beta
 Pool = tuple[int, int]  # size, stride
 
@@ -45,7 +45,7 @@ class KeptByConv:
     result: Array  # of the convolution, before the bias; or the block's output where neither LRN nor pool follows
     bias: Array | None
     winner: Array | None
-    shape: Shape
+    shape: ConvShape
 
 
 def conv_block_forward(
@@ -121,7 +121,7 @@ def _forward(
     x: Array,
     w: Array,
     b: Array,
-    shape: Shape,
+    shape: ConvShape,
     lrn: Lrn | None,
     pool: Pool | None,
     training: bool,

@@ -14,15 +14,13 @@ In bfloat16 most layers take kernels that need no columns in memory instead (``i
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from net.gpu import cublas, implicit
 from net.gpu.arrays import blocks, dense, empty, floats, pictures
 from net.gpu.device import current
 from net.gpu.kernels import THREADS, launch
-from net.gpu.shape import Shape, shape_of
-
-Array = Any
+from net.gpu.shape import ConvShape, shape_of
+from net.layers import Array
 
 
 def conv2d_forward(x: Array, w: Array, b: Array, *, stride: int, pad: int, groups: int) -> Array:
@@ -45,7 +43,7 @@ def conv2d_backward(
     return dx, dw, column_sum(dy)
 
 
-def operands(x: Array, w: Array, shape: Shape) -> tuple[Array, Array]:
+def operands(x: Array, w: Array, shape: ConvShape) -> tuple[Array, Array]:
     """The picture and the matrix of weights as the products take them."""
     x = pictures(x)
     if implicit.suits(shape) and shape.stride > 1:
@@ -53,7 +51,7 @@ def operands(x: Array, w: Array, shape: Shape) -> tuple[Array, Array]:
     return x, packed(w, shape)
 
 
-def packed(w: Array, shape: Shape) -> Array:
+def packed(w: Array, shape: ConvShape) -> Array:
     """The weights as a matrix (padded, maps) in the products' type; the filling is zero."""
     w = dense(w).reshape(shape.depth, shape.maps)
     storage = current().storage
@@ -64,14 +62,14 @@ def packed(w: Array, shape: Shape) -> Array:
     return matrix
 
 
-def product(x: Array, w: Array, shape: Shape, *, keep_columns: bool) -> tuple[Array, Array | None]:
+def product(x: Array, w: Array, shape: ConvShape, *, keep_columns: bool) -> tuple[Array, Array | None]:
     """The convolution without bias, and the columns where there are any, are to be kept, and fit in one piece."""
     if implicit.suits(shape):
         return implicit.forward(x, w, shape), None
     return columns_product(x, w, shape, keep_columns=keep_columns)
 
 
-def columns_product(x: Array, w: Array, shape: Shape, *, keep_columns: bool) -> tuple[Array, Array | None]:
+def columns_product(x: Array, w: Array, shape: ConvShape, *, keep_columns: bool) -> tuple[Array, Array | None]:
     """The same by way of the columns, whatever the shape; ``w`` as :func:`packed` gives it."""
     y = empty((shape.images, shape.out_height, shape.out_width, shape.maps), x.dtype)
     piece = images_at_once(shape)
@@ -89,7 +87,7 @@ def columns_product(x: Array, w: Array, shape: Shape, *, keep_columns: bool) -> 
     return y, made if keep_columns and piece == shape.images else None
 
 
-def rectified(x: Array, w: Array, b: Array, shape: Shape, *, keep_columns: bool) -> tuple[Array, Array | None]:
+def rectified(x: Array, w: Array, b: Array, shape: ConvShape, *, keep_columns: bool) -> tuple[Array, Array | None]:
     """relu(convolution + b), and the columns as :func:`product` returns them."""
     if implicit.suits(shape):
         return implicit.forward(x, w, shape, floats(b), rectify=True), None
@@ -98,14 +96,14 @@ def rectified(x: Array, w: Array, b: Array, shape: Shape, *, keep_columns: bool)
     return y, columns
 
 
-def weight_gradient(dy: Array, x: Array, kept: Array | None, shape: Shape) -> Array:
+def weight_gradient(dy: Array, x: Array, kept: Array | None, shape: ConvShape) -> Array:
     """dw, float32 like w; x as :func:`operands` gives it, ``kept`` the columns if they were kept."""
     if implicit.suits(shape):
         return implicit.weight_gradient(dy, x, shape)
     return columns_weight_gradient(dy, x, kept, shape)
 
 
-def columns_weight_gradient(dy: Array, x: Array, kept: Array | None, shape: Shape) -> Array:
+def columns_weight_gradient(dy: Array, x: Array, kept: Array | None, shape: ConvShape) -> Array:
     """dw = columns(x)' dy; x as it is, ``kept`` the columns if they were kept."""
     dw = empty((shape.padded, shape.maps), "float32")
     piece = images_at_once(shape)
@@ -123,14 +121,14 @@ def columns_weight_gradient(dy: Array, x: Array, kept: Array | None, shape: Shap
     return dw[: shape.depth].reshape(shape.kernel_h, shape.kernel_w, shape.channels // shape.groups, shape.maps)
 
 
-def input_gradient(dy: Array, w: Array, matrix: Array, shape: Shape) -> Array:
+def input_gradient(dy: Array, w: Array, matrix: Array, shape: ConvShape) -> Array:
     """dx, of dy's type; ``matrix`` are the weights as :func:`operands` gives them."""
     if implicit.suits(shape) and shape.stride == 1:
         return implicit.input_gradient(dy, matrix, shape)
     return columns_input_gradient(dy, packed(w, shape) if implicit.suits(shape) else matrix, shape)
 
 
-def columns_input_gradient(dy: Array, matrix: Array, shape: Shape) -> Array:
+def columns_input_gradient(dy: Array, matrix: Array, shape: ConvShape) -> Array:
     """dx = gather(dy w'); ``matrix`` as :func:`packed` gives it."""
     dx = empty((shape.images, shape.height, shape.width, shape.channels), dy.dtype)
     piece = images_at_once(shape)
@@ -161,7 +159,7 @@ def columns_input_gradient(dy: Array, matrix: Array, shape: Shape) -> Array:
     return dx
 
 
-def columns(x: Array, shape: Shape) -> Array:
+def columns(x: Array, shape: ConvShape) -> Array:
     """Rows of window values (images * OH * OW, groups * padded), of x's type."""
     images = x.shape[0]
     made = empty((images * shape.pixels, shape.row), x.dtype)
@@ -179,7 +177,7 @@ def columns(x: Array, shape: Shape) -> Array:
     return made
 
 
-def images_at_once(shape: Shape) -> int:
+def images_at_once(shape: ConvShape) -> int:
     """How many images' columns are made at a time on the current device."""
     return shape.images_at_once(current().memory, 2 if current().precision == "bf16" else 4)
 

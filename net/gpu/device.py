@@ -42,6 +42,13 @@ def current() -> Device:
     return _device
 
 
+def event_on(stream: Any) -> Any:
+    """An event that comes when all that is queued on the stream now has been done."""
+    event = current().cupy.cuda.Event(disable_timing=True)
+    event.record(stream)
+    return event
+
+
 def card() -> str:
     """The card that computes: its name and memory, and, where this process sees several, that it is the first."""
     device = current()

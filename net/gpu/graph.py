@@ -15,8 +15,8 @@ from typing import Any, Final
 from net.gpu import beside
 from net.gpu.arrays import empty, mark_finished
 from net.gpu.device import current
+from net.layers import Array
 
-Array = Any
 Step = Callable[[dict[str, Array]], Array]
 
 # How the messages of CUDA's runtime and of its driver begin.

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from net.gpu.arrays import BFLOAT16, blocks, empty
 from net.gpu.device import current
 from net.gpu.kernels import launch
-from net.gpu.shape import Shape
+from net.gpu.shape import ConvShape
+from net.layers import Array
 
-Array = Any
 BLOCK: Final = 128  # threads, as in implicit.cu
 ROWS: Final = 128  # of the product, a block
 DEPTH: Final = 64  # terms of the sum, a slice
@@ -38,12 +38,12 @@ class Room(Protocol):
     def shared_processor(self) -> int: ...
 
 
-def suits(shape: Shape) -> bool:
+def suits(shape: ConvShape) -> bool:
     """Whether a convolution of this shape goes through these kernels now."""
     return current().storage == BFLOAT16 and takes(shape)
 
 
-def takes(shape: Shape) -> bool:
+def takes(shape: ConvShape) -> bool:
     """Whether a convolution of this shape is better off with these kernels, and possible.
 
     Of one group and stride 1 (conv3) cuBLAS's product is faster by more than writing the columns costs: 302 us beside
@@ -52,7 +52,7 @@ def takes(shape: Shape) -> bool:
     return possible(shape) and (shape.stride > 1 or shape.groups > 1)
 
 
-def possible(shape: Shape) -> bool:
+def possible(shape: ConvShape) -> bool:
     """Whether these kernels can compute a convolution of this shape.
 
     They are made for 16-byte pieces of each group's channels and maps, and hold rows and columns in 16 bits, places in
@@ -67,7 +67,7 @@ def possible(shape: Shape) -> bool:
     return pieces and small and elements <= LARGEST and shape.kernel_h == shape.kernel_w and shape.pad < shape.kernel_h
 
 
-def fold_shape(shape: Shape) -> Shape:
+def fold_shape(shape: ConvShape) -> ConvShape:
     """The convolution of stride 1 that computes the same: of each s x s pixels the channels of one."""
     s = shape.stride
     return replace(
@@ -81,7 +81,7 @@ def fold_shape(shape: Shape) -> Shape:
     )
 
 
-def fold(x: Array, shape: Shape) -> Array:
+def fold(x: Array, shape: ConvShape) -> Array:
     """x (N, H, W, C) as the kernels take it: itself, or for a stride of more than 1 folded."""
     s = shape.stride
     if s == 1:
@@ -98,7 +98,7 @@ def fold(x: Array, shape: Shape) -> Array:
     return y
 
 
-def fold_weights(w: Array, shape: Shape) -> Array:
+def fold_weights(w: Array, shape: ConvShape) -> Array:
     """w float32 (KH, KW, C, M) as the matrix (depth, M) that goes with a folded picture."""
     folded = fold_shape(shape)
     matrix = empty((folded.depth, shape.maps), BFLOAT16)
@@ -107,14 +107,14 @@ def fold_weights(w: Array, shape: Shape) -> Array:
     return matrix
 
 
-def forward(x: Array, w: Array, shape: Shape, bias: Array | None = None, *, rectify: bool = False) -> Array:
+def forward(x: Array, w: Array, shape: ConvShape, bias: Array | None = None, *, rectify: bool = False) -> Array:
     """y (N, OH, OW, M) from ``x`` and ``w`` as :func:`fold` and :func:`fold_weights` give them."""
     y = empty((shape.images, shape.out_height, shape.out_width, shape.maps), x.dtype)
     _convolve(x, w, y, fold_shape(shape), bias, rectify)
     return y
 
 
-def input_gradient(dy: Array, w: Array, shape: Shape) -> Array:
+def input_gradient(dy: Array, w: Array, shape: ConvShape) -> Array:
     """dx (N, H, W, C) of a convolution of stride 1; ``w`` is the matrix (depth, M) of the forward pass."""
     taps, each, maps_each = (
         shape.kernel_h * shape.kernel_w,
@@ -129,7 +129,7 @@ def input_gradient(dy: Array, w: Array, shape: Shape) -> Array:
     return dx
 
 
-def backwards(shape: Shape) -> Shape:
+def backwards(shape: ConvShape) -> ConvShape:
     """The convolution that leads from dy back to dx."""
     return replace(
         shape,
@@ -141,7 +141,7 @@ def backwards(shape: Shape) -> Shape:
     )
 
 
-def weight_gradient(dy: Array, x: Array, shape: Shape) -> Array:
+def weight_gradient(dy: Array, x: Array, shape: ConvShape) -> Array:
     """dw (KH, KW, C/groups, M) float32; ``x`` as :func:`fold` gives it."""
     folded, parts = fold_shape(shape), gradient_plan(shape, current())
     partial = empty((parts.count, folded.depth, shape.maps), "float32")
@@ -164,7 +164,7 @@ def weight_gradient(dy: Array, x: Array, shape: Shape) -> Array:
     return dw
 
 
-def _convolve(x: Array, w: Array, y: Array, shape: Shape, bias: Array | None, rectify: bool) -> None:
+def _convolve(x: Array, w: Array, y: Array, shape: ConvShape, bias: Array | None, rectify: bool) -> None:
     plan = product_plan(shape, y.shape[1] * y.shape[2], current())
     launch(
         f"convolve_{plan.tile}",
@@ -195,7 +195,7 @@ class Plan:
     stretch: int = 0  # pixels a part
 
 
-def product_plan(shape: Shape, pixels: int, room: Room) -> Plan:
+def product_plan(shape: ConvShape, pixels: int, room: Room) -> Plan:
     """Of y (or dx), ``pixels`` of an image."""
     rows = ceil(shape.images * pixels / ROWS)
     places = ceil(shape.depth / DEPTH) * (DEPTH // 8) * 8
@@ -208,7 +208,7 @@ def product_plan(shape: Shape, pixels: int, room: Room) -> Plan:
     return min((plan(tile) for tile in TILES), key=lambda p: _cost(p, room))
 
 
-def gradient_plan(shape: Shape, room: Room) -> Plan:
+def gradient_plan(shape: ConvShape, room: Room) -> Plan:
     """Of dw: its blocks alone would leave most of the device idle, so that the sum over the pixels is split."""
     folded, pixels = fold_shape(shape), shape.images * shape.pixels
     corners = 2 * DEPTH * 8

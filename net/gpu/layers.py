@@ -15,8 +15,8 @@ from net.gpu import beside
 from net.gpu.arrays import blocks, cast, dense, empty, floats
 from net.gpu.device import current
 from net.gpu.kernels import THREADS, launch
+from net.layers import Array
 
-Array = Any
 Key = tuple[int, Any, int]  # seed, step (a number or an array of one), layer
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from net.gpu import cublas
 from net.gpu.arrays import empty, pictures
 from net.gpu.convolution import add_bias, column_sum
-
-Array = Any
+from net.layers import Array
 
 
 def linear_forward(x: Array, w: Array, b: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Final
 from net.gpu import blocks, graph, implicit
 from net.gpu.cublas import WORKSPACE
 from net.gpu.device import current
-from net.gpu.shape import Shape
+from net.gpu.shape import layer_shape
 from net.layers import Conv, ConvBlock, Dropout, Flatten, Layer, Linear, LinearBlock, fuse
 
 CONTEXT: Final = 600 * 2**20  # bytes: CUDA context, libraries and kernels
@@ -31,7 +31,7 @@ def bytes_needed(layers: Sequence[Layer], shape: tuple[int, int, int], batch: in
         own, passing = batch * prod(output) * item, batch * prod(current_shape) * item
         if isinstance(layer, Conv | ConvBlock):
             conv = layer.conv if isinstance(layer, ConvBlock) else layer
-            sizes = _conv_shape(conv, current_shape, batch)
+            sizes = layer_shape(conv, current_shape, batch)
             result = batch * sizes.pixels * sizes.maps * picture
             if picture == 2 and implicit.takes(sizes):
                 folded = implicit.fold_shape(sizes)
@@ -96,11 +96,6 @@ def check_memory(
         f"a batch of {batch} needs about {_gib(needed)} and {device.name} has {_gib(device.memory)}{others}; "
         + (f"the largest batch that fits is {largest}: --set {key}={largest}" if largest else "not even one fits")
     )
-
-
-def _conv_shape(conv: Conv, shape: tuple[int, ...], batch: int) -> Shape:
-    height, width, channels = shape
-    return Shape(batch, height, width, channels, conv.size, conv.size, conv.maps, conv.stride, conv.pad, conv.groups)
 
 
 def _gib(size: float) -> str:

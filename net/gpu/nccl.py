@@ -17,11 +17,11 @@ import numpy as np
 
 from net.backend import BackendUnavailableError
 from net.gpu.arrays import dense
-from net.gpu.device import current
+from net.gpu.device import current, event_on
+from net.layers import Array
 
 ADDRESS: Final = 128  # signed bytes in the tuple by which NCCL's ranks find each other
 
-Array = Any
 Gradients = Iterable[tuple[str, Array]]
 
 
@@ -42,20 +42,16 @@ def reduction(
     nccl = current().cupy.cuda.nccl
 
     def reduce(gradients: Gradients) -> Iterator[tuple[str, Array]]:
-        device, sending = current(), _stream()
+        computing, sending = current().stream, _stream()
         sums: list[tuple[str, Array]] = []
         for name, gradient in gradients:
             gradient = dense(gradient)
-            known = device.cupy.cuda.Event(disable_timing=True)
-            known.record(device.stream)
-            sending.wait_event(known)
+            sending.wait_event(event_on(computing))
             at = gradient.data.ptr
             communicator.allReduce(at, at, gradient.size, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, sending.ptr)
             sums.append((name, gradient))
-        sent = device.cupy.cuda.Event(disable_timing=True)
-        sent.record(sending)
         # All sums have been queued, so their memory is in use on the sending stream until this event.
-        device.stream.wait_event(sent)
+        computing.wait_event(event_on(sending))
         yield from sums
 
     return reduce

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-Array = Any
+from net.layers import Array, Conv, Shape
+
 LARGEST_COLUMNS: Final = 2**31 - 1  # elements; the kernels count those of a piece in 32 bits
 COLUMNS_SHARE: Final = 1 / 16  # of the device's memory, for the columns of one layer
 
 
 @dataclass(frozen=True)
-class Shape:
+class ConvShape:
     """Sizes of one convolution."""
 
     images: int
@@ -59,9 +60,14 @@ class Shape:
         return max(1, min(self.images, LARGEST_COLUMNS // each, int(memory * COLUMNS_SHARE) // (each * itemsize)))
 
 
-def shape_of(x: Array, w: Array, stride: int, pad: int, groups: int) -> Shape:
+def layer_shape(conv: Conv, shape: Shape, images: int) -> ConvShape:
+    """Sizes of a layer's convolution of so many pictures of (height, width, channels)."""
+    return ConvShape(images, *shape, conv.size, conv.size, conv.maps, conv.stride, conv.pad, conv.groups)
+
+
+def shape_of(x: Array, w: Array, stride: int, pad: int, groups: int) -> ConvShape:
     """Sizes of the convolution of x (N, H, W, Cin) with w (KH, KW, Cin/groups, Cout)."""
-    shape = Shape(*x.shape, w.shape[0], w.shape[1], w.shape[3], stride, pad, groups)
+    shape = ConvShape(*x.shape, w.shape[0], w.shape[1], w.shape[3], stride, pad, groups)
     if w.shape[2] * groups != shape.channels or shape.maps % groups:
         raise ValueError(f"weights {w.shape} in {groups} groups do not fit a picture of {shape.channels} channels")
     return shape

@@ -24,7 +24,7 @@ from pipeline.run_dir import RunDir, make_folder, write_bytes
 from stages.eval import evaluate
 from stages.report import charts, facts, pictures
 from stages.report.facts import Facts
-from stages.trained import Trained, label, load_trained
+from stages.trained import Trained, load_trained
 
 PHOTOS: Final = 8  # shown of the most confident right and wrong ones each
 ACTIVATIONS: Final = 3  # pictures whose activation maps are shown
@@ -173,12 +173,12 @@ def _sheet(split: Split, photos: list[dict[str, Any]], *, right: bool) -> Image.
 def _photo(known: Facts, split: Split, index: int) -> dict[str, Any]:
     assert known.predictions is not None  # else no index would have been chosen
     top, probability = known.predictions["top"][index], known.predictions["probability"][index]
-    names = [label(known.classes[number], number) for number in top.tolist()]
+    names = [known.label(number) for number in top.tolist()]
     true = int(known.predictions["labels"][index])
     return {
         "index": index,
         "image": pictures.photo(split.row(index)),
-        "true": label(known.classes[true], true),
+        "true": known.label(true),
         "said": names[0],
         "probability": float(probability[0]),
         "top": [

@@ -69,7 +69,7 @@ def charts(runs: Sequence[Facts], sampled: float | None = None) -> list[Chart]:
     for number, facts in enumerate(runs):
         prefix = f"{facts.name}: " if several else ""
         first, second = (number, number) if several else (0, 1)
-        raw = [(facts.epoch(r["step"]), r["loss"]) for r in facts.steps]
+        raw = _logged(facts, "loss")
         smooth = _moving_mean(raw)
         if smooth and not several:
             loss.append(Series("training, each logged batch", _thinned(raw), 0, "faint"))
@@ -79,23 +79,13 @@ def charts(runs: Sequence[Facts], sampled: float | None = None) -> list[Chart]:
         accuracy.append(Series(f"{prefix}validation top-1", [(x, r["top1"]) for x, r in seen], first, "dots"))
         if not several:
             accuracy.append(Series("validation top-5", [(x, r["top5"]) for x, r in seen], 1, "dots"))
-        speed.append(
-            Series(
-                f"{prefix}images/s",
-                _thinned([(facts.epoch(r["step"]), r["images_per_second"]) for r in facts.steps]),
-                number,
-            )
-        )
-        wait.append(
-            Series(
-                f"{prefix}waiting", _thinned([(facts.epoch(r["step"]), r["data_wait"]) for r in facts.steps]), number
-            )
-        )
+        speed.append(Series(f"{prefix}images/s", _thinned(_logged(facts, "images_per_second")), number))
+        wait.append(Series(f"{prefix}waiting", _thinned(_logged(facts, "data_wait")), number))
     if sampled is not None and not several:
         accuracy.append(Series("training top-1, a sample", [(runs[0].epoch(runs[0].step), sampled)], 2, "dots"))
     made = [
         Chart("loss", "Loss", "cross-entropy, nats", "number", loss, marks, log=True),
-        Chart("accuracy", "Accuracy", "share of pictures, centre view", "percent", accuracy, marks, log=False),
+        Chart("accuracy", "Accuracy", "share of pictures, centre view", "percent", accuracy, marks),
         Chart("speed", "Speed", "training images per second", "number", speed, []),
         Chart("wait", "Waiting for data", "share of the training time", "percent", wait, []),
     ]
@@ -137,6 +127,11 @@ def curves_png(shown: Sequence[Chart]) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
+
+
+def _logged(facts: Facts, name: str) -> list[tuple[float, float]]:
+    """A number of the training lines, by epoch."""
+    return [(facts.epoch(r["step"]), r[name]) for r in facts.steps]
 
 
 def _rate_steps(facts: Facts) -> list[tuple[float, str]]:

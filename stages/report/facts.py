@@ -71,6 +71,10 @@ class Facts:
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(self.manifest["splits"]["train"]["images"], self.config.train.batch_size)
 
+    def label(self, number: int) -> str:
+        """A class as a person knows it."""
+        return label(self.classes[number], number)
+
     def epoch(self, step: int) -> float:
         """Epochs done after ``step`` steps."""
         return step / self.steps_per_epoch
@@ -146,13 +150,13 @@ def per_class(facts: Facts) -> list[dict[str, Any]]:
         wrong = Counter(first[first != number].tolist()).most_common(1)
         rows.append(
             {
-                "name": label(facts.classes[number], number),
+                "name": facts.label(number),
                 "words": facts.classes[number].get("words") or "",
                 "wnid": facts.classes[number].get("wnid") or "",
                 "images": int(mine.sum()),
                 "top1": float(np.mean(first == number)),
                 "top5": float(np.mean(np.any(top[mine] == number, axis=1))),
-                "taken_for": label(facts.classes[wrong[0][0]], wrong[0][0]) if wrong else "",
+                "taken_for": facts.label(wrong[0][0]) if wrong else "",
                 "taken_for_count": wrong[0][1] if wrong else 0,
             }
         )
@@ -170,8 +174,8 @@ def confusions(facts: Facts) -> list[dict[str, Any]]:
     ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:MOST_PAIRS]
     return [
         {
-            "true": label(facts.classes[true], true),
-            "said": label(facts.classes[said], said),
+            "true": facts.label(true),
+            "said": facts.label(said),
             "count": count,
             "share": count / int(sizes[true]),
             "back": pairs.get((said, true), 0),

@@ -19,7 +19,7 @@ from bench import gpu, gpu_checks, gpu_convolution
 from net.alexnet import alexnet
 from net.backend import BackendUnavailableError
 from net.gpu import implicit
-from net.gpu.shape import Shape
+from net.gpu.shape import ConvShape
 from tests.gpu import test_network
 from tests.gpu.conftest import REAL, need_compiler
 
@@ -126,7 +126,7 @@ def test_a_container_without_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None
 def test_tiles_that_a_card_has_no_shared_memory_for_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     """On a consumers' card `--tune` would end at the first of them."""
     card = SimpleNamespace(processors=128, shared_processor=100 * 1024)
-    conv2 = Shape(128, 27, 27, 96, 5, 5, 256, 1, 2, 2)
+    conv2 = ConvShape(128, 27, 27, 96, 5, 5, 256, 1, 2, 2)
 
     def timed(run: Callable[[], Any]) -> float:
         plan = run()

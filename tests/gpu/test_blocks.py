@@ -220,7 +220,7 @@ def test_fully_connected_block(backend: Callable[[str], ModuleType], precision: 
 
 @pytest.mark.parametrize("block", [BLOCKS[1], BLOCKS[2], BLOCKS[13]], ids=str)
 def test_a_batch_in_pieces_gives_the_same(fp32: ModuleType, monkeypatch: pytest.MonkeyPatch, block: Block) -> None:
-    monkeypatch.setattr(convolution.Shape, "images_at_once", lambda self, memory, itemsize: 1)
+    monkeypatch.setattr(convolution.ConvShape, "images_at_once", lambda self, memory, itemsize: 1)
     check(fp32, block, 2e-5)
 
 

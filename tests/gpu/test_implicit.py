@@ -189,7 +189,7 @@ class Card:
 
 @pytest.mark.parametrize("card", [Card(132, 228 * 1024), Card(128, 100 * 1024), Card(108, 164 * 1024)])
 def test_plans_fit_the_card(card: Card) -> None:
-    conv2 = convolution.Shape(128, 27, 27, 96, 5, 5, 256, 1, 2, 2)
+    conv2 = convolution.ConvShape(128, 27, 27, 96, 5, 5, 256, 1, 2, 2)
     for plan in (
         implicit.product_plan(conv2, conv2.pixels, card),
         implicit.product_plan(implicit.backwards(conv2), 27 * 27, card),

@@ -15,6 +15,7 @@ from PIL import Image
 
 import run_pipeline
 from pipeline.checkpoint import checkpoints, load_checkpoint
+from pipeline.metrics import read_metrics
 from stages import setup, start, trained
 from tests.gpu import standin, test_network
 from tests.gpu.conftest import REAL
@@ -64,7 +65,8 @@ def test_training_resume_and_evaluation(
     for run in (whole, parts):
         shutil.copytree(shards, run)
     gpu = ("--device", "gpu", "--precision", "bf16")
-    train(whole, *gpu, "--steps", "3")
+    train(whole, *gpu, "--steps", "3", "--set", "train.log_every=2")
+    assert [record["step"] for record in read_metrics(whole / "train" / "metrics.jsonl")] == [2, 3]
     said = capsys.readouterr().out
     assert "computing on the GPU in bf16" in said
     assert REAL or "(as asked): a pretended GPU, 80 GiB\n" in said

@@ -22,7 +22,7 @@ from net.weights.layout import from_torch, to_torch, torch_shapes
 from net.weights.tensors import read_arrays, read_header, to_bytes
 from pipeline.config import RECIPES, Config
 from pipeline.config_values import changes, to_dict
-from stages.setup import network_layers, shapes
+from stages.setup import input_shape, network_layers, shapes
 from tests.net.caffe_files import blob, caffemodel, field, varint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,11 +40,6 @@ def small(recipe: str, *settings: str) -> Config:
     crop = 99 if recipe == "caffe" else 96
     sizes = [f"input.crop={crop}", "preprocess.size=120", "network.weight_std=[0,0,0,0,0,0,0,0]"]
     return changes(settings=[*sizes, *settings])(RECIPES[recipe])
-
-
-def side_of(config: Config) -> tuple[int, int, int]:
-    side = config.input.crop + sum(config.input.border)
-    return side, side, 3
 
 
 def parameters_of(config: Config) -> dict[str, np.ndarray]:
@@ -149,7 +144,7 @@ def test_module_in_the_docs_gives_the_same_scores(name: str, crops: np.ndarray, 
     config = CONFIGS[name]
     crops = np.ascontiguousarray(crops[:, : config.input.crop, : config.input.crop])
     parameters = parameters_of(config)
-    tensors = to_torch(network_layers(config, CLASSES), side_of(config), parameters)
+    tensors = to_torch(network_layers(config, CLASSES), input_shape(config), parameters)
     mean = preparation_of(config, MEAN).mean
     crop = config.input.crop
     tensors["mean"] = np.zeros((crop, crop, 3), np.float32) if mean is None else np.ascontiguousarray(mean)
@@ -164,12 +159,12 @@ def test_module_in_the_docs_gives_the_same_scores(name: str, crops: np.ndarray, 
 def test_way_to_pytorch_and_back_keeps_every_bit(recipe: str) -> None:
     config = small(recipe)
     layers, parameters = network_layers(config, CLASSES), parameters_of(config)
-    tensors = to_torch(layers, side_of(config), parameters)
-    assert {name: array.shape for name, array in tensors.items()} == torch_shapes(layers, side_of(config))
+    tensors = to_torch(layers, input_shape(config), parameters)
+    assert {name: array.shape for name, array in tensors.items()} == torch_shapes(layers, input_shape(config))
     assert tensors["conv2.weight"].shape == (256, 48, 5, 5)
     # fc6's input in PyTorch's order: channel 7, row 1, column 0 of (256, 2, 2) maps.
     assert tensors["fc6.weight"][3, (7 * 2 + 1) * 2 + 0] == parameters["fc6.w"][(1 * 2 + 0) * 256 + 7, 3]
-    back = from_torch(layers, side_of(config), tensors)
+    back = from_torch(layers, input_shape(config), tensors)
     for name, array in parameters.items():
         np.testing.assert_array_equal(back[name], array)
 
@@ -215,15 +210,15 @@ def test_caffemodel_with_the_real_shapes(tmp_path: Path) -> None:
     config = RECIPES["caffe"]
     layers = network_layers(config, 1000)
     rng = np.random.default_rng(3)
-    wanted = torch_shapes(layers, side_of(config))
+    wanted = torch_shapes(layers, input_shape(config))
     tensors = {name: rng.random(shape, dtype=np.float32) for name, shape in wanted.items()}
     path = tmp_path / "bvlc_alexnet.caffemodel"
     path.write_bytes(caffemodel(tensors, old=True))
     assert 243e6 < path.stat().st_size < 245e6  # as the published file
-    read = read_caffe(path, torch_shapes(layers, side_of(config)))
+    read = read_caffe(path, torch_shapes(layers, input_shape(config)))
     for name, array in tensors.items():
         np.testing.assert_array_equal(read[name], array)
-    parameters = from_torch(layers, side_of(config), read)
+    parameters = from_torch(layers, input_shape(config), read)
     # Input channel 0 of conv1 is blue in Caffe and, since the recipe feeds blue, green, red, here as well.
     np.testing.assert_array_equal(parameters["conv1.w"][2, 5, 0], tensors["conv1.weight"][:, 0, 2, 5])
     # fc6: channel, row, column there, row, column, channel here.
@@ -254,11 +249,11 @@ def caffe_scores(tensors: dict[str, np.ndarray], mean: np.ndarray, crops: np.nda
 def test_caffemodel_gives_caffes_scores(crops: np.ndarray, tmp_path: Path, old: bool) -> None:
     config = small("caffe")
     layers = network_layers(config, CLASSES)
-    tensors = to_torch(layers, side_of(config), parameters_of(config))
+    tensors = to_torch(layers, input_shape(config), parameters_of(config))
     # conv1 as it comes from a network trained on blue, green, red: what counts is that scores agree, not the order.
     path = tmp_path / "x.caffemodel"
     path.write_bytes(caffemodel(tensors, old=old))
-    parameters = from_torch(layers, side_of(config), read_caffe(path, torch_shapes(layers, side_of(config))))
+    parameters = from_torch(layers, input_shape(config), read_caffe(path, torch_shapes(layers, input_shape(config))))
     mean = preparation_of(config, MEAN).mean
     assert mean is not None
     close(scores_of(config, parameters, MEAN, crops), caffe_scores(tensors, mean, crops))
@@ -329,11 +324,11 @@ def test_every_cut_of_a_caffemodel_is_refused_or_incomplete(tmp_path: Path) -> N
 def test_caffenet_and_oversized_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small("caffe")
     layers = network_layers(config, CLASSES)
-    tensors = to_torch(layers, side_of(config), parameters_of(config))
+    tensors = to_torch(layers, input_shape(config), parameters_of(config))
     path = tmp_path / "caffenet.caffemodel"
     path.write_bytes(caffemodel(tensors, old=False, order=("pool1", "norm1")))
     with pytest.raises(WeightsError, match="pools before it normalises"):
-        read_caffe(path, torch_shapes(layers, side_of(config)))
+        read_caffe(path, torch_shapes(layers, input_shape(config)))
     monkeypatch.setattr(caffe, "LARGEST", 1000)
     with pytest.raises(WeightsError, match="more than a protocol buffer"):
-        read_caffe(path, torch_shapes(layers, side_of(config)))
+        read_caffe(path, torch_shapes(layers, input_shape(config)))

@@ -114,10 +114,6 @@ def test_every_rank_says_the_same_of_which_differ() -> None:
             one.require_same(lambda value=value: value, "the settings differ")
 
 
-def test_the_first_rank_of_another_machine_does_not_lead() -> None:
-    assert [replace(of(rank, 4), local=rank % 2).leads for rank in range(4)] == [True, False, False, False]
-
-
 class Leaving:
     """A communicator at the end of a run: what all ranks say, and after how many looks it has come."""
 

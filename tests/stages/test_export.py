@@ -274,3 +274,7 @@ def test_a_wrong_mean_image_is_named(exported: Path, tmp_path: Path, capsys: pyt
     said = capsys.readouterr().err
     assert f"cannot use {mean}: it is damaged" in said
     assert str(file) not in said
+    mean.write_bytes(blob(np.ones((3, 50, 50))))
+    options = ("--mean", mean, "--set", "input.mean=image", "--run", tmp_path / "new")
+    assert pipeline("--stage", "import", file, *options) == 1
+    assert f"cannot use {mean}: its mean picture has shape (50, 50, 3), which fits neither" in capsys.readouterr().err

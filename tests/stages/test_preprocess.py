@@ -28,7 +28,7 @@ from data.convert import ShardResult, ShardTask, make_shard
 from data.images import read_square
 from data.listing import Rows, shuffled
 from data.manifest import read_manifest
-from data.plan import make_plan, shard_tasks
+from data.plan import make_plan, settings, shard_tasks
 from data.sources import read_source
 from data.split import Split, open_split
 from data.tally import Tally
@@ -127,7 +127,7 @@ def test_the_order_is_the_shuffle_of_the_whole_split(undisturbed: RunDir, source
 def test_the_plan_is_a_shuffle_of_each_split_by_the_seed(source: Path, tmp_path: Path):
     config = dataclasses.replace(CONFIG, seed=5)
     plan = make_plan(config, read_source(source))
-    assert plan.settings == {"seed": 5, "preprocess": dataclasses.asdict(config.preprocess)}
+    assert settings(plan.config) == {"seed": 5, "preprocess": dataclasses.asdict(config.preprocess)}
     tasks = shard_tasks(plan, tmp_path, None)
     for split, listing in plan.source.splits.items():
         names = [name for task in tasks if task.layout.split == split for name in task.pictures.name.tolist()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +24,8 @@ from stages.setup import loader_slots, loader_threads
 
 
 @pytest.fixture
-def run(tmp_path: Path, prepared: Path) -> RunDir:
-    shutil.copytree(prepared, tmp_path / "run")
-    return RunDir(tmp_path / "run")
+def run(run: Path) -> RunDir:
+    return RunDir(run)
 
 
 def replace(run: RunDir, name: str, content: bytes) -> None:

@@ -76,10 +76,9 @@ def metrics(run: Path) -> list[dict]:
 
 
 def test_a_new_run_is_drawn_while_its_backend_loads_and_a_resumed_one_not_at_all(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, order = tmp_path / "run", []
-    shutil.copytree(prepared, run)
+    order = []
     load, drawing = backend.load, start_stage.drawing
 
     @contextlib.contextmanager
@@ -218,10 +217,9 @@ def test_train_where_checkpoints_lie_names_both_ways_on(run: Path, undisturbed: 
     assert metrics(run) == metrics(undisturbed)[:1]
 
 
-def begun(prepared: Path, folder: Path) -> Path:
+@pytest.fixture
+def begun(run: Path) -> Path:
     """A run with something in the place of a checkpoint: whoever does not resume does not read it."""
-    run = folder / "run"
-    shutil.copytree(prepared, run)
     (run / "train").mkdir()
     for name in ("step-00000009.ckpt", "latest.json", "metrics.jsonl"):
         (run / "train" / name).write_text(name)
@@ -229,12 +227,12 @@ def begun(prepared: Path, folder: Path) -> Path:
 
 
 def test_checkpoints_in_the_way_are_told_before_anything_is_loaded_or_drawn(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, order = begun(prepared, tmp_path), []
+    order = []
     monkeypatch.setattr(start_stage, "drawing", lambda *how: order.append("drawing"))
     monkeypatch.setattr(backend, "load", lambda *names: order.append("load"))
-    assert run_pipeline.main(["--stage", "train", "--run", str(run)]) == 1
+    assert run_pipeline.main(["--stage", "train", "--run", str(begun)]) == 1
     assert "holds checkpoints up to step 9; add --resume" in capsys.readouterr().err
     assert order == []
 
@@ -280,23 +278,20 @@ def test_a_restart_that_fails_leaves_the_run_as_it_was(
     where: ModuleType,
     name: str,
     failing: Callable[..., object],
-    prepared: Path,
-    tmp_path: Path,
+    begun: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = begun(prepared, tmp_path)
     monkeypatch.setattr(where, name, failing)
-    restart_is_refused(run)
+    restart_is_refused(begun)
     assert capsys.readouterr().err == "error: as the test wants it\n"
 
 
 def test_a_restart_without_tensorboard_leaves_the_run_as_it_was(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = begun(prepared, tmp_path)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    restart_is_refused(run, "--tensorboard")
+    restart_is_refused(begun, "--tensorboard")
     assert "--tensorboard needs tensorboardX" in capsys.readouterr().err
 
 
@@ -356,18 +351,16 @@ def test_validation_and_checkpoints_only_every_so_many_epochs(run: Path, undistu
     assert checkpoints(run / "train")[-1].name == "step-00000036.ckpt"
 
 
-def test_steps_are_numbered_for_dropout_and_logged_every_so_many(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_steps_are_numbered_for_dropout_and_logged_every_so_many_and_at_the_end(
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A number that stayed would switch off the same units for ever; the metrics would look as always."""
-    run, numbers, upload = tmp_path / "run", [], net.cpu.upload
-    shutil.copytree(prepared, run)
+    numbers, upload = [], net.cpu.upload
     monkeypatch.setattr(net.cpu, "upload", lambda arrays: numbers.append(arrays["step"].tolist()) or upload(arrays))
     command = ["--stage", "train", "--run", str(run), "--device", "cpu", "--steps", "3"]
     assert run_pipeline.main([*command, *settings("train.batch_size=2", "train.log_every=2")]) == 0
     assert numbers == [[0], [1], [2]]
-    assert [record["step"] for record in metrics(run)] == [2]
-    shutil.rmtree(run)
+    assert [record["step"] for record in metrics(run)] == [2, 3]
 
 
 def test_divergence_stops_training_and_keeps_the_last_good_checkpoint(run: Path, undisturbed: Path) -> None:
@@ -424,11 +417,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_and_indexes_and_removals_
     assert order == ["synced", "saved", ("best", path, 1, 0.5), ("pruned", 3, path)]
 
 
-def test_writing_a_checkpoint_does_not_count_as_training(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(prepared, run)
+def test_writing_a_checkpoint_does_not_count_as_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, save = [0.0], train_stage.save_checkpoint
     for module in (trainer, losses):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -486,9 +475,7 @@ def test_a_checkpoint_made_in_another_way_is_gone_on_from_with_a_word(undisturbe
     shutil.rmtree(run)
 
 
-def test_memory_for_training_and_for_its_validation_is_asked_for(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_for_training_and_for_its_validation_is_asked_for(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, bool]] = []
 
     def ask(ops: ModuleType, layers: object, config: object, batch: int, *, training: bool) -> None:
@@ -498,7 +485,7 @@ def test_memory_for_training_and_for_its_validation_is_asked_for(
 
     monkeypatch.setattr(start_stage, "require_memory", ask)
     sizes = settings("train.batch_size=4", "eval.batch_size=500")  # there are 13 pictures to validate with
-    restart_is_refused(begun(prepared, tmp_path), *sizes)
+    restart_is_refused(begun, *sizes)
     assert asked == [(4, True), (13, False)]
 
 
@@ -542,10 +529,9 @@ def test_room_is_what_is_free_and_what_is_going_to_be_removed(
 
 
 def test_a_signal_in_the_last_step_finds_training_done(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, step = tmp_path / "run", trainer.Trainer.step
-    shutil.copytree(prepared, run)
+    step = trainer.Trainer.step
 
     def and_signal(self: trainer.Trainer, batch: Any) -> None:
         step(self, batch)
@@ -556,21 +542,16 @@ def test_a_signal_in_the_last_step_finds_training_done(
     out, err = capsys.readouterr()
     assert "trained to step 1" in out
     assert "go on with" not in err
-    shutil.rmtree(run)
 
 
-def test_reading_ahead_begins_where_training_goes_on(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_ahead_begins_where_training_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the beginning it would give the same bytes, after reading again what the epoch has had."""
-    run, noted, read_ahead = tmp_path / "run", [], TrainingPlan.read_ahead
-    shutil.copytree(prepared, run)
+    noted, read_ahead = [], TrainingPlan.read_ahead
     monkeypatch.setattr(TrainingPlan, "read_ahead", lambda *given: noted.append(given[1:]) or read_ahead(*given))
     command = ["--stage", "train", "--run", str(run), "--device", "reference", "--resume", "--steps"]
     for steps in ("2", "1"):
         assert run_pipeline.main([*command, steps]) == 0
     assert noted == [(0, 2), (2, 3)]
-    shutil.rmtree(run)
 
 
 @pytest.mark.parametrize("place", ["parameters", "momenta"])
