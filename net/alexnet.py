@@ -37,6 +37,7 @@ def alexnet(
     map_norm: bool = False,
     pool_size: int = 3,
     pool_stride: int = 2,
+    fc_units: int = 4096,
     final_relu: bool = False,
     dropout_keep: float = 0.5,
     dropout_scale_in_training: bool = False,
@@ -60,6 +61,8 @@ def alexnet(
         A second normalisation after conv2's LRN, over 5x5 pixels of the same map, as in the authors' code.
     pool_size, pool_stride : int
         Of all three pools; they overlap where the stride is smaller than the size (section 3.4).
+    fc_units : int
+        Units of fc6 and of fc7 (section 3.5).
     final_relu : bool
         A ReLU after fc8.
     dropout_keep : float
@@ -94,10 +97,10 @@ def alexnet(
         relu,
         pool,
         Flatten(),
-        Linear("fc6", 4096),
+        Linear("fc6", fc_units),
         relu,
         *dropout(6),
-        Linear("fc7", 4096),
+        Linear("fc7", fc_units),
         relu,
         *dropout(7),
         Linear("fc8", classes),

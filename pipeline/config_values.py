@@ -218,6 +218,7 @@ def _check(config: Config, file: str | None = None) -> None:
             "network.lrn_size must lie between 0 and 512, network.lrn_k above 0",
         ),
         (net.lrn_alpha >= 0, "network.lrn_alpha must not be negative"),
+        (1 <= net.fc_units <= 65536, "network.fc_units must lie between 1 and 65536"),
         (1 <= train.batch_size <= 65536, "train.batch_size must lie between 1 and 65536"),
         (1 <= config.eval.batch_size <= 65536, "eval.batch_size must lie between 1 and 65536"),
         (config.eval.views in (1, 10), "eval.views must be 1 or 10"),

@@ -158,6 +158,7 @@ def test_wrong_settings_are_refused(setting: str, pattern: str) -> None:
         "network.dropout_keep=0",
         "network.dropout_keep=1.5",
         "network.lrn_size=-1",
+        "network.fc_units=0",
         "network.lrn_k=0",
         "network.pool_stride=4",
         "network.pool_size=6",
