@@ -60,7 +60,7 @@ class Network:
     map_norm: bool = False  # a second normalisation after block 2's LRN, over 5x5 pixels of the same map
     pool_size: int = 3
     pool_stride: int = 2  # smaller than pool_size: overlapping (paper, section 3.4)
-    fc_units: int = 4096  # of fc6 and fc7; fewer learn faster, and are enough for few classes
+    fc_units: int = 4096  # units of fc6 and of fc7, which hold most of the weights (section 3.5)
     final_relu: bool = False  # a ReLU after the last layer
     dropout_keep: float = 0.5  # probability that a unit of fc6, fc7 survives; 1 leaves dropout out
     dropout_scale_in_training: bool = False  # True: divide by keep in training (Caffe); False: multiply by it in test

@@ -87,7 +87,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, small_source: Path) -> Pa
 
 @pytest.fixture
 def run(tmp_path: Path, prepared: Path) -> Iterator[Path]:
-    """A preprocessed run of the test's own, removed afterwards: a checkpoint takes 170 MB."""
+    """A preprocessed run of the test's own, removed afterwards: a checkpoint takes 20 MB."""
     path = tmp_path / "run"
     shutil.copytree(prepared, path)
     yield path

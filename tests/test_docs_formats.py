@@ -50,5 +50,5 @@ def test_the_gradient_of_a_score(
         return ops.to_host(scores)[:, number]
 
     risen = (score(1) - score(-1)) / 2
-    np.testing.assert_allclose(risen, np.abs(few * gradient).sum(axis=(1, 2, 3)), rtol=0.02)
+    np.testing.assert_allclose(risen, np.abs(few * gradient).sum(axis=(1, 2, 3)), rtol=0.05)
     assert (risen > 0).all()

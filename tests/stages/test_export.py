@@ -183,8 +183,9 @@ def test_caffemodel_evaluates_with_its_own_mean(run: Path, capsys: pytest.Captur
     model.write_bytes(caffemodel(to_torch(layers, input_shape(config), parameters), old=True))
     means = rng.uniform(0, 255, (3, 72, 72)).astype(np.float32)
     mean.write_bytes(blob(means, old=True))
+    small = settings("input.crop=67", "network.fc_units=250")
     # The run's own configuration says how its pictures are stored; the rest is the caffe recipe.
-    arguments = ["--stage", "import", model, "--mean", mean, "--run", run, *settings("input.crop=67")]
+    arguments = ["--stage", "import", model, "--mean", mean, "--run", run, *small]
     own = (run / "config.json").read_bytes()
     assert pipeline(*arguments) == 0
     assert (run / "config.json").read_bytes() == own
@@ -202,14 +203,14 @@ def test_caffemodel_evaluates_with_its_own_mean(run: Path, capsys: pytest.Captur
     assert "has checkpoints already" in capsys.readouterr().err
     # Without --mean the run's own mean is subtracted, which is another one.
     checkpoints(run / "train")[0].unlink()
-    assert pipeline("--stage", "import", model, "--run", run, *settings("input.crop=67")) == 0
+    assert pipeline("--stage", "import", model, "--run", run, *small) == 0
     assert pipeline("--stage", "eval", "--run", run, "--views", 1) == 0
     losses.append(json.loads((run / "eval" / "metrics.json").read_text())["loss"])
     assert abs(losses[0] - losses[1]) > 1e-3
     # Without either, what is told is what works: the demo set's mean would be no help.
     capsys.readouterr()
     bare = tmp_path / "bare"
-    assert pipeline("--stage", "import", model, "--run", bare, *settings("input.crop=67", "preprocess.size=72")) == 0
+    assert pipeline("--stage", "import", model, "--run", bare, *small, *settings("preprocess.size=72")) == 0
     source, first = f"--run {bare} --source DIR", f"--stage preprocess --source DIR --run {bare}"
     assert f"use it, after {first}, whose mean picture the recipe subtracts, with" in capsys.readouterr().out
     for stage in (("predict", "x.png"), ("eval",)):

@@ -266,7 +266,7 @@ def test_activations_follow_the_layers(trained_run: Path) -> None:
         "fc7 · ReLU",
     ]
     assert maps[0].shape == "15 x 15 x 96"
-    assert maps[-1].shape == "4096 units"
+    assert maps[-1].shape == "250 units"
 
 
 def test_activations_of_a_layer_that_somebody_added(trained_run: Path) -> None:
