@@ -170,7 +170,13 @@ def _arguments(stage: str, run: Path, source: Path) -> list[str]:
     common = ["--stage", stage, "--run", str(run)]
     if stage == "preprocess":
         changes = (
-            *("preprocess.size=72", "preprocess.shard_images=8", "input.crop=67", "input.border=[0,0]"),
+            *(
+                "preprocess.size=72",
+                "preprocess.shard_images=8",
+                "input.crop=67",
+                "input.border=[0,0]",
+                "network.fc_units=250",
+            ),
             *("train.epochs=1", "train.batch_size=8", "train.log_every=1", "train.checkpoint_every=2"),
             *("train.keep_checkpoints=1", "eval.batch_size=4"),
         )

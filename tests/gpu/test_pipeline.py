@@ -20,7 +20,10 @@ from stages import setup, start, trained
 from tests.gpu import standin, test_network
 from tests.gpu.conftest import REAL
 
-SMALL = ("preprocess.size=80", "input.crop=72", "train.batch_size=4", "eval.batch_size=40", "train.log_every=1")
+SMALL = (
+    *("preprocess.size=80", "input.crop=72", "network.fc_units=250"),
+    *("train.batch_size=4", "eval.batch_size=40", "train.log_every=1"),
+)
 
 
 @pytest.fixture(autouse=True)
