@@ -28,10 +28,10 @@ Reduce = Callable[[Iterable[tuple[str, Array]]], Iterator[tuple[str, Array]]]
 class Preparation:
     """How uint8 crops become the network's input; arguments of ``augment`` (``net/reference/augment.py``)."""
 
-    mean: Array | None  # on the backend's device
-    scale: float
-    bgr: bool
-    border: tuple[int, int]
+    mean: Array | None  # float32 (M, M, 3), 0..255, on the backend's device
+    scale: float  # factor on (pixel - mean + shift)
+    bgr: bool  # blue, green, red instead of red, green, blue
+    border: tuple[int, int]  # zero rows and columns before and after the crop
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,9 @@ def training_step(
 
     The returned function takes device arrays ``images``, ``corner``, ``flip``, ``shift``, ``labels`` (see the
     backend's ``augment`` and ``cross_entropy``), ``rates`` (the learning rate of each parameter, float32, in the
-    order of ``parameters``) and ``step`` (uint64, one element, the key of the dropout masks). It updates
-    ``parameters`` and ``momenta`` in place and returns each image's loss, float32 (N,).
+    order of ``parameters``) and ``step`` (uint64, one element, which with ``seed`` decides the dropout masks). It
+    updates ``parameters`` and ``momenta`` (the velocities v of ``sgd_update``) in place and returns each image's loss,
+    float32 (N,).
 
     Where several processes share a batch, ``reduce`` turns each one's gradients into their sums over all. The inputs
     then have ``first`` (uint64, one element, the place of its first picture in the batch) and ``share`` (float32, one

@@ -122,11 +122,11 @@ class Config:
     loader: Loader = field(default_factory=Loader)
 
 
-# The first author's sketch of the project: pixels on 0..1, LRN over n=4 (which spans five channels, like 5), a ReLU
-# after the last layer. It did not say how weights start: He's rule here. It starts fc8's biases at 0, and then the last
-# ReLU goes silent for good: once a class's scores are negative for all pictures, no gradient reaches them, and within
-# twenty steps that is all classes. Starting at 1 keeps the scores positive, and the softmax does not see a shift that
-# all classes share (docs/results.md has both runs).
+# This project's first sketch: pixels on 0..1, LRN over n=4 (which spans five channels, like 5), a ReLU after the last
+# layer. It did not say how weights start: He's rule here. With fc8's biases at 0, as it had them, the last ReLU goes
+# silent for good: once a class's scores are negative for all pictures, no gradient reaches them, and within twenty
+# steps that is all classes. Starting at 1 keeps the scores positive, and the softmax does not see a shift that all
+# classes share (docs/results.md has both runs).
 SEED: Final = Config(
     recipe="seed",
     network=Network(
@@ -137,7 +137,9 @@ SEED: Final = Config(
     ),
 )
 
-# The paper's text, word for word. No released code used this combination; expect a long plateau at ln(1000) = 6.908.
+# The paper's text, word for word, but for the epochs at which the rate is lowered: the paper names none ("when the
+# validation error rate stopped improving", three times; section 5), those of Train.lr are this project's choice. No
+# released code used this combination; expect a long plateau at ln(1000) = 6.908.
 PAPER: Final = Config(recipe="paper", input=Input(scale=1.0, mean="image"))
 
 # The authors' own code, net 145, which gave the published 40.66 / 18.21 (10 views).

@@ -1,8 +1,12 @@
-// Sum over the rows of a matrix (rows, channels), the gradient of a bias, in two steps of fixed order: blocks sum
-// stretches of rows into `partial` (gridDim.y, channels), then column_sum_last sums those. No atomics: the same rows
-// give the same bits.
+// Sum over the rows of a matrix x (rows, channels), the gradient of a bias:
+//
+//     out[channel] = sum over row of x[row, channel]
+//
+// in two steps of fixed order: blocks sum stretches of rows into `partial` (gridDim.y, channels), then column_sum_last
+// sums those. No atomics: the same rows give the same bits.
 
-// A block: 32 channels x 8 rows; grid: x = stretches of 32 channels, y = stretches of `stretch` rows.
+// A block: 32 channels x 8 rows ("lanes"), every eighth row a lane; grid: x = stretches of 32 channels, y = stretches
+// of `stretch` rows. Shared memory: each lane's sums, [lane][channel]; behind the barrier lane 0 adds them up in order.
 extern "C" __global__ void __launch_bounds__(THREADS) column_sum(
     const real* x, float* partial, long long rows, int channels, long long stretch) {
     extern __shared__ float shared[];

@@ -4,7 +4,9 @@
 //
 //     folded[n, r, c, a, b, i] = x[n, r*s + a, c*s + b, i],    zero beyond the edge
 //
-// A block makes a row of the folded picture, 16 bytes a thread. s*s*channels is a multiple of 8.
+// A block makes a row of the folded picture, 16 bytes a thread. s*s*channels is a multiple of 8. Shared memory: the s
+// rows of x that it needs, one behind the other as they lie in x; read only behind the barrier, for a thread's piece
+// holds values that others have copied.
 extern "C" __global__ void __launch_bounds__(THREADS) fold_picture(
     const real* x, real* folded, int height, int width, int channels, int s, int down, int across) {
     extern __shared__ __align__(16) uint8 lines[];

@@ -1,12 +1,14 @@
 // Convolution as a matrix product whose columns are never stored ("implicit GEMM"), for bfloat16 and stride 1:
 //
-//     y[(n, r, c), g, m] = relu(b[g, m] + sum over kh, kw, i of x[n, r + kh - pad, c + kw - pad, g, i] w[kh, kw, i, g, m])
+//     y[n, r, c, g, m] = b[g, m] + sum over kh, kw, i of x[n, r + kh - pad, c + kw - pad, g, i] w[kh, kw, i, g, m]
 //     dw[kh, kw, i, g, m] = sum over n, r, c of x[n, r + kh - pad, c + kw - pad, g, i] dy[n, r, c, g, m]
 //
-// columns.cu writes the matrix of all windows to memory, where it is nine to twenty-five times as large as the picture;
-// here a block copies the part of it that it needs next straight from the picture into shared memory. Outside the picture
-// the copy fills in zeros. The copies run ahead: while the tensor cores work on one slice of the sum, the next ones are on
-// their way ("stages" buffers in a ring, cp.async).
+// for group g, its input channels i and its maps m; bias and a ReLU are added where wanted.
+//
+// columns.cu writes the matrix of all windows to memory, where it is nine to twenty-five times as large as the
+// picture; here a block copies the part of it that it needs next straight from the picture into shared memory. Outside
+// the picture the copy fills in zeros. The copies run ahead: while the tensor cores work on one slice of the sum, the
+// next ones are on their way ("stages" buffers in a ring, cp.async).
 //
 // A block of four warps computes 128 rows x COLS columns of the product, 64 terms of the sum at a time. On Hopper
 // (-DHOPPER) the four warps together hand two products of 64 x COLS x 16 at a time to the tensor cores, which read both
@@ -24,15 +26,16 @@
 
 // --- shared memory -------------------------------------------------------------------------------------------------
 
-// Operands lie in shared memory in panels of 64 values (128 bytes) a row; wider ones in several panels behind each other.
-// The eight 16-byte pieces of a row are exchanged among each other by the row's number, so that one piece of eight
-// neighbouring rows lies in eight different banks. Hopper's tensor cores know this order as "128-byte swizzle".
+// Operands lie in shared memory in panels of 64 values (128 bytes) a row; wider ones in several panels behind each
+// other. The eight 16-byte pieces of a row are exchanged among each other by the row's number, so that the same piece
+// of eight neighbouring rows lies in eight different groups of four banks. Hopper's tensor cores know this order as
+// "128-byte swizzle".
 #define PANEL (DEPTH * 64)  // values in a panel of 64 rows
 
 __device__ __forceinline__ int place_in_panel(int row, int piece) { return row * 64 + (piece ^ row % 8) * 8; }
 
-// Copies 16 bytes to shared memory in the background, or fills with zeros. Past the first-level cache: what is left of that
-// beside shared memory is too small to hold a window's pixels until they are wanted again.
+// Copies 16 bytes to shared memory in the background, or fills with zeros. Past the first-level cache: what is left of
+// that beside shared memory is too small to hold a window's pixels until they are wanted again.
 __device__ __forceinline__ void copy_async(real* to, const real* from, bool inside) {
 #ifdef SHIM
     for (int v = 0; v < 8; v++) to[v].bits = inside ? from[v].bits : 0;
@@ -137,7 +140,8 @@ __device__ __forceinline__ void finish_products() {
 #endif
 }
 
-// What the threads have copied to shared memory is to be seen by the tensor cores, which go there by a way of their own.
+// What the threads have copied to shared memory is to be seen by the tensor cores, which go there by a way of their
+// own.
 __device__ __forceinline__ void publish() {
 #ifndef SHIM
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -294,8 +298,8 @@ __device__ __forceinline__ void copy_rows(real* to, const real* from, int have, 
     }
 }
 
-// Waits until the slice to be worked on is there (all but the newest `stages` - 2 groups), and everyone has finished with
-// the one before, whose buffer is the next to be filled.
+// Waits until the slice to be worked on is there (all but the newest `stages` - 2 groups), and everyone has finished
+// with the one before, whose buffer is the next to be filled.
 __device__ __forceinline__ void wait_for_slice(int stages) {
     if (stages == 2)
         wait_groups<0>();

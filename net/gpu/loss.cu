@@ -5,7 +5,9 @@
 //
 // A label outside the classes gives NaN: a wrong label must not pass for a right one.
 
-// Every thread gets the sum (or maximum) over the block. `shared` has a float a warp. A maximum lets NaN win.
+// Every thread gets the sum (or maximum) over the block: within a warp by shuffles, then over the warps through
+// `shared`, a float a warp. The first barrier waits until all warps have written theirs, the second until all have read
+// them, for the next call overwrites them. A maximum lets NaN win.
 template <bool MAXIMUM>
 __device__ __forceinline__ float reduce(float x, float* shared) {
     for (int distance = 16; distance > 0; distance /= 2) {

@@ -138,7 +138,9 @@ __device__ __forceinline__ void forward(
 
 // Pixels are dealt out over blocks and lanes; a thread keeps its channels, so db adds up in its registers. `partial`
 // (gridDim.x, channels) holds each block's share of db, added up by column_sum.cu in a fixed order. Where winner is
-// null there was no pool; where b is null, c is already a. Shared memory: a and t, [lane][channel] each.
+// null there was no pool; where b is null, c is already a. Shared memory: a and t, [lane][channel] each. A window
+// reaches into the channels of other threads, so a barrier stands behind the writing of a and one behind that of t.
+// They serve for the next round too: a is written again after t's barrier, when all have read it, and t after a's.
 template <int V, int SIZE, int STRIDE>
 __device__ __forceinline__ void backward(
     const real* dy, const uint8* winner, const real* c, const float* b, real* dc, float* partial, int pixels,

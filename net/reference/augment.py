@@ -3,11 +3,12 @@
 Shapes
     images uint8 (N, H, W, 3): crops as they lie in the stored pictures, not mirrored yet
     corner int (N, 2): row and column of the crop in its picture
-    flip uint8 (N,): 1 where the image is to be mirrored
+    flip uint8 (N,): 1 where the image is to be mirrored, left to right
     shift float (N, 3): colour jitter, added to red, green, blue, on the 0..255 scale
     mean None or float (M, M, 3): the training set's mean picture
+    scale number: 1 leaves the input on the 0..255 scale, 1 / 255 puts it on 0..1
     border (before, after): zero rows and columns around the result
-    y float (N, before + H + after, before + W + after, 3)
+    y of shift's type (N, before + H + after, before + W + after, 3): float32, or float64 in checks
 
 Formula
     For output pixel (r, c) of image n, border not counted, with c' = W - 1 - c where the image is mirrored, else c::
@@ -22,7 +23,7 @@ Formula
     for "no signal", like the padding of a convolution. A border of three, (2, 1) or (0, 3), makes the network's
     227 x 227 of the paper's 224 x 224: docs/alexnet.md, "224 or 227?".
 
-There is no backward pass: nobody trains the pictures.
+There is no backward pass: nothing needs the gradient of the pictures.
 
 Example
     A crop of one row of two pixels, mirrored, with a border of one before:

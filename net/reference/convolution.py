@@ -7,13 +7,14 @@ Shapes
     (227 - 11) // 4 + 1 = 55. All float32, or all float64 in checks.
 
 Forward
-    Write p for x with ``pad`` zeros on all four sides. With one group, output pixel (r, c) is::
+    Write p for x with ``pad`` zeros on all four sides; n counts images, (r, c) output pixels, (i, j) places in the
+    kernel ("kernel offsets"), a input and o output channels. With one group::
 
         y[n, r, c, o] = b[o] + sum_{i < KH} sum_{j < KW} sum_a p[n, r stride + i, c stride + j, a] w[i, j, a, o]
 
-    (strictly a cross-correlation: the kernel is not flipped). For one kernel offset (i, j) the sum over a is a
-    matrix product: the pixels (r stride + i, c stride + j) of all images and all (r, c), one per row, an
-    N OH OW x Cin matrix, times the Cin x Cout matrix w[i, j]. So a convolution is KH KW matrix products, added up.
+    (strictly a cross-correlation: the kernel is not flipped). For one kernel offset the sum over a is a matrix
+    product: the pixels (r stride + i, c stride + j) of all images and all (r, c), one per row, an (N OH OW) x Cin
+    matrix, times the Cin x Cout matrix w[i, j]. So a convolution is KH KW matrix products, added up.
 
 Groups
     With ``groups`` = 2 the first half of the output channels sees the first half of the input channels only, the
@@ -34,7 +35,7 @@ Backward
 
           dp[n, r stride + i, c stride + j, a] += sum_o dy[n, r, c, o] w[i, j, a, o]
 
-      dx is dp without its border. Pixels that no window meets (a ragged edge) get 0.
+      dx is dp without its border. Pixels that no window meets (those left over at the end) get 0.
 
 Example
     One channel, one map, a kernel of nine ones: y adds up windows of 3 x 3 pixels. With dy = 1 everywhere, dx counts

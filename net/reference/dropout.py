@@ -4,10 +4,10 @@ Shapes
     x, y of any one shape, float32, or float64 in checks
 
 Forward
-    ``y = x * mask * scale``, where mask is 1 with probability ``keep`` and 0 otherwise, each element on its
-    own. On average over the masks, y is ``keep * scale * x``, and that is what the next layer learns to expect. In test
-    nothing is dropped, so x has to be multiplied by keep * scale there. The paper trains with scale = 1 and multiplies
-    by keep in test; Caffe trains with scale = 1 / keep, so in test the factor is 1.
+    ``y = x * mask * scale``, where mask is 1 with probability ``keep`` and 0 otherwise, independently for each
+    element. On average over the masks, y is ``keep * scale * x``, and that is what the next layer learns to expect. In
+    test nothing is dropped, so x has to be multiplied by keep * scale there. The paper trains with scale = 1 and
+    multiplies by keep in test; Caffe trains with scale = 1 / keep, so in test the factor is 1.
 
 Backward
     mask and scale do not depend on x: ``dx = dy * mask * scale``.

@@ -6,6 +6,7 @@ Shapes
     looked at.
 
 Forward
+    For image n, output pixel (r, c) and channel a:
     ``y[n, r, c, a] = max_{i, j < size} x[n, r stride + i, c stride + j, a]``
 
     ``winner`` is the place of the maximum inside its window, i size + j. It is all that the backward pass has to know,

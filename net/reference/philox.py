@@ -7,11 +7,12 @@ four random words. There is no state to carry along. Element 1,000,000 of a mask
 and GPUs may compute any part in any order, and a run that is resumed needs to know its step and nothing else.
 Dropout (``dropout.py``) draws its masks with it.
 
-One round, with ``m * a`` split into its high and low 32 bits::
+One round, with the counter (c0, c1, c2, c3), the key (k0, k1), constants M0 and M1, and each 64-bit product split into
+its high and low 32 bits::
 
     (c0, c1, c2, c3)  ->  (high(M1 c2) ^ c1 ^ k0,  low(M1 c2),  high(M0 c0) ^ c3 ^ k1,  low(M0 c0))
 
-and before the next round ``k0 += W0``, ``k1 += W1``, modulo 2³². (^ is exclusive or.)
+and before the next round ``k0 += W0``, ``k1 += W1``, modulo 2³², W0 and W1 being constants too. (^ is exclusive or.)
 
 Example
     The first of the test vectors that its authors publish:
