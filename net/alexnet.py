@@ -4,17 +4,17 @@
 
     picture                     227 x 227 x   3
     conv1  11x11, stride 4       55 x  55 x  96   ReLU, LRN, pool 3/2 ->  27 x 27 x  96
-    conv2  5x5, 2 groups         27 x  27 x 256   ReLU, LRN, pool 3/2 ->  13 x 13 x 256
-    conv3  3x3                   13 x  13 x 384   ReLU
-    conv4  3x3, 2 groups         13 x  13 x 384   ReLU
-    conv5  3x3, 2 groups         13 x  13 x 256   ReLU, pool 3/2      ->   6 x  6 x 256
+    conv2  5x5, pad 2, 2 groups  27 x  27 x 256   ReLU, LRN, pool 3/2 ->  13 x 13 x 256
+    conv3  3x3, pad 1            13 x  13 x 384   ReLU
+    conv4  3x3, pad 1, 2 groups  13 x  13 x 384   ReLU
+    conv5  3x3, pad 1, 2 groups  13 x  13 x 256   ReLU, pool 3/2      ->   6 x  6 x 256
     fc6    6 x 6 x 256 = 9216 -> 4096             ReLU, dropout
     fc7    4096 -> 4096                           ReLU, dropout
     fc8    4096 -> classes                        softmax (in the loss)
 
-"pool 3/2" is the largest of 3x3 pixels, in steps of 2. The groups are the paper's two GPUs: conv2, conv4 and conv5 see
-only the maps of their own GPU, conv3 and the fully connected layers see all. 60,965,224 parameters at 1000 classes.
-docs/alexnet.md walks through it.
+"pad" is the number of zero rows and columns on each side; "pool 3/2" is the largest of 3x3 pixels, in steps of 2. The
+groups are the paper's two GPUs: conv2, conv4 and conv5 see only the maps of their own GPU, conv3 and the fully
+connected layers see all. 60,965,224 parameters at 1000 classes. docs/alexnet.md walks through it.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 The rules for the mean picture and the mirror are in ``net/reference/augment.py``. Everything happens in one pass: each
 byte is read once and each float written once. A row is handled as one run of 3 W numbers, whose arithmetic goes
 through vector instructions; only turning it round moves pixels one by one.
+
+Gain: see docs/cpu.md.
 """
 
 from __future__ import annotations

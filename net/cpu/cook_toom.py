@@ -5,6 +5,8 @@ The problem in one dimension: m outputs of a filter g with r taps over n = m + r
 
     y = Aᵀ [ (G g) * (B d) ]          A (n, m), G (n, r), B (n, n), * element by element
 
+(Lavin and Gray, below, write Bᵀ for this B.)
+
 Where the matrices come from (Cook and Toom): the product of two polynomials of degrees m - 1 and r - 1 has n
 coefficients and is determined by its values at n points. Evaluating a polynomial at a point p is a row
 (1, p, p², ...); at "infinity" it is the leading coefficient; and the value of a product is the product of the values:

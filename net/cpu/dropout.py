@@ -3,6 +3,8 @@
 The mask is a pure function of key = (seed, step, layer) and of the element's place (see ``net/reference/dropout.py``),
 so nothing is kept: the backward pass draws it again. Four elements share one Philox counter, and the mask is never
 written to memory.
+
+Gain: see docs/cpu.md.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ Arrays are passed flat (one dimension), with offsets and steps counted in elemen
 
 Gain (one core of a Zen 3, GFLOP/s; the ceiling is about 100): the product of a 96x48 by a 48x128 matrix takes 92 with
 the micro-kernel and 74 in OpenBLAS, 96x256 by 256x384 takes 98 and 86: OpenBLAS first copies both operands into the
-order it needs, here they are made in that order. ``python -m bench.kernels`` measures it.
+order it needs, here they are made in that order. No command repeats these two; ``python -m bench.kernels`` times whole
+layers.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ Layouts (flat arrays)
     filters   [place][group][panel][channel][PANEL maps]
 Places are a cache line more than a whole number of pages apart, so that the n² values of one tile do not fall on the
 same lines of the cache.
+
+Gain: see docs/cpu.md.
 """
 
 from __future__ import annotations
