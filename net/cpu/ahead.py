@@ -26,7 +26,7 @@ from typing import IO, Final
 import numba
 import numpy as np
 
-from net.cpu import augment, conv, dropout, finish, jit, linear, loss, lrn, map_norm, pool, relu, update
+from net.cpu import augment, conv, dropout, finish, jit, linear, lrn, map_norm, pool, relu, update
 from net.cpu.memory import asarray, empty
 from net.cpu.simd import PANEL
 
@@ -117,14 +117,12 @@ def _convolution_gradient() -> None:
         conv.conv2d_backward(dy, x, w, stride=1, pad=1, groups=1, need_dx=False)
 
 
-def _pixels_and_scores() -> None:
+def _pixels() -> None:
     y, dpooled, winner = _zeros(2, 5, 5, 16), _zeros(2, 2, 2, 16), empty((2, 2, 2, 16), np.uint8)
     winner[:] = 0
     finish.unfinish(dpooled, y, winner, finish.block(_LRN, _POOL))
     crops, corner, flip = np.zeros((2, 5, 5, 3), np.uint8), np.zeros((2, 2), np.int32), np.zeros(2, np.uint8)
     augment.augment(crops, corner, flip, _zeros(2, 3), mean=_zeros(5, 5, 3), scale=1.0, bgr=False, border=(0, 0))
-    loss.cross_entropy(_zeros(2, 3), np.zeros(2, np.int32))
-    loss.softmax(_zeros(2, 3))
     dropout.dropout_forward(_zeros(2, 3), keep=0.5, scale=1.0, key=(0, 0, 0))
 
 
@@ -159,6 +157,6 @@ PARTS: Final[tuple[Callable[[], None], ...]] = (
     _convolution_gradient,
     _forward_convolution,
     _fully_connected,
-    _pixels_and_scores,
+    _pixels,
     _layers_of_original,
 )
