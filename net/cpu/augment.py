@@ -4,7 +4,7 @@ The rules for the mean picture and the mirror are in ``net/reference/augment.py`
 byte is read once and each float written once. A row is handled as one run of 3 W numbers, whose arithmetic goes
 through vector instructions; only turning it round moves pixels one by one.
 
-Gain: see docs/cpu.md.
+Gain: 67 to 15 ms (128 crops, `python -m bench.cpu_small`, docs/cpu.md).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ therefore hands its parameters to :func:`fixed` first, and the transformed filte
 They are never stale: ``sgd_update``, the only operation that changes parameters, counts its calls, and after another
 one they are computed again.
 
-Gain: see docs/cpu.md.
+Gain: with two other changes, one picture's forward pass 44 to 19 ms (docs/cpu.md, "One picture").
 """
 
 from __future__ import annotations

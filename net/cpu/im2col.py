@@ -14,7 +14,7 @@ for one image: 3,025 x 363 times 363 x 96.
 With a stride of 1, X repeats each pixel up to KH KW times, so it is made for a few images at a time (``_SLAB``).
 Correct for every shape, stride, padding and number of groups: what ``net/cpu/plan.py`` falls back on.
 
-Gain: see docs/cpu.md (conv3 from loops to im2col).
+Gain: conv3 of 16 images in compiled loops 81 ms, this way 31 (`python -m bench.kernels convolution`, docs/cpu.md).
 """
 
 from __future__ import annotations

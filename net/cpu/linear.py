@@ -11,7 +11,8 @@ it lies in memory, while x and dy are small enough to be laid out as each produc
 
 Every element is one sum in a fixed order, so the results do not depend on the number of threads. BLAS's do.
 
-Gain: see docs/cpu.md.
+Gain: fc7 with 16 images in compiled loops 28 ms, this way 14; BLAS would take 7.6 (`python -m bench.kernels linear`,
+docs/cpu.md).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ One pass over memory: a pixel's channels are squared into a row with h zeros at 
 bounds, and stay in the first-level cache until y is written. The usual beta of 3/4 needs no power function: with
 r = sqrt(s), s^-3/4 = 1 / (r sqrt(r)), two instructions for eight channels where ``pow`` takes some fifty for one.
 
-Gain: see docs/cpu.md.
+Gain: see ``finish.py``, of which this is a part. Block 1 backward as vector code: 45 to 32 ms (docs/cpu.md).
 """
 
 from __future__ import annotations

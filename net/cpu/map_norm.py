@@ -9,7 +9,7 @@
 The window is a box, so its sum is two sums of 2h + 1 terms, first down the columns, then along the row, instead of one
 of (2h + 1)²; both run over the channels, which lie side by side.
 
-Gain: see docs/cpu.md.
+Gain: 28 to 3.5 ms (block 2 of 16 images, `python -m bench.cpu_small`, docs/cpu.md).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ An array gets the lowest free piece that it fits into, and free neighbours becom
 therefore lie where several smaller ones of another did, and the pool grows to what exists at one time and hardly more.
 That counts at the start: the first step waits for every byte it is the first to touch.
 
-Gain (batch 128): see docs/cpu.md.
+Gain (batch 128): peak memory 2022 to 1653 MiB (docs/cpu.md, "Memory").
 """
 
 from __future__ import annotations

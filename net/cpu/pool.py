@@ -10,7 +10,8 @@ go through at a time. The backward pass goes through the rows of dx, each of whi
 windows (3/2), and stays in the first-level cache: every place of a window takes dy where it won, and 0 elsewhere.
 Following the winners instead would move one number at a time.
 
-Gain: see docs/cpu.md.
+Gain: NumPy 54 ms, compiled windows 9.0, these selections 3.2 (conv1's output of 16 images, `python -m bench.kernels
+pool`, docs/cpu.md).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 ``x < 0`` is false for NaN, which therefore passes. NumPy would make a mask first and read x twice; here it is one
 pass at memory speed.
 
-Gain: see docs/cpu.md.
+Gain: 17.6 to 1.7 ms (conv1's output of 16 images, `python -m bench.cpu_small`, docs/cpu.md).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 One pass: three reads and two writes an element, the least that is possible; it runs at the speed of the memory. As
 separate NumPy statements it would be four passes with temporary arrays of the size of w.
 
-Gain: see docs/cpu.md.
+Gain: NumPy 69 ms, in place 28, one pass 16 (16.8 million weights, `python -m bench.kernels update`, docs/cpu.md).
 """
 
 from __future__ import annotations

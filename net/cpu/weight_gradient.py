@@ -8,7 +8,7 @@ Who wants the array itself, as processes that add up their gradients do, gets it
 The rows of xᵀ are the left operand, dy packed into panels the right one. Every element is one sum in a fixed order, so
 nothing depends on the number of threads.
 
-Gain (batch 128): see docs/cpu.md.
+Gain (batch 128): fc6 and fc7, backward and update, 86 to 65 and 41 to 33 ms (docs/cpu.md, "Single changes").
 """
 
 from __future__ import annotations

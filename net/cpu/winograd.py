@@ -31,7 +31,7 @@ Layouts (flat arrays)
 Places are a cache line more than a whole number of pages apart, so that the n² values of one tile do not fall on the
 same lines of the cache.
 
-Gain: see docs/cpu.md.
+Gain: conv3 of 16 images by im2col and BLAS 31 ms, this way 21 (`python -m bench.kernels convolution`, docs/cpu.md).
 """
 
 from __future__ import annotations

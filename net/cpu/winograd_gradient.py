@@ -14,7 +14,7 @@ The order of additions is the same with any number of threads, and there are two
 - Where they are large, a slab of images is transformed first, each core taking some of the mosaics, and then
   multiplied, each core taking some of the n² places. The slab fits no cache, so it is written past them.
 
-Gain: see docs/cpu.md.
+Gain of single steps, such as conv4's products from 60 to 48 ms: docs/cpu.md, "Single changes and what they gave".
 """
 
 from __future__ import annotations
