@@ -22,9 +22,10 @@ class Progress:
 
     def __init__(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
         self._title, self._total, self._unit = title, total, unit
-        self._first = self._done = self._told = done
+        self._first = self._done = done
         self._start = self._last_line = time.monotonic()
         self._fields = ""
+        self._told = done, self._fields
         terminal = sys.stderr.isatty()
         self._bar = (
             tqdm(total=total, initial=done, desc=title, unit=f" {unit}", dynamic_ncols=True) if terminal else None
@@ -36,20 +37,22 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._done > self._told:
+        elif (self._done, self._fields) != self._told:
             self._line()
 
-    def advance(self, count: int, fields: str | None = None) -> None:
-        """Note ``count`` more units done; ``fields`` (such as "loss 2.31") stays shown until it is replaced."""
+    def advance(self, count: int) -> None:
+        """Note ``count`` more units done."""
         self._done += count
-        if fields is not None:
-            self._fields = fields
         if self._bar is not None:
-            if fields is not None:
-                self._bar.set_postfix_str(fields, refresh=False)
             self._bar.update(count)
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._line()
+
+    def show(self, fields: str) -> None:
+        """Show ``fields`` (such as "loss 2.31") from the next advance on, until they are replaced."""
+        self._fields = fields
+        if self._bar is not None:
+            self._bar.set_postfix_str(fields, refresh=False)
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""
@@ -59,7 +62,7 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def _line(self) -> None:
-        self._last_line, self._told = time.monotonic(), self._done
+        self._last_line, self._told = time.monotonic(), (self._done, self._fields)
         rate = (self._done - self._first) / max(self._last_line - self._start, 1e-9)
         left = (self._total - self._done) / rate if rate > 0 else 0.0
         text = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:.3g}/s, {duration(left)} left"

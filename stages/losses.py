@@ -94,7 +94,7 @@ class Losses:
                 "data_wait": round(wait, 5),
             }
         )
-        self._progress.advance(0, f"loss {loss:.4f}, {rate:.1f} images/s, waiting for data {wait:.1%}")
+        self._progress.show(f"loss {loss:.4f}, {rate:.1f} images/s, waiting for data {wait:.1%}")
         self.restart_clock()
 
 

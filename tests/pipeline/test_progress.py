@@ -20,7 +20,8 @@ def test_plain_lines_every_few_seconds_and_at_the_end(clock: list[float], capsys
     with p.Progress("train", 100, "steps") as progress:
         for _ in range(8):
             clock[0] += 1
-            progress.advance(10, "loss 2.5")
+            progress.show("loss 2.5")
+            progress.advance(10)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "train: 50/100 steps, 10/s, 0:00:05 left, loss 2.5",
@@ -44,9 +45,20 @@ def test_nothing_done_prints_nothing(clock: list[float], capsys: pytest.CaptureF
 def test_what_was_told_last_stays_shown(clock: list[float], capsys: pytest.CaptureFixture) -> None:
     with p.Progress("train", 10, "steps") as progress:
         clock[0] += 1
-        progress.advance(1, "loss 2.5")
-        progress.advance(1)
+        progress.show("loss 2.5")
+        progress.advance(2)
     assert capsys.readouterr().err == "train: 2/10 steps, 2/s, 0:00:04 left, loss 2.5\n"
+
+
+def test_a_loss_known_late_is_still_told(clock: list[float], capsys: pytest.CaptureFixture) -> None:
+    with p.Progress("train", 1, "steps") as progress:
+        clock[0] += 10
+        progress.advance(1)
+        progress.show("loss 2.5")
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 1/1 steps, 0.1/s, 0:00:00 left",
+        "train: 1/1 steps, 0.1/s, 0:00:00 left, loss 2.5",
+    ]
 
 
 def test_messages_stand_on_lines_of_their_own(clock: list[float], capsys: pytest.CaptureFixture) -> None:
@@ -59,7 +71,8 @@ def test_messages_stand_on_lines_of_their_own(clock: list[float], capsys: pytest
 def test_on_a_terminal_a_bar_with_rate_and_rest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(p.sys.stderr, "isatty", lambda: True, raising=False)
     with p.Progress("train", 10, "steps", done=2) as progress:
-        progress.advance(3, "loss 2.5")
+        progress.show("loss 2.5")
+        progress.advance(3)
         progress.say("epoch 1 done")
         progress.advance(5)
     shown = capsys.readouterr().err
