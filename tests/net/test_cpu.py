@@ -47,6 +47,19 @@ def test_vectors_of_eight_numbers_serve_where_there_are_none_of_sixteen(tmp_path
     assert len(done.stdout.splitlines()) == 4
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_that_no_class_has_is_refused(label: int) -> None:
+    with pytest.raises(ValueError, match="between 0 and 2"):
+        net.cpu.cross_entropy(np.zeros((2, 3), np.float32), np.array([0, label], np.int32))
+
+
+def test_an_infinite_score_makes_the_loss_of_its_picture_nan_and_says_nothing() -> None:
+    scores = np.zeros((2, 3), np.float32)
+    scores[1, 2] = np.inf
+    loss, _ = net.cpu.cross_entropy(scores, np.array([0, 0], np.int32))
+    assert np.isnan(loss).tolist() == [False, True]
+
+
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
