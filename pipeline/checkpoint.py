@@ -186,7 +186,10 @@ def chosen_checkpoint(folder: Path, which: str) -> Checkpoint:
 def find_checkpoint(folder: Path, which: str) -> Path:
     """The file ``latest`` or ``best`` stands for, or the path given."""
     if which not in ("latest", "best"):
-        return Path(which)
+        path = Path(which)
+        if not path.exists() and path.name == which and (folder / which).is_file():  # as eval's metrics.json has it
+            raise PipelineError(f"there is no checkpoint {which} in this folder; did you mean {folder / which}?")
+        return path
     index = folder / f"{which}.json"
     if not checkpoints(folder):
         raise PipelineError(
