@@ -34,6 +34,8 @@ _OTHER: Final = "choose another with --checkpoint, or let --stage train --resume
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A checkpoint as it was read: its file, the JSON header, and the arrays by name, float32."""
+
     path: Path
     header: dict[str, Any]
     arrays: Arrays
@@ -147,6 +149,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
+    """The step in a checkpoint's file name, -1 for another name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
 
