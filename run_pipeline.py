@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import Final
 
 from pipeline.checkpoint import checkpoints
-from pipeline.command_line import IN_ORDER, parse
+from pipeline.command_line import IN_ORDER, parse, without_effect
 from pipeline.config_values import changes, to_dict
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.mpi import joined
@@ -100,6 +100,10 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     """From flags to settings, then the stages in order."""
     run, stages = RunDir(Path(options.run)), [options.stage] if options.stage else list(IN_ORDER)
     _refuse(options, run, ranks)
+    unused = without_effect(options)
+    if unused and ranks.leads:
+        what = f"--stage {options.stage} makes" if options.stage else "the stages that run make"
+        print(f"note: {what} no use of {', '.join(unused)}", file=sys.stderr)
     source = _source(options.source, must_exist="preprocess" in stages)
     if source is not None and "preprocess" in stages:
         _refuse_among_pictures(run, source)

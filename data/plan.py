@@ -32,6 +32,13 @@ class Plan:
 
 
 def make_plan(config: Config, source: Source) -> Plan:
+    """The plan for a source and a configuration.
+
+    Raises
+    ------
+    PipelineError
+        The decoder asked for is not installed.
+    """
     pictures, decoded_by = source.fingerprint(), decoder(config.preprocess.decoder)
     whole = fingerprint([SCHEMA, RULE, LABEL_ORDER, pictures, settings_fingerprint(config), decoded_by])
     return Plan(source, pictures, config, decoded_by, whole)

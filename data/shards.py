@@ -77,6 +77,7 @@ class Content:
 
 
 def shard_name(split: str, index: int) -> str:
+    """A shard's file name; shards of a split are numbered from 0."""
     return f"{split}-{index:05d}.h5"
 
 

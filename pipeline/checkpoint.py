@@ -34,6 +34,8 @@ _OTHER: Final = "choose another with --checkpoint, or let --stage train --resume
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A checkpoint as it was read: its file, the JSON header, and the arrays by name, float32."""
+
     path: Path
     header: dict[str, Any]
     arrays: Arrays
@@ -147,6 +149,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
+    """The step in a checkpoint's file name, -1 for another name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
 
@@ -186,7 +189,10 @@ def chosen_checkpoint(folder: Path, which: str) -> Checkpoint:
 def find_checkpoint(folder: Path, which: str) -> Path:
     """The file ``latest`` or ``best`` stands for, or the path given."""
     if which not in ("latest", "best"):
-        return Path(which)
+        path = Path(which)
+        if not path.exists() and path.name == which and (folder / which).is_file():  # as eval's metrics.json has it
+            raise PipelineError(f"there is no checkpoint {which} in this folder; did you mean {folder / which}?")
+        return path
     index = folder / f"{which}.json"
     if not checkpoints(folder):
         raise PipelineError(

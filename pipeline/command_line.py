@@ -1,7 +1,7 @@
 """The command line: which flags there are, which stage each matters to, and the help a person sees.
 
-Every flag is accepted with every stage and in any order. ``--help`` alone shows all of them; together with
-``--stage X`` it shows that stage's flags and examples only.
+Every flag is accepted with every stage and in any order, and a note names those that do not matter to it. ``--help``
+alone shows all of them; together with ``--stage X`` it shows that stage's flags and examples only.
 """
 
 from __future__ import annotations
@@ -256,7 +256,12 @@ _FLAGS: Final = (
         "change one setting, such as train.batch_size=64; may be repeated",
         {"action": "append", "metavar": "KEY=VALUE"},
     ),
-    _Flag("--seed", ("preprocess", "train"), "seed of everything random (default 0)", {"type": int, "metavar": "N"}),
+    _Flag(
+        "--seed",
+        ("preprocess", "train", "import"),
+        "seed of everything random (default 0)",
+        {"type": int, "metavar": "N"},
+    ),
     _Flag(
         "--run",
         _ALL,
@@ -265,6 +270,8 @@ _FLAGS: Final = (
     ),
     _Flag("--debug", _ALL, "show the traceback of an error", {"action": "store_true"}),
 )
+# A recipe and a seed name settings, and eval tells itself which of those it does not use.
+_TOLD_BY_STAGE: Final = {"eval": ("--recipe", "--seed")}
 _EXCLUSIVE: Final = (("--epochs", "--steps"), ("--resume", "--restart"), ("--jobs", "--scheduler"))
 
 
@@ -292,6 +299,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if takes == "FILE" and len(options.files) > 1:
         parser.error(f"--stage {stage} takes one file, not {len(options.files)}")
     return options
+
+
+def without_effect(options: argparse.Namespace) -> list[str]:
+    """The flags given, with other values than their defaults, that matter to no stage that is to run."""
+    stages = {options.stage} if options.stage else set(IN_ORDER)
+    told = _TOLD_BY_STAGE.get(options.stage, ())
+    idle = [flag for flag in _FLAGS if not stages.intersection(flag.stages) and flag.name not in told]
+    values = {flag.name: getattr(options, flag.name[2:].replace("-", "_")) for flag in idle}
+    return [flag.name for flag in idle if (values[flag.name] or None) != (flag.options.get("default") or None)]
 
 
 def _parser(stage: str | None) -> argparse.ArgumentParser:

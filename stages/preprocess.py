@@ -144,12 +144,12 @@ def _finished(config: Config, folder: Path, source: Path | None) -> bool:
     same = source is None or _same_stamp(folder, source) or read_source(source).fingerprint() == manifest["source"]
     if not same:
         raise _other_plan(folder, f"from other pictures than {source} holds")
-    wrong = defects(folder, manifest)
+    wrong, noted = defects(folder, manifest), is_damage_noted(folder)
     if wrong:
         print(f"preprocess: making again what is missing or damaged in {folder}: {', '.join(wrong)}")
-    elif is_damage_noted(folder):
+    if noted:
         print(f"preprocess: verification found damage in {folder}; comparing every shard with its checksum")
-    return not wrong and not is_damage_noted(folder)
+    return not wrong and not noted
 
 
 def _same_stamp(folder: Path, source: Path) -> bool:

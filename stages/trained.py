@@ -79,6 +79,7 @@ class Trained:
 
 
 def label(entry: dict[str, Any], number: int) -> str:
+    """What a person calls class ``number``, which ``entry`` of classes.json describes; see :meth:`Trained.label`."""
     words = str(entry.get("words") or "").split(",")[0].strip()
     return words or str(entry.get("wnid") or f"class {number}")
 

@@ -1,8 +1,10 @@
-"""What docs/formats.md shows in Python, run: features of a layer, and the gradient of a score, down to the pixels."""
+"""What docs/formats.md shows in Python, run: features, the gradient of a score, the worst mistakes."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,13 @@ PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 BORDER = {"crop": 64, "border": (2, 1), "bgr": True, "scale": 0.01}  # 67 pixels, like what the run was trained on
 
 
+def example(mark: str) -> str:
+    """The page's block of Python after this mark."""
+    pattern = rf"<!-- {mark} -->\n```python\n(.*?)^```$"
+    (text,) = re.findall(pattern, PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return text
+
+
 @pytest.mark.parametrize("changed", [{}, BORDER], ids=["as trained", "border, BGR"])
 @pytest.mark.parametrize("device", ["reference", "cpu"])
 def test_the_gradient_of_a_score(
@@ -29,7 +38,7 @@ def test_the_gradient_of_a_score(
         return replace(trained, config=replace(trained.config, input=replace(trained.config.input, **changed)))
 
     monkeypatch.setattr(stages.trained, "load_trained", load)
-    (text,) = re.findall(r"<!-- in Python -->\n```python\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = example("in Python")
     for written, here in (("runs/default", str(trained_run)), ('"cpu"', f'"{device}"')):
         assert text.count(written) == 1
         text = text.replace(written, here)
@@ -52,3 +61,25 @@ def test_the_gradient_of_a_score(
     risen = (score(1) - score(-1)) / 2
     np.testing.assert_allclose(risen, np.abs(few * gradient).sum(axis=(1, 2, 3)), rtol=0.05)
     assert (risen > 0).all()
+
+
+def test_the_worst_mistakes_and_the_names_of_their_pictures(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The names are those that pictures have in the source: their folder is their class."""
+    run = tmp_path / "runs" / "default"
+    shutil.copytree(trained_run / "preprocess", run / "preprocess")
+    labels = np.load(trained_run / "eval" / "predictions.npz")["labels"]
+    wrong = np.arange(0, len(labels), 2)  # of 13 pictures in two shards
+    top, loss = labels.copy(), np.linspace(1, 4, len(labels))
+    top[wrong] = (labels[wrong] + 1) % 5
+    (run / "eval").mkdir()
+    np.savez(run / "eval" / "predictions.npz", labels=labels, top=top[:, None], loss=loss)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example("worst mistakes"), str(PAGE), "exec"), {})  # noqa: S102
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == [f"{x:.2f}" for x in loss[wrong][::-1]]
+    classes = [e["wnid"] for e in json.loads((run / "preprocess" / "classes.json").read_text())["classes"]]
+    for (_, name, true, *_, said), row in zip(lines, wrong[::-1], strict=True):
+        assert (true, said) == (classes[labels[row]], classes[top[row]])
+        assert name.startswith(f"{true}/")

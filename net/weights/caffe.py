@@ -51,6 +51,8 @@ class Blob:
 
 @dataclass(frozen=True)
 class CaffeLayer:
+    """A layer as a caffemodel describes it: its name, its type such as ``Convolution``, its arrays (weights, bias)."""
+
     name: str
     type: str
     blobs: list[Blob]

@@ -73,6 +73,7 @@ def read_arrays(path: Path, expected: dict[str, Shape]) -> dict[str, np.ndarray]
 
 
 def check_finite(arrays: dict[str, np.ndarray]) -> None:
+    """Raise ``WeightsError``, with the array's name, where one holds NaN or infinity."""
     for name, array in arrays.items():
         if not np.all(np.isfinite(array)):
             raise WeightsError(f"its {name} holds numbers that are not finite")

@@ -158,6 +158,7 @@ def data_uri(image: Image.Image, format: str = "PNG", **options: Any) -> str:
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """A picture as the bytes of a file; ``options`` are those of Pillow's ``save`` for this format."""
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()

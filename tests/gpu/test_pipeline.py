@@ -114,6 +114,33 @@ def test_the_report_and_the_export(
     assert (run / "report" / "index.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("logged", "saved", "said"),
+    [
+        (4, 100, r"the loss is (nan|inf) at step 4: training has diverged"),
+        (100, 4, r"is not finite at step 4: training"),
+    ],
+)
+def test_divergence_is_seen_where_a_loss_is_logged_or_a_checkpoint_would_be_written(
+    logged: int,
+    saved: int,
+    said: str,
+    backend: Callable[[str], ModuleType],
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The losses before step 4 are never read; nothing that is not finite is kept all the same."""
+    run = tmp_path / "run"
+    shutil.copytree(shards, run)
+    changed = ("train.lr=[[0,1e12]]", f"train.log_every={logged}", f"train.checkpoint_every={saved}")
+    settings = [part for setting in changed for part in ("--set", setting)]
+    assert run_pipeline.main(["--stage", "train", "--run", str(run), "--device", "gpu", "--steps", "9", *settings]) == 1
+    assert re.search(said, capsys.readouterr().err)
+    assert read_metrics(run / "train" / "metrics.jsonl") == []
+    assert checkpoints(run / "train") == []
+
+
 def test_a_batch_that_does_not_fit_is_refused_in_one_line(
     backend: Callable[[str], ModuleType], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import struct
 import weakref
 from pathlib import Path
@@ -209,6 +210,19 @@ def test_missing_file_and_folder_are_named(folder: Path) -> None:
     folder.mkdir()
     with pytest.raises(PipelineError, match=r"cannot read the checkpoint .*train"):
         k.load_checkpoint(folder)
+
+
+def test_a_bare_name_is_a_file_here_and_the_one_of_the_run_is_pointed_at(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages and eval's metrics.json name checkpoints without their folder."""
+    path = k.save_checkpoint(folder, 1, {}, {"w": np.zeros(3, np.float32)})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PipelineError, match=rf"no checkpoint {path.name} in this folder; did you mean {path}\?"):
+        k.find_checkpoint(folder, path.name)
+    assert k.find_checkpoint(folder, "none.ckpt") == Path("none.ckpt")
+    shutil.copy(path, tmp_path)
+    assert k.find_checkpoint(folder, path.name) == Path(path.name)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

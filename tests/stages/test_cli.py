@@ -24,7 +24,7 @@ import run_pipeline
 from data.ilsvrc import TRAIN
 from data.split import open_split
 from pipeline.checkpoint import checkpoints
-from pipeline.command_line import IN_ORDER, parse
+from pipeline.command_line import IN_ORDER, parse, without_effect
 from pipeline.errors import PipelineError
 from pipeline.ranks import ALONE
 from pipeline.run_dir import RunDir, read_sealed, write_sealed
@@ -87,6 +87,30 @@ def test_wrong_usage_is_status_2(
 def test_several_comparisons_add_up() -> None:
     assert parse(["--compare", "a", "--run", "b", "--compare", "c", "d"]).compare == ["a", "c", "d"]
     assert parse([]).compare == []
+
+
+@pytest.mark.parametrize(
+    ("line", "idle"),
+    [
+        ("", []),
+        ("--recipe caffe --seed 3 --views 10 --epochs 2 --jobs 2", []),
+        ("--format onnx --json --compare a", ["--json", "--format"]),
+        ("--stage train --views 1 --check-archives --seed 3", ["--check-archives", "--views"]),
+        ("--stage eval --recipe caffe --seed 3 --steps 2", ["--steps"]),  # eval itself tells of recipe and seed
+        ("--stage predict a.jpg --set input.crop=70 --seed 3 --views 10", ["--set", "--seed"]),
+        ("--stage report --compare a b --checkpoint best", []),
+        ("--stage import a.ckpt --recipe caffe --seed 3", []),
+        ("--stage verify --source a --debug --run b --device cpu", ["--source", "--device"]),
+    ],
+)
+def test_flags_that_matter_to_no_stage_are_found(line: str, idle: list[str]) -> None:
+    assert without_effect(parse(line.split())) == idle
+
+
+def test_flags_that_matter_to_no_stage_are_named(prepared: Path, capsys: pytest.CaptureFixture) -> None:
+    """Whoever predicts with --set would else believe that it had changed something."""
+    assert run_pipeline.main(["--stage", "watch", "--run", str(prepared), "--set", "seed=1", "--jobs", "3"]) == 1
+    assert "note: --stage watch makes no use of --jobs, --set\n" in capsys.readouterr().err
 
 
 def test_the_help_of_a_stage_has_its_own_flags_only(capsys: pytest.CaptureFixture) -> None:

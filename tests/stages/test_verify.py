@@ -98,6 +98,19 @@ def test_damaged_shards_are_named_and_made_again_to_the_same_bytes(run: Path, sm
     assert "nothing to do" in pipeline(*command).done().out
 
 
+def test_a_missing_shard_does_not_hide_what_verification_found(run: Path, small_source: Path) -> None:
+    """Preprocessing sees by itself that a shard is missing, and only from the note that another has changed."""
+    folder = run / "preprocess"
+    before = contents(folder)
+    flip(folder / "train-00001.h5", 0.3)
+    (folder / "val-00000.h5").unlink()
+    verify(run).refused(r"2 of 14 files", r"train-00001\.h5", r"val-00000\.h5")
+    result = pipeline("--stage", "preprocess", "--run", run, "--source", small_source, "--jobs", 1).done()
+    assert f"making again what is missing or damaged in {folder}: val-00000.h5" in result.out
+    assert f"verification found damage in {folder}; comparing every shard with its checksum" in result.out
+    assert contents(folder) == before
+
+
 def test_missing_files_are_named_and_made_again(run: Path, small_source: Path) -> None:
     folder = run / "preprocess"
     before = contents(folder)
