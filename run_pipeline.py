@@ -309,7 +309,7 @@ def _summary(run: RunDir, recipe: str) -> None:
         f"  train/       checkpoints and metrics.jsonl, {metrics['step']} steps of recipe {recipe}\n"
         f"  eval/        metrics.json, per_class.csv, predictions.npz\n"
         f"  report/      index.html, a page about this run to open in a browser\n"
-        f"The network names {metrics['top1']:.1%} of {metrics['images']} pictures it never saw correctly "
+        f"Of {metrics['images']} pictures it never saw, the network names {metrics['top1']:.1%} correctly "
         f"(top-1, {views}); the right class is among its first five for {metrics['top5']:.1%}.\n"
         f"Next: train on with   python run_pipeline.py --stage train --resume --epochs 1 {run.flag}\n"
         f"or on ILSVRC-2012:    python run_pipeline.py --source DIR --run runs/ilsvrc"

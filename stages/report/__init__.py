@@ -166,7 +166,8 @@ def _layer(maps: pictures.Maps) -> dict[str, str]:
 
 def _sheet(split: Split, photos: list[dict[str, Any]], *, right: bool) -> Image.Image:
     """Photographs with what the network says of them, and where that is wrong with what they are."""
-    captions = [[f"{p['said']} {p['probability']:.1%}", *([] if right else [f"is {p['true']}"])] for p in photos]
+    # The figure first: it is the name that is cut short where both are too long for a picture's width.
+    captions = [[f"{p['probability']:.1%} {p['said']}", *([] if right else [f"is {p['true']}"])] for p in photos]
     return pictures.sheet([split.row(p["index"]) for p in photos], captions)
 
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from pipeline.config import RECIPES
 from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
+from stages import report
 from stages.report import charts, facts, pictures
 from stages.report.facts import Facts
 from stages.trained import load_trained
@@ -316,6 +318,14 @@ def test_captions_fit_below_their_pictures() -> None:
     assert draw.textlength(fitted, font=font) <= 192 < draw.textlength(f"W{fitted}W", font=font)
     assert fitted.endswith("W...")
     assert pictures._fitted(draw, "i" * 40, font, 192) == "i" * 40
+
+
+def test_a_long_class_name_does_not_hide_the_probability() -> None:
+    split = SimpleNamespace(row=lambda index: np.zeros((8, 8, 3), np.uint8))
+    name = "a class with a name longer than a picture is wide"
+    shown = [{"index": 0, "said": name, "true": name, "probability": p} for p in (0.512, 0.998)]
+    one, other = (report._sheet(split, [photo], right=False).tobytes() for photo in shown)
+    assert one != other
 
 
 @pytest.fixture(scope="module")

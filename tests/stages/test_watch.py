@@ -77,6 +77,13 @@ def test_the_screen_fits_a_narrow_terminal_and_one_without_braille(monkeypatch: 
     assert lines() == curve[:4]
 
 
+def test_one_logged_line_is_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="utf-8"))
+    text = screen(Path("runs/x"), RECIPES["demo"], 20, [step(10, 2.5)], time.time(), 80, 24)
+    assert text.endswith("the loss curve begins with the second logged line")
+    assert not any(0x2800 <= ord(sign) < 0x2900 for sign in text)
+
+
 def test_braille_draws_what_it_is_given() -> None:
     falling = braille([(0.0, 1.0), (1.0, 0.0)], 4, 2)
     assert falling[0].startswith("   1.000 ⠑⢄")  # a diagonal, from the upper left
