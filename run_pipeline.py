@@ -40,6 +40,7 @@ from pipeline.settings import Request, Settled, settle
 from pipeline.signals import Interruption
 from pipeline.streams import discard_output, open_streams, unread, unwritable
 
+_CHECKOUT: Final = Path(__file__).resolve().parent
 _SETTLED: Final = frozenset(("preprocess", "train"))  # these need settings of their own; others have a checkpoint's
 _BEGINNING: Final = frozenset((None, "preprocess", "import"))  # these make a run where there is none
 _SHARED: Final = frozenset(("train", "eval"))  # several processes can share these
@@ -124,11 +125,16 @@ def _refuse(options: argparse.Namespace, run: RunDir, ranks: Ranks) -> None:
             f"{ranks.size} ranks can share --stage {' and --stage '.join(sorted(_SHARED))} only; run the other stages "
             "without mpiexec or srun (--stage preprocess has --jobs and --scheduler)"
         )
-    if options.stage not in _BEGINNING and not run.root.is_dir():  # a mistyped --run leaves no folder behind
-        raise PipelineError(
-            f"there is no run {run.root}; name one with --run, or begin it: "
-            f"python run_pipeline.py --stage preprocess {run.flag}"
-        )
+    named = [(run, "--run")] if options.stage not in _BEGINNING else []
+    named += [(RunDir(Path(other)), "--compare") for other in options.compare if options.stage == "report"]
+    for one, flag in named:  # a mistyped --run leaves no folder behind
+        if not one.root.is_dir():
+            # Who starts the program from elsewhere may look for the runs in the checkout.
+            here = "" if one.root.is_absolute() or Path.cwd() == _CHECKOUT else f" in {Path.cwd()}"
+            raise PipelineError(
+                f"there is no run {one.root}{here}; name one with {flag}, or begin it: "
+                f"python run_pipeline.py --stage preprocess {one.flag}"
+            )
     if options.stage not in _UNCOMPILED and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         raise PipelineError(
             "NUMBA_DISABLE_JIT is set, and the loops over pixels and layers work compiled only: unset it "

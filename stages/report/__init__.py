@@ -234,7 +234,8 @@ def _tiles(known: Facts, trained: Trained) -> list[dict[str, str]]:
             tiles.append({"title": f"Top-{name[-1]} accuracy", "value": f"{known.evaluation[name]:.1%}", "note": note})
         loss = f"{known.evaluation['loss']:.3f}"
         tiles.append({"title": "Validation loss", "value": loss, "note": f"nats, {_views(views)}"})
-    epochs = f"{known.epoch(known.step):.4g} of {known.config.train.epochs} epochs"
+    done, planned = known.epoch(known.step), known.config.train.epochs
+    epochs = f"{done:.4g} of {planned} epochs" if done <= planned else f"{done:.4g} epochs; the recipe has {planned}"
     tiles.append({"title": "Trained", "value": f"{known.step:,}", "note": f"steps, {epochs}"})
     if known.rate is not None:
         device = known.device.upper() if known.device in DEVICES else known.device

@@ -320,6 +320,18 @@ def test_captions_fit_below_their_pictures() -> None:
     assert pictures._fitted(draw, "i" * 40, font, 192) == "i" * 40
 
 
+def test_the_tile_says_how_far_training_went(known: Facts) -> None:
+    trained = SimpleNamespace(header={}, parameters={}, classes=CLASSES)
+
+    def note(step: int) -> str:
+        return next(
+            tile["note"] for tile in report._tiles(replace(known, step=step), trained) if tile["title"] == "Trained"
+        )
+
+    assert note(7) == "steps, 1 of 4 epochs"
+    assert note(35) == "steps, 5 epochs; the recipe has 4"
+
+
 def test_a_long_class_name_does_not_hide_the_probability() -> None:
     split = SimpleNamespace(row=lambda index: np.zeros((8, 8, 3), np.uint8))
     name = "a class with a name longer than a picture is wide"
