@@ -20,6 +20,7 @@ from PIL import Image
 from data.dataset import Dataset, open_dataset
 from data.split import Split
 from net.backend import DEVICES
+from pipeline.config_values import as_text
 from pipeline.run_dir import RunDir, make_folder, write_bytes
 from stages.eval import evaluate
 from stages.report import charts, facts, pictures
@@ -275,7 +276,7 @@ def _template(name: str) -> jinja2.Template:
     environment.globals["script"] = Markup((_HERE / "page.js").read_text("utf-8"))
     environment.filters["percent"] = lambda value, digits=1: f"{value:.{digits}%}"
     environment.filters["short"] = _short
-    environment.filters["setting"] = facts.setting_text
+    environment.filters["setting"] = as_text
     return environment.get_template(name)
 
 

@@ -20,7 +20,7 @@ import run_pipeline
 from net.layers import Relu
 from pipeline.command_line import parse
 from pipeline.config import RECIPES
-from pipeline.config_values import changes
+from pipeline.config_values import as_text, changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
 from stages import report
@@ -131,7 +131,7 @@ def test_commands_name_the_pictures_and_the_views(known: Facts) -> None:
 
 def test_settings_are_written_as_the_command_line_takes_them() -> None:
     values = (None, True, 0.5, [[0, 0.1]], "center")
-    assert [facts.setting_text(value) for value in values] == ["none", "true", "0.5", "[[0, 0.1]]", "center"]
+    assert [as_text(value) for value in values] == ["none", "true", "0.5", "[[0, 0.1]]", "center"]
 
 
 def test_commands_name_pictures_whose_folder_begins_like_the_run(known: Facts) -> None:
