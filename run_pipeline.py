@@ -14,15 +14,22 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from importlib.util import find_spec
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Ctrl-C while the rest is imported has nothing to stop yet; in main() pipeline.signals.Interruption sees to it.
     signal.signal(signal.SIGINT, lambda signum, frame: os._exit(130))
+if __name__ == "__main__" and (find_spec("numpy") is None or find_spec("safetensors") is None):
+    # What is imported below ends in a traceback where the environment has not been made active.
+    sys.exit(
+        f"error: the packages are not installed for {sys.executable}; activate their environment "
+        "(. .venv/bin/activate), or make it: python3 -m venv .venv && .venv/bin/pip install ."
+    )
 
 import argparse
 import contextlib
 import json
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
