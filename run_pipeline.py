@@ -14,15 +14,22 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from importlib.util import find_spec
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Ctrl-C while the rest is imported has nothing to stop yet; in main() pipeline.signals.Interruption sees to it.
     signal.signal(signal.SIGINT, lambda signum, frame: os._exit(130))
+if __name__ == "__main__" and (find_spec("numpy") is None or find_spec("safetensors") is None):
+    # What is imported below ends in a traceback where the environment has not been made active.
+    sys.exit(
+        f"error: the packages are not installed for {sys.executable}; activate their environment "
+        "(. .venv/bin/activate), or make it: python3 -m venv .venv && .venv/bin/pip install ."
+    )
 
 import argparse
 import contextlib
 import json
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +47,7 @@ from pipeline.settings import Request, Settled, settle
 from pipeline.signals import Interruption
 from pipeline.streams import discard_output, open_streams, unread, unwritable
 
+_CHECKOUT: Final = Path(__file__).resolve().parent
 _SETTLED: Final = frozenset(("preprocess", "train"))  # these need settings of their own; others have a checkpoint's
 _BEGINNING: Final = frozenset((None, "preprocess", "import"))  # these make a run where there is none
 _SHARED: Final = frozenset(("train", "eval"))  # several processes can share these
@@ -128,11 +136,16 @@ def _refuse(options: argparse.Namespace, run: RunDir, ranks: Ranks) -> None:
             f"{ranks.size} ranks can share --stage {' and --stage '.join(sorted(_SHARED))} only; run the other stages "
             "without mpiexec or srun (--stage preprocess has --jobs and --scheduler)"
         )
-    if options.stage not in _BEGINNING and not run.root.is_dir():  # a mistyped --run leaves no folder behind
-        raise PipelineError(
-            f"there is no run {run.root}; name one with --run, or begin it: "
-            f"python run_pipeline.py --stage preprocess {run.flag}"
-        )
+    named = [(run, "--run")] if options.stage not in _BEGINNING else []
+    named += [(RunDir(Path(other)), "--compare") for other in options.compare if options.stage == "report"]
+    for one, flag in named:  # a mistyped --run leaves no folder behind
+        if not one.root.is_dir():
+            # Who starts the program from elsewhere may look for the runs in the checkout.
+            here = "" if one.root.is_absolute() or Path.cwd() == _CHECKOUT else f" in {Path.cwd()}"
+            raise PipelineError(
+                f"there is no run {one.root}{here}; name one with {flag}, or begin it: "
+                f"python run_pipeline.py --stage preprocess {one.flag}"
+            )
     if options.stage not in _UNCOMPILED and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         raise PipelineError(
             "NUMBA_DISABLE_JIT is set, and the loops over pixels and layers work compiled only: unset it "
@@ -313,7 +326,7 @@ def _summary(run: RunDir, recipe: str) -> None:
         f"  train/       checkpoints and metrics.jsonl, {metrics['step']} steps of recipe {recipe}\n"
         f"  eval/        metrics.json, per_class.csv, predictions.npz\n"
         f"  report/      index.html, a page about this run to open in a browser\n"
-        f"The network names {metrics['top1']:.1%} of {metrics['images']} pictures it never saw correctly "
+        f"Of {metrics['images']} pictures it never saw, the network names {metrics['top1']:.1%} correctly "
         f"(top-1, {views}); the right class is among its first five for {metrics['top5']:.1%}.\n"
         f"Next: train on with   python run_pipeline.py --stage train --resume --epochs 1 {run.flag}\n"
         f"or on ILSVRC-2012:    python run_pipeline.py --source DIR --run runs/ilsvrc"

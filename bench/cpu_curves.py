@@ -165,7 +165,9 @@ def report(curves: dict[str, list[float]]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cpu_curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a preprocessed run directory")
     parser.add_argument("--recipe", choices=list(RECIPES), help="default: the run's own configuration")
     parser.add_argument("--steps", type=int, default=200)

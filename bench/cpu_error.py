@@ -100,7 +100,9 @@ def lrn(images: int) -> dict[str, tuple[float, float]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cpu_error", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=8)
     options = parser.parse_args()
     rows = {name: convolution(name, options.images) for name in CONVOLUTIONS}

@@ -69,7 +69,9 @@ def torch_side(mode: str, kind: str) -> Callable[[Host], Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cpu_sides", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("side", choices=("hand", "eager", "compile"))
     parser.add_argument("kind", choices=("train", "forward"))
     parser.add_argument("--steps", type=int, default=3)

@@ -40,7 +40,9 @@ def operations(ops: ModuleType) -> dict[str, Callable[[], Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cpu_small", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15, help="turns each side takes")
     rounds = parser.parse_args().rounds
     import net.cpu

@@ -371,7 +371,9 @@ def mixing() -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--source", type=Path, help="folder with the pictures; loader and blocks make their own")
     parser.add_argument("--folder", type=Path, help="where to write; default: the temporary folder")

@@ -164,7 +164,8 @@ def prepare(children: Children, source: Path, out: Path, changes: Sequence[str])
     arguments = ["--stage", "preprocess", "--source", str(source), "--recipe", BASE, "--run", str(pictures.root)]
     settings = [part for change in changes for part in ("--set", change)]
     if children.run(["run_pipeline.py", *arguments, *settings], log) != 0:
-        raise SystemExit(f"preprocessing failed; see {log}")
+        last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise SystemExit(f"preprocessing failed; see {log}, which ends with: {last}")
 
 
 def carry_out(children: Children, run: Planned, how: How, folder: RunDir, *, keep: bool, report: bool) -> None:

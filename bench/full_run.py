@@ -91,6 +91,8 @@ def main() -> None:
     if rate is None:
         print(table())
         return
+    if not rate > 0:
+        parser.error("argument --rate: takes a number above 0")
     full = Plan(rate, 3 * rate)  # a forward pass is a third of a step's arithmetic
     print(f"{EPOCHS} epochs: {full.hours:,.1f} hours; the shards must deliver {full.gigabytes:.2f} GB/s")
 

@@ -178,7 +178,9 @@ def rehearse(folder: Path, train: int, val: int, timed: Timed) -> tuple[int, int
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.full_size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, help="where to make all of it (4 GB); default: the temporary folder")
     parser.add_argument("--train", type=int, default=TRAIN)
     parser.add_argument("--val", type=int, default=VAL)

@@ -27,7 +27,7 @@ def on_cluster(tasks: list[ShardTask], scheduler: str, stop: StopRequest) -> Gen
     ------
     PipelineError
         Dask is not installed, the scheduler cannot be reached or is lost, it has no workers, a task's workers died time
-        and again, or the workers do not see the run directory.
+        and again, the scheduler or the workers cannot import this program, or the workers do not see the run directory.
     """
     try:
         from distributed import Client, as_completed
@@ -66,7 +66,8 @@ def _require_listener(scheduler: str) -> None:
         socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE).close()
     except (OSError, ValueError) as error:
         raise PipelineError(
-            f"no Dask scheduler answers at {scheduler} ({error}); start one with: dask scheduler"
+            f"no Dask scheduler answers at {scheduler} ({error}); start one in the checkout: "
+            "PYTHONPATH=. dask scheduler"
         ) from error
 
 
@@ -89,6 +90,13 @@ def _result(future: Any, scheduler: str) -> ShardResult:
         raise PipelineError(
             f"a worker cannot import {error.name}; start the workers in the checkout, with PYTHONPATH=. and the same "
             "environment"
+        ) from error
+    except RuntimeError as error:  # what the scheduler could not unpack, as it does before the workers
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        raise PipelineError(
+            f"the scheduler at {scheduler} cannot import this program ({error.__cause__}); start it, like the workers, "
+            "in the checkout, with PYTHONPATH=. and the same environment"
         ) from error
 
 

@@ -102,7 +102,14 @@ def keys() -> list[str]:
 def difference(a: Config, b: Config) -> list[str]:
     """The keys in which two configurations differ, each with both values: ``a``'s "there", ``b``'s "here"."""
     left, right = dict(flatten(dataclasses.asdict(a))), dict(flatten(dataclasses.asdict(b)))
-    return [f"{key} ({left[key]} there, {right[key]} here)" for key in left if left[key] != right[key]]
+    return [
+        f"{key} ({as_text(left[key])} there, {as_text(right[key])} here)" for key in left if left[key] != right[key]
+    ]
+
+
+def as_text(value: Any) -> str:
+    """A setting's value as ``--set`` takes it."""
+    return "none" if value is None else json.dumps(value) if not isinstance(value, str) else value
 
 
 def _read_toml(path: Path) -> list[tuple[str, Any]]:

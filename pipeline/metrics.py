@@ -68,8 +68,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the records after ``step``: the run goes on from there and will write them again."""
+    """Drop the records after ``step``: the run goes on from there and will write them again.
+
+    A file with nothing to drop keeps its time, which tells ``--stage watch`` when the last line came.
+    """
     kept = [r for r in read_metrics(path) if isinstance(r.get("step"), int) and r["step"] <= step]
-    text = "".join(json.dumps(record) + "\n" for record in kept)
+    content = "".join(json.dumps(record) + "\n" for record in kept).encode()
+    if path.exists() and path.read_bytes() == content:
+        return
     make_folder(path.parent)
-    write_bytes(path, text.encode())
+    write_bytes(path, content)

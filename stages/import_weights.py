@@ -67,12 +67,13 @@ def run(run_dir: RunDir, file: Path, *, mean: Path | None, request: Request) -> 
     if not run_dir.config.exists():
         write_sealed(run_dir.config, to_dict(config))
     lacks_mean = config.input.mean != "none" and MEAN not in arrays and not (run_dir.preprocess / "mean.npy").exists()
+    has_pictures = (run_dir.preprocess / "manifest.json").exists()
     pictures = f"--stage preprocess --source DIR {run_dir.flag}"
     print(
         f"imported {file.name}, {len(arrays['fc8.b'])} classes, recipe {config.recipe}, as {path}; use it"
         + (f", after {pictures}, whose mean picture the recipe subtracts," if lacks_mean else "")
         + f" with\n  python run_pipeline.py --stage predict IMAGE... {run_dir.flag}\n"
-        + ("or with\n" if lacks_mean else f"or, after {pictures}, with\n")
+        + ("or with\n" if lacks_mean or has_pictures else f"or, after {pictures}, with\n")
         + f"  python run_pipeline.py --stage eval {run_dir.flag}"
     )
     return path

@@ -201,7 +201,7 @@ def _require_same_run(training: Training, saved: Checkpoint) -> None:
     if differing:
         raise PipelineError(
             f"{saved.path} was trained with other settings: {'; '.join(differing)}. "
-            "Resume with the settings of the run (leave out --recipe, --config, --set and --seed), "
+            "Resume with the settings of the run (leave out --recipe, --config, --set, --seed and --weights), "
             "or start a new run with --run"
         )
     names = {f"{prefix}{name}": shape for prefix in ("", MOMENTUM) for name, shape in training.shapes.items()}

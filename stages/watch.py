@@ -96,9 +96,10 @@ def screen(
     rate = statistics.median(rates)  # the first line of a run has the compiling in it
     left = max(0, total - done) * config.train.batch_size / rate if rate > 0 else 0.0
     ago = f"last line {duration(time.time() - written)} ago"
+    of = " of" if done <= total else ", the recipe has"  # --epochs and --steps train on
     lines = [
         f"{root}  recipe {config.recipe}",
-        f"step {done:,} of {total:,}  epoch {done / per_epoch:.2f} of {config.train.epochs}",
+        f"step {done:,}{of} {total:,}  epoch {done / per_epoch:.2f}{of} {config.train.epochs}",
         f"loss {last['loss']:.4f}  lr {last['lr']:.4g}  {rate:.1f} images/s  waiting for data {last['data_wait']:.1%}",
         f"{duration(left)} left to the recipe's end at this speed; {ago}" if left else f"the recipe's end; {ago}",
     ]
@@ -110,6 +111,8 @@ def screen(
             f"best {best['top1']:.2%}, step {best['step']:,}"
         )
     points = [(r["step"] / per_epoch, r["loss"]) for r in steps]
+    if len(points) < 2:
+        return "\n".join([*(line[:width] for line in lines), "", "the loss curve begins with the second logged line"])
     if not can_show("⠿"):
         return "\n".join(line[:width] for line in lines)
     curve = braille(points, max(20, width - 10), max(4, min(16, height - len(lines) - 5)))

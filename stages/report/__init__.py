@@ -20,6 +20,7 @@ from PIL import Image
 from data.dataset import Dataset, open_dataset
 from data.split import Split
 from net.backend import DEVICES
+from pipeline.config_values import as_text
 from pipeline.run_dir import RunDir, make_folder, write_bytes
 from stages.eval import evaluate
 from stages.report import charts, facts, pictures
@@ -166,7 +167,8 @@ def _layer(maps: pictures.Maps) -> dict[str, str]:
 
 def _sheet(split: Split, photos: list[dict[str, Any]], *, right: bool) -> Image.Image:
     """Photographs with what the network says of them, and where that is wrong with what they are."""
-    captions = [[f"{p['said']} {p['probability']:.1%}", *([] if right else [f"is {p['true']}"])] for p in photos]
+    # The figure first: it is the name that is cut short where both are too long for a picture's width.
+    captions = [[f"{p['probability']:.1%} {p['said']}", *([] if right else [f"is {p['true']}"])] for p in photos]
     return pictures.sheet([split.row(p["index"]) for p in photos], captions)
 
 
@@ -233,7 +235,8 @@ def _tiles(known: Facts, trained: Trained) -> list[dict[str, str]]:
             tiles.append({"title": f"Top-{name[-1]} accuracy", "value": f"{known.evaluation[name]:.1%}", "note": note})
         loss = f"{known.evaluation['loss']:.3f}"
         tiles.append({"title": "Validation loss", "value": loss, "note": f"nats, {_views(views)}"})
-    epochs = f"{known.epoch(known.step):.4g} of {known.config.train.epochs} epochs"
+    done, planned = known.epoch(known.step), known.config.train.epochs
+    epochs = f"{done:.4g} of {planned} epochs" if done <= planned else f"{done:.4g} epochs; the recipe has {planned}"
     tiles.append({"title": "Trained", "value": f"{known.step:,}", "note": f"steps, {epochs}"})
     if known.rate is not None:
         device = known.device.upper() if known.device in DEVICES else known.device
@@ -273,7 +276,7 @@ def _template(name: str) -> jinja2.Template:
     environment.globals["script"] = Markup((_HERE / "page.js").read_text("utf-8"))
     environment.filters["percent"] = lambda value, digits=1: f"{value:.{digits}%}"
     environment.filters["short"] = _short
-    environment.filters["setting"] = facts.setting_text
+    environment.filters["setting"] = as_text
     return environment.get_template(name)
 
 

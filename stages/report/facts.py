@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import zipfile
 import zlib
@@ -18,7 +17,7 @@ from data.origin import made_from
 from data.sampling import steps_per_epoch
 from net.backend import DEVICES
 from pipeline.config import RECIPES, Config
-from pipeline.config_values import flatten, to_dict, with_values
+from pipeline.config_values import as_text, flatten, to_dict, with_values
 from pipeline.errors import PipelineError
 from pipeline.metrics import has_numbers, read_metrics
 from pipeline.run_dir import RunDir, hash_file, read_json
@@ -252,7 +251,7 @@ def commands(facts: Facts) -> list[str]:
     # A settled order is named all the same: with other memory it might be settled otherwise.
     named = [s for s in settings(prepared) if s["changed"] or s["recipe"] == "auto" != s["value"]]
     changed = [s for s in named if s["key"] != "seed"]
-    options = "".join(f" --set {shlex.quote(s['key'] + '=' + setting_text(s['value']))}" for s in changed)
+    options = "".join(f" --set {shlex.quote(s['key'] + '=' + as_text(s['value']))}" for s in changed)
     if prepared.seed:
         options = f" --seed {prepared.seed}{options}"
     reseeded = f" --seed {facts.config.seed}" if facts.config.seed != prepared.seed else ""
@@ -269,11 +268,6 @@ def commands(facts: Facts) -> list[str]:
     if facts.evaluation is not None:
         lines.append(f"python run_pipeline.py --stage eval --views {facts.evaluation['views']}{where}{computing}")
     return [*lines, f"python run_pipeline.py --stage report{where}{computing}"]
-
-
-def setting_text(value: Any) -> str:
-    """A setting's value as ``--set`` takes it."""
-    return "none" if value is None else json.dumps(value) if not isinstance(value, str) else value
 
 
 def versions(trained: Trained) -> list[tuple[str, str]]:

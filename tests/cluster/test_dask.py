@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -40,19 +41,25 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with _cluster(tmp_path, scheduler_in=ROOT) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def _cluster(folder: Path, scheduler_in: Path) -> Iterator[Cluster]:
     """A scheduler and two workers, with one thread each, that listen on this machine only."""
-    file = tmp_path / "scheduler.json"
-    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    file = folder / "scheduler.json"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     local = ("--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(file))
     module = (sys.executable, "-m", "distributed.cli.dask_scheduler")
-    started = [subprocess.Popen([*module, "--port", "0", *local], **quiet)]
+    started = [subprocess.Popen([*module, "--port", "0", *local], cwd=scheduler_in, **quiet)]
     try:
         end = time.monotonic() + 60
         while not (file.exists() and file.read_text().endswith("}")):
             assert time.monotonic() < end, "no scheduler"
             time.sleep(0.02)
         worker = (sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", *local)
-        started += [subprocess.Popen(worker, **quiet) for _ in range(2)]
+        started += [subprocess.Popen(worker, cwd=ROOT, **quiet) for _ in range(2)]
         address = json.loads(file.read_text())["address"]
         with Client(address, timeout=60, set_as_default=False) as client:
             client.wait_for_workers(2, timeout=60)  # one that comes late would have no part in what a test does
@@ -130,6 +137,14 @@ def test_a_signal_finishes_what_is_under_way_and_begins_no_more(
     assert shards(run) == len(cluster.workers)
 
 
+def test_a_scheduler_outside_the_checkout_is_a_plain_sentence(small_source: Path, tmp_path: Path) -> None:
+    with _cluster(tmp_path, scheduler_in=tmp_path) as outside:
+        pipeline(
+            *("--stage", "preprocess", "--source", small_source, "--run", tmp_path / "run"),
+            *("--scheduler", outside.address, *FINE),
+        ).refused(f"the scheduler at {outside.address} cannot import .*'data'.*in the checkout, with PYTHONPATH=.")
+
+
 def test_a_scheduler_without_workers_is_a_plain_sentence(cluster: Cluster, small_source: Path, tmp_path: Path) -> None:
     for worker in cluster.workers:
         worker.kill()
@@ -177,4 +192,6 @@ def test_an_address_without_a_scheduler_is_a_plain_sentence(small_source: Path, 
         ):
             cluster_module._require_listener(address)
     for address in ("tcp://127.0.0.1:1", "somewhere"):
-        pipeline(*arguments, "--scheduler", address).refused(f"no Dask scheduler answers at {address} .*dask scheduler")
+        pipeline(*arguments, "--scheduler", address).refused(
+            rf"no Dask scheduler answers at {address} .*PYTHONPATH=\. dask scheduler"
+        )

@@ -136,6 +136,14 @@ def test_set_changes_exactly_one_field() -> None:
     ]
 
 
+def test_what_differs_is_told_as_it_is_typed() -> None:
+    typed = ["input.border=[0, 3]", "input.flip=false", "train.weights=/a b", "train.lr=[[0, 0.1]]"]
+    said = v.difference(c.SEED, v.changes(settings=typed)(c.SEED))
+    assert [text.partition(" there, ")[2] for text in said] == [f"{one.partition('=')[2]} here)" for one in typed]
+    assert said[0] == "input.border ([2, 1] there, [0, 3] here)"
+    assert said[2].startswith("train.weights (none there")
+
+
 def test_none_and_schedules_can_be_set() -> None:
     changed = v.changes(settings=["input.jitter_epochs=none", "train.lr=[[0, 1], [2, 0.5]]"])(c.ORIGINAL)
     assert changed.input.jitter_epochs is None

@@ -64,6 +64,16 @@ def test_cut_back_drops_later_steps_and_a_line_cut_short(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
 
 
+def test_cut_back_leaves_a_log_alone_that_ends_with_the_step(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    os.utime(path, (1e9, 1e9))
+    cut_back(path, 2)
+    assert path.stat().st_mtime == 1e9
+    cut_back(path, 1)
+    assert path.stat().st_mtime > 1e9
+
+
 def test_cut_back_without_a_log_leaves_an_empty_one(tmp_path: Path) -> None:
     cut_back(tmp_path / "new" / "m.jsonl", 5)
     assert (tmp_path / "new" / "m.jsonl").read_bytes() == b""

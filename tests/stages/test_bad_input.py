@@ -159,6 +159,9 @@ def test_stages_out_of_order(tmp_path: Path, run: Path) -> None:
             rf"there is no run {empty}", rf"--stage preprocess --run {empty}"
         )
         assert not empty.exists()
+    pipeline("--stage", "report", "--run", run, "--compare", empty).refused(
+        rf"there is no run {empty}; name one with --compare"
+    )
     empty.mkdir()
     for stage in ("train", "eval"):
         sentence = pipeline("--stage", stage, "--run", empty).refused(
@@ -174,7 +177,8 @@ def test_resume_with_another_recipe_or_other_settings(trained: Path) -> None:
     small = ("--set", "input.crop=67")  # the recipe alone would not fit these shards
     for arguments in (("--recipe", "caffe", *small), ("--set", "train.momentum=0.5"), ("--seed", 3)):
         sentence = train(trained, "--resume", "--steps", 1, *arguments).refused(
-            r"step-00000001\.ckpt was trained with other settings: ", "Resume with the settings of the run"
+            r"step-00000001\.ckpt was trained with other settings: ",
+            r"Resume with the settings of the run \(leave out .* --weights\)",
         )
         assert {"caffe": "recipe (seed there, caffe here)", 3: "seed (0 there, 3 here)"}.get(
             arguments[1], "train.momentum (0.9 there, 0.5 here)"

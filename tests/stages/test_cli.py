@@ -84,6 +84,14 @@ def test_wrong_usage_is_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_the_environment_the_way_to_it_is_told() -> None:
+    command = [sys.executable, "-S", "run_pipeline.py", "--stage", "verify"]  # -S: without the packages
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: the packages are not installed for .*venv/bin/activate.*pip install \.\n", done.stderr)
+
+
 def test_several_comparisons_add_up() -> None:
     assert parse(["--compare", "a", "--run", "b", "--compare", "c", "d"]).compare == ["a", "c", "d"]
     assert parse([]).compare == []

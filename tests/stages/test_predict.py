@@ -376,10 +376,18 @@ def test_a_reader_that_goes_away_ends_it_without_a_word(trained_run: Path, pictu
 
 
 def test_what_is_missing_is_said(
-    trained_run: Path, picture: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path,
+    picture: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert predict(tmp_path / "nowhere", picture) == 1
-    assert "there is no run" in capsys.readouterr().err
+    assert f"there is no run {tmp_path / 'nowhere'};" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)  # not the checkout, where the runs are
+    assert predict(Path("runs/x"), picture) == 1
+    assert f"there is no run runs/x in {tmp_path};" in capsys.readouterr().err
     assert not (tmp_path / "nowhere").exists()
     assert predict(run, picture) == 1
     assert "train first" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ import run_pipeline
 from net.layers import Relu
 from pipeline.command_line import parse
 from pipeline.config import RECIPES
-from pipeline.config_values import changes
+from pipeline.config_values import as_text, changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
+from stages import report
 from stages.report import charts, facts, pictures
 from stages.report.facts import Facts
 from stages.trained import load_trained
@@ -129,7 +131,7 @@ def test_commands_name_the_pictures_and_the_views(known: Facts) -> None:
 
 def test_settings_are_written_as_the_command_line_takes_them() -> None:
     values = (None, True, 0.5, [[0, 0.1]], "center")
-    assert [facts.setting_text(value) for value in values] == ["none", "true", "0.5", "[[0, 0.1]]", "center"]
+    assert [as_text(value) for value in values] == ["none", "true", "0.5", "[[0, 0.1]]", "center"]
 
 
 def test_commands_name_pictures_whose_folder_begins_like_the_run(known: Facts) -> None:
@@ -316,6 +318,26 @@ def test_captions_fit_below_their_pictures() -> None:
     assert draw.textlength(fitted, font=font) <= 192 < draw.textlength(f"W{fitted}W", font=font)
     assert fitted.endswith("W...")
     assert pictures._fitted(draw, "i" * 40, font, 192) == "i" * 40
+
+
+def test_the_tile_says_how_far_training_went(known: Facts) -> None:
+    trained = SimpleNamespace(header={}, parameters={}, classes=CLASSES)
+
+    def note(step: int) -> str:
+        return next(
+            tile["note"] for tile in report._tiles(replace(known, step=step), trained) if tile["title"] == "Trained"
+        )
+
+    assert note(7) == "steps, 1 of 4 epochs"
+    assert note(35) == "steps, 5 epochs; the recipe has 4"
+
+
+def test_a_long_class_name_does_not_hide_the_probability() -> None:
+    split = SimpleNamespace(row=lambda index: np.zeros((8, 8, 3), np.uint8))
+    name = "a class with a name longer than a picture is wide"
+    shown = [{"index": 0, "said": name, "true": name, "probability": p} for p in (0.512, 0.998)]
+    one, other = (report._sheet(split, [photo], right=False).tobytes() for photo in shown)
+    assert one != other
 
 
 @pytest.fixture(scope="module")

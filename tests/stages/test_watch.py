@@ -46,8 +46,9 @@ def test_screen_says_how_far_and_how_long(monkeypatch: pytest.MonkeyPatch) -> No
     records[-1] |= {"step": 40, "top1": 0.3}
     assert "the recipe's end; last line" in screen(Path("runs/x"), demo, 10, records, time.time(), 80, 24)
     assert "no step has been logged yet" in screen(Path("runs/x"), demo, 20, [], time.time(), 80, 24)
-    beyond = [*records, step(90, 1.0)]
-    assert "the recipe's end; last line" in screen(Path("runs/x"), demo, 20, beyond, time.time(), 80, 24)
+    beyond = screen(Path("runs/x"), demo, 20, [*records, step(90, 1.0)], time.time(), 80, 24)
+    assert "the recipe's end; last line" in beyond
+    assert "step 90, the recipe has 80  epoch 4.50, the recipe has 4" in beyond
     assert "no step has been logged yet" in screen(Path("runs/x"), demo, 20, records[-1:], time.time(), 80, 24)
     # Lines that others have written into the file, or half of one, are left out.
     odd = [{"stfp": 3, "loss": 1.0}, {**step(35, 1.0), "loss": None}, {"step": 36, "top1": 0.9}, {"step": "x"}, {}]
@@ -75,6 +76,13 @@ def test_the_screen_fits_a_narrow_terminal_and_one_without_braille(monkeypatch: 
     assert max(map(len, curve)) <= 40
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="ascii"))
     assert lines() == curve[:4]
+
+
+def test_one_logged_line_is_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="utf-8"))
+    text = screen(Path("runs/x"), RECIPES["demo"], 20, [step(10, 2.5)], time.time(), 80, 24)
+    assert text.endswith("the loss curve begins with the second logged line")
+    assert not any(0x2800 <= ord(sign) < 0x2900 for sign in text)
 
 
 def test_braille_draws_what_it_is_given() -> None:
