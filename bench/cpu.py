@@ -45,6 +45,7 @@ from net.alexnet import alexnet, table
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("train", "forward", "one", "threads", "start")
+COMPARED = frozenset(("train", "forward", "one"))  # with PyTorch
 PICTURES = 2  # of each class to train on; one to validate with
 
 
@@ -260,6 +261,8 @@ def main() -> int:
     parser.add_argument("--run", type=Path, metavar="DIR", help="keep the preprocessed pictures in this run directory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures in FILE, beside those it holds")
     options = parser.parse_args()
+    if COMPARED & set(options.only):
+        import torch  # noqa: F401  where it is missing, that is told before minutes of measuring
     if options.rounds < 1 or options.steps < 1 or options.batch < 1:
         parser.error("--rounds, --steps and --batch must be at least 1")
     with folder_for(options.run) as run_dir:

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.blotches import batches
 from bench.hand import begin
-from bench.parity import batches
 from net.network import initial_parameters, prediction
 from pipeline.config import RECIPES, Config
 from stages.setup import learning_rates, network_layers, shapes

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bench.blotches import batches
 from bench.hand import begin
 from net import backend
 from net.layers import Run
@@ -75,24 +76,6 @@ def mean_picture(config: Config) -> np.ndarray:
     side = config.preprocess.size
     row, column, channel = np.meshgrid(np.arange(side), np.arange(side), np.arange(3), indexing="ij")
     return (120 + 20 * np.sin(row / 70) + 15 * np.cos(column / 50 + channel) - 5 * channel).astype(np.float32)
-
-
-def batches(config: Config, classes: int, batch: int, steps: int, seed: int) -> Iterator[Arrays]:
-    """Random crops with everything a loader draws; pictures are blotches, since noise alone looks like nothing."""
-    random = np.random.default_rng(seed)
-    crop, room = config.input.crop, config.preprocess.size - config.input.crop + 1
-    for _ in range(steps):
-        blotches = (
-            random.normal(0, 60, (batch, -(-crop // 16), -(-crop // 16), 3)).repeat(16, axis=1).repeat(16, axis=2)
-        )
-        pictures = 120 + blotches[:, :crop, :crop] + random.normal(0, 20, (batch, crop, crop, 3))
-        yield {
-            "images": pictures.clip(0, 255).astype(np.uint8),
-            "corner": random.integers(0, room, (batch, 2)).astype(np.int32),
-            "flip": random.integers(0, 2, batch).astype(np.uint8),
-            "shift": random.normal(0, 5 if config.input.jitter else 0, (batch, 3)).astype(np.float32),
-            "labels": random.integers(0, classes, batch).astype(np.int32),
-        }
 
 
 # --- this project --------------------------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ def worker(part: str, batch: int, rounds: int) -> None:
 
 
 def _step(part: str, batch: int) -> Callable[[Any, int], None]:
+    from bench.blotches import batches
     from bench.hand import begin
-    from bench.parity import batches
     from net.backend import load
     from net.network import initial_parameters
     from pipeline.config import PAPER

@@ -197,7 +197,10 @@ def _check(config: Config, file: str | None = None) -> None:
     side = inp.crop + sum(inp.border)
     rules = [
         (config.seed >= 0 and config.seed < 2**63, "seed must lie between 0 and 2^63 - 1"),
-        (config.preprocess.size >= inp.crop, "input.crop must not exceed preprocess.size"),
+        (
+            inp.crop <= config.preprocess.size,
+            f"input.crop ({inp.crop}) must not exceed preprocess.size ({config.preprocess.size}), the stored pictures",
+        ),
         (config.preprocess.size <= 4096, "preprocess.size must be at most 4096"),
         (
             config.preprocess.filter in ("bicubic", "bilinear", "box", "lanczos"),
