@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+WITHOUT_TORCH = (
+    "import runpy, sys; sys.modules['torch'] = None; name = sys.argv.pop(1); "
+    "runpy.run_module(name, run_name='__main__', alter_sys=True)"
+)
 
 
 def _refused(*arguments: str) -> str:
