@@ -106,9 +106,9 @@ def test_the_naive_port_is_the_reference(case: cases.Case) -> None:
 
 
 def test_the_page_has_the_models_tables_and_every_kernel() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
-    assert gpu_model.summary() in page, "run python -m bench.gpu_model and put its tables into docs/gpu.md"
+    page = (Path(__file__).parents[2] / "docs" / "gpu_tables.md").read_text()
+    assert gpu_model.summary() in page, "run python -m bench.gpu_model and put its tables into docs/gpu_tables.md"
     for batch in BATCHES:
         assert gpu_model.by_layer(Setting(H100, "bf16", batch)) in page
     for name in kernels.signatures():
-        assert f"| {name} |" in page, "run python -m tests.gpu.cubins and put its table into docs/gpu.md"
+        assert f"| {name} |" in page, "run python -m tests.gpu.cubins and put its table into docs/gpu_tables.md"
