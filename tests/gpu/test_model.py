@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,15 @@ def test_the_naive_port_is_the_reference(case: cases.Case) -> None:
     assert naive is not net.reference
     for got, expected in zip(cases.run(naive, case), cases.run(net.reference, case), strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+def test_the_naive_port_calls_nothing_of_numpys() -> None:
+    """NumPy's functions refuse CuPy's arrays, which no test without a card would see."""
+    folder = Path(net.reference.__file__).parent
+    for path in folder.glob("*.py"):
+        text = gpu_naive.changed(path.read_text(), "cupy")
+        lines = [line for line in text.splitlines() if re.match(r"(from|import) numpy\b(?!\.typing)", line)]
+        assert not lines, f"{path.name}: {lines}"
 
 
 def test_the_page_has_the_models_tables_and_every_kernel() -> None:
