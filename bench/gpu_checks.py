@@ -30,7 +30,7 @@ from net.network import Descent, Preparation, prediction, training_step
 
 Host = dict[str, np.ndarray]
 SCALE, BORDER, SEED = 1 / 255, (2, 1), 1
-SANITIZER_SECONDS: Final = 170  # of each checker
+SANITIZER_SECONDS: Final = 155  # of each checker; the three end before line 5 of docs/gpu.md is cut off
 STORED: Final = 256  # side of a stored picture
 
 
@@ -207,14 +207,8 @@ def _card(device: Any) -> gpu_model.Card:
 # --- resuming ------------------------------------------------------------------------------------------------------
 
 
-def resume(ops: ModuleType, host: Host, classes: int, given: list[Host], steps: int) -> None:
-    """Twice ``steps`` steps at once, and with the state taken to the host and back in the middle: the same bits.
-
-    Raises
-    ------
-    SystemExit
-        They differ.
-    """
+def resume(ops: ModuleType, host: Host, classes: int, given: list[Host], steps: int) -> bool:
+    """Twice ``steps`` steps at once, and with the state taken to the host and back in the middle: the same bits?"""
 
     def run(step: Callable[..., Any], numbers: range) -> list[np.ndarray]:
         losses = []
@@ -233,8 +227,10 @@ def resume(ops: ModuleType, host: Host, classes: int, given: list[Host], steps: 
     parts += run(step, range(steps, 2 * steps))
     wrong = [name for name, a in parameters.items() if ops.to_host(a).tobytes() != ended[name].tobytes()]
     if wrong or np.stack(whole).tobytes() != np.stack(parts).tobytes():
-        raise SystemExit(f"bench.gpu: resuming gives other bits, in {', '.join(wrong) or 'the losses'}")
+        print(f"  RESUMING GIVES OTHER BITS, in {', '.join(wrong) or 'the losses'}", flush=True)
+        return False
     print(f"  resumed after {steps} of {2 * steps} steps: the same bits in all weights and losses", flush=True)
+    return True
 
 
 # --- the loader ----------------------------------------------------------------------------------------------------

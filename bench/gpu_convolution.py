@@ -68,7 +68,9 @@ def passes(layer: Layer, *, columns: bool) -> dict[str, Run]:
     shape, dy = layer.shape, layer.dy
     if columns:
         matrix = convolution.packed(layer.w, shape)
-        made = convolution.columns(layer.x, shape)
+        # On a card of little memory the batch goes through in pieces, which make their columns themselves.
+        whole = convolution.images_at_once(shape) == shape.images
+        made = convolution.columns(layer.x, shape) if whole else None
         return {
             "y": lambda: convolution.columns_product(layer.x, matrix, shape, keep_columns=False)[0],
             "dw": lambda: convolution.columns_weight_gradient(dy, layer.x, made, shape),
