@@ -188,6 +188,8 @@ def _with_torch(layer: Layer, ops: ModuleType) -> Callable[[str, int], str]:
         import torch
     except ImportError:
         return lambda name, rounds: "-"
+    if not torch.cuda.is_available():  # a build for the CPU
+        return lambda name, rounds: "-"
     runs = torch_passes(layer, ops)
     scratch = torch.empty(2**28, dtype=torch.uint8, device="cuda")
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -244,6 +245,41 @@ def test_without_compute_sanitizer_it_is_said(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(SystemExit, match="not on the PATH"):
         gpu.main(["--sanitize"])
+
+
+def test_a_checker_that_does_not_finish_ends_with_all_it_has_started(tmp_path: Path) -> None:
+    code = f"""
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
+time.sleep(60)
+"""
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu_checks._run_group([sys.executable, "-c", code], 3)
+    child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
+    for _ in range(50):
+        if not child.exists() or child.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the checker's own program goes on")
+
+
+def test_kernels_that_the_model_does_not_know_are_told_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, fp32: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_checks, "_times", lambda *a: [("some_kernel", 12.5)])
+    batch = {"labels": np.zeros(2, np.int32)}
+    rows = gpu_checks.kernel_times(fp32, {}, 10, batch, "fp32", (227, 227, 3), 224, dry=False)
+    assert rows == [{"kernel": "some_kernel", "measured us": 12.5}]
+    assert "some_kernel                 12.5" in capsys.readouterr().out
+
+
+def test_pytorch_that_sees_no_card_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    layer: Any = None
+    ops: Any = None
+    assert gpu_convolution._with_torch(layer, ops)("y", 1) == "-"
 
 
 @pytest.mark.parametrize(
