@@ -148,7 +148,7 @@ def race(
             step(given[0])
             runner.wait()
         except Exception as error:  # noqa: BLE001  whatever another's code raises, the others' figures are wanted
-            print(f"  {runner.name} does not run: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            print(f"  {runner.name} does not run: {_first_line(error)}")
             continue
         share = effort.seconds / effort.rounds / (time.perf_counter() - begin)
         steps[runner.name], windows[runner.name] = step, max(1, min(effort.window, int(share)))
@@ -157,11 +157,16 @@ def race(
         for runner in runners:
             if runner.name not in steps:
                 continue
-            runner.wait()
-            begin = time.perf_counter()
-            for number in range(windows[runner.name]):
-                steps[runner.name](given[number % len(given)])
-            runner.wait()
+            try:
+                runner.wait()
+                begin = time.perf_counter()
+                for number in range(windows[runner.name]):
+                    steps[runner.name](given[number % len(given)])
+                runner.wait()
+            except Exception as error:  # noqa: BLE001
+                print(f"  {runner.name} stops: {_first_line(error)}")
+                del steps[runner.name], times[runner.name]
+                continue
             times[runner.name].append((time.perf_counter() - begin) / windows[runner.name])
     figures = []
     for name, each in times.items():
@@ -169,6 +174,10 @@ def race(
         spread = (max(each) - min(each)) / median
         figures.append(Figure(what, name, precision, images, images / median, median * 1e3, spread, losses[name]))
     return figures
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def report(figures: Sequence[Figure]) -> list[str]:
@@ -291,10 +300,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except BackendUnavailableError as error:
                 raise SystemExit(f"bench.gpu: {error}; python -m bench.gpu --dry-run works without a GPU") from error
             print(ops.describe(), flush=True)
-            found = checks(ops, host, classes, precision, crop, options, every=dry and precision == precisions[0])
-            results |= found
-            keep([])
-            if found and not dry:  # asked for instead
+            asked = False
+            for found in checks(ops, host, classes, precision, crop, options, every=dry and precision == precisions[0]):
+                asked = True
+                results |= found
+                keep([])
+            if asked and not dry:  # instead
                 continue
             for figures in races(ops, host, classes, precision, crop, options, effort):
                 keep(figures)
@@ -303,6 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             gpu_checks.sanitize(dry)
         elif measured:
             print(summary(measured))
+    wrong = [name for name, value in results.items() if value is False]
+    if wrong:
+        raise SystemExit(f"bench.gpu: not so: {', '.join(wrong)}")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -322,32 +336,32 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sanitize", action="store_true", help="run the kernels under compute-sanitizer instead")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args(arguments)
+    if options.json and not options.json.parent.is_dir():  # rather than when there are figures to write
+        parser.error(f"--json: there is no folder {options.json.parent}")
     options.batch = options.batch or ([2] if options.dry_run else [128, 1024])
     return options
 
 
 def checks(
     ops: ModuleType, host: Host, classes: int, precision: str, crop: int, options: argparse.Namespace, *, every: bool
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """What was asked for instead of the races, and in a dry run (for its first precision: ``every``) all of it."""
     dry, sizes = options.dry_run, options.batch
     side = crop + sum(BORDER)
-    found: dict[str, Any] = {}
     if options.curve or dry:
         given = batches(8, sizes[0], crop, classes, ops.host_empty)
-        found[f"curve {precision}"] = curve(ops, host, classes, options.curve or 2, given, precision, dry)
+        yield {f"curve {precision}": curve(ops, host, classes, options.curve or 2, given, precision, dry)}
     if options.resume or every:
         given = batches(4, sizes[0], crop, classes, ops.host_empty)
-        gpu_checks.resume(ops, host, classes, given, 2 if dry else 20)
-        found[f"resumed to the same bits {precision}"] = True  # or it would have ended there
+        same = gpu_checks.resume(ops, host, classes, given, 2 if dry else 20)
+        yield {f"resumed to the same bits {precision}": same}
     for images in sizes if options.kernels or every else ():
         given = batches(1, images, crop, classes, ops.host_empty)
         times = gpu_checks.kernel_times(ops, host, classes, given[0], precision, (side, side, 3), crop, dry)
-        found[f"kernels {precision} {images}"] = times
+        yield {f"kernels {precision} {images}": times}
     for images in sizes if options.fed or every else ():
         rate = gpu_checks.fed(ops, host, classes, images, crop, steps=4 if dry else 300, dry=dry)
-        found[f"fed by the loader {precision} {images}"] = rate
-    return found
+        yield {f"fed by the loader {precision} {images}": rate}
 
 
 def races(

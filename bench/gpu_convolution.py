@@ -68,7 +68,9 @@ def passes(layer: Layer, *, columns: bool) -> dict[str, Run]:
     shape, dy = layer.shape, layer.dy
     if columns:
         matrix = convolution.packed(layer.w, shape)
-        made = convolution.columns(layer.x, shape)
+        # On a card of little memory the batch goes through in pieces, which make their columns themselves.
+        whole = convolution.images_at_once(shape) == shape.images
+        made = convolution.columns(layer.x, shape) if whole else None
         return {
             "y": lambda: convolution.columns_product(layer.x, matrix, shape, keep_columns=False)[0],
             "dw": lambda: convolution.columns_weight_gradient(dy, layer.x, made, shape),
@@ -185,6 +187,8 @@ def _with_torch(layer: Layer, ops: ModuleType) -> Callable[[str, int], str]:
     try:
         import torch
     except ImportError:
+        return lambda name, rounds: "-"
+    if not torch.cuda.is_available():  # a build for the CPU
         return lambda name, rounds: "-"
     runs = torch_passes(layer, ops)
     scratch = torch.empty(2**28, dtype=torch.uint8, device="cuda")

@@ -1,6 +1,6 @@
 """Predicted times of the GPU backend: bytes and operations of every kernel against what a card can do.
 
-    python -m bench.gpu_model              the tables of docs/gpu.md
+    python -m bench.gpu_model              the tables of docs/gpu_tables.md
     python -m bench.gpu_model --kernels    every kernel, for one card, precision and batch
 
 A kernel takes the longest of three times, plus the gap to the next kernel in a recorded graph:

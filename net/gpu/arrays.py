@@ -48,7 +48,8 @@ def to_host(a: Array) -> np.ndarray:
         _copying().wait_event(event)
         host = a.get(stream=_copying())
     else:
-        host = a.get(stream=current().stream)
+        # Of an array with gaps CuPy makes a copy `with stream:`, and is on its default stream afterwards.
+        host = dense(a).get(stream=current().stream)
     return (host.astype(np.uint32) << 16).view(np.float32) if host.dtype == np.uint16 else host
 
 

@@ -32,5 +32,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) dropout(
     philox(words, (uint32)seed, (uint32)(seed >> 32));
 #pragma unroll
     for (int v = 0; v < 4; v++)
-        if (e + v >= 0 && e + v < size) put(y[e + v], to_float(x[e + v]) * (words[v] < threshold ? 1.0f : 0.0f) * scale);
+        if (e + v >= 0 && e + v < size)
+            put(y[e + v], to_float(x[e + v]) * (words[v] < threshold ? 1.0f : 0.0f) * scale);
 }

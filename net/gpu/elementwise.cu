@@ -20,7 +20,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) cast_to_float(const real* 
 
 // y = x + b, or relu(x + b), over rows of `channels`; in place where y is x.
 template <int V>
-__device__ __forceinline__ void bias(const real* x, const float* b, real* y, long long size, int channels, int rectify) {
+__device__ __forceinline__ void bias(
+    const real* x, const float* b, real* y, long long size, int channels, int rectify) {
     long long e = ((long long)blockIdx.x * THREADS + threadIdx.x) * V;
     if (e >= size) return;
     float value[V], shift[V];

@@ -64,7 +64,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) turn_weights(
     if (tap >= taps) return;
     Pack<real, 8> pack;
 #pragma unroll
-    for (int v = 0; v < 8; v++) pack.at[v] = w[((long long)tap * each + i + v) * groups * maps_each + g * maps_each + m];
+    for (int v = 0; v < 8; v++)
+        pack.at[v] = w[((long long)tap * each + i + v) * groups * maps_each + g * maps_each + m];
     *reinterpret_cast<Pack<real, 8>*>(
         turned + ((long long)(taps - 1 - tap) * maps_each + m) * groups * each + g * each + i) = pack;
 }

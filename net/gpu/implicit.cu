@@ -5,15 +5,37 @@
 //
 // for group g, its input channels i and its maps m; bias and a ReLU are added where wanted.
 //
-// columns.cu writes the matrix of all windows to memory, where it is nine to twenty-five times as large as the
-// picture; here a block copies the part of it that it needs next straight from the picture into shared memory. Outside
-// the picture the copy fills in zeros. The copies run ahead: while the tensor cores work on one slice of the sum, the
-// next ones are on their way ("stages" buffers in a ring, cp.async).
+// As matrix products, of each group (rows x terms times terms x columns):
 //
-// A block of four warps computes 128 rows x COLS columns of the product, 64 terms of the sum at a time. On Hopper
+//     y:    left (pixels x depth) = the windows,        right (depth x maps) = w,    depth = KH * KW * channels/groups
+//     dw:   left (depth x pixels) = their transpose,    right (pixels x maps) = dy
+//
+// dx is y of dy with turned weights (fold.cu). columns.cu writes the matrix of all windows to memory, where it is nine
+// to twenty-five times as large as the picture; here a block copies the part of it that it needs next straight from the
+// picture into shared memory. Row p of the matrix is the window of output pixel p and column k a place in it, so that
+//
+//     windows[p, k] = x[corner(p) + offset(k)],    or 0 where corner row + kh or corner column + kw leaves the picture
+//
+// where corner(p) is the place of the window's upper left pixel and offset(k) that of (kh, kw, i) from there. Both are
+// worked out once (struct Place) and added for each copy. 8 neighbouring k are 8 neighbouring channels: 16 bytes.
+//
+// A block of four warps computes 128 rows x COLS columns of a product, and goes along the sum in slices of 64 terms:
+//
+//     copy slices 0 .. stages - 2                                         each ends a group of cp.async
+//     for each slice s:
+//         wait for the group of s; barrier                                all threads' copies of s are there, and all
+//                                                                         have finished with slice s - 1
+//         multiply slice s, copy slice s + stages - 1 beside it           into the buffer that slice s - 1 had
+//     write the 128 x COLS sums
+//
+// The buffers are a ring of `stages`, so that copies are on their way while the tensor cores work. On Hopper
 // (-DHOPPER) the four warps together hand two products of 64 x COLS x 16 at a time to the tensor cores, which read both
-// operands from shared memory by themselves (wgmma); on other cards each warp fetches operands of its own part into
-// registers, 16 x 8 x 16 at a time (mma.sync). Products are of bfloat16, sums float32.
+// operands from shared memory by themselves (wgmma), so the multiplication is started before the copies are; on other
+// cards each warp fetches operands of its own part into registers, 16 x 8 x 16 at a time (mma.sync), and the copies are
+// started first. Products are of bfloat16, sums float32.
+//
+// The file has parts: shared memory; the tensor cores' instructions, for Hopper and for the others; what both kernels
+// do; y (and dx); dw.
 //
 // The instructions have a body in C++ beside them, by which the tests run this file on the CPU.
 
@@ -106,7 +128,8 @@ __device__ __forceinline__ void multiply_add(float (&c)[COLS / 8][4], const real
         for (int j = 0; j < COLS / 8; j++)
             for (int v = 0; v < 4; v++) {
                 int m = Tile<COLS>::row(0) + v / 2 * 8, n = Tile<COLS>::col(j) + v % 2;
-                real a = TRANSPOSED ? left[place_in_panel(term, m / 8) + m % 8] : left[place_in_panel(m, term / 8) + term % 8];
+                real a = TRANSPOSED ? left[place_in_panel(term, m / 8) + m % 8]
+                                    : left[place_in_panel(m, term / 8) + term % 8];
                 real b = right[n / 64 * PANEL + place_in_panel(term, n % 64 / 8) + n % 8];
                 c[j][v] += to_float(a) * to_float(b);
             }
@@ -205,7 +228,8 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32 (&a)[4]
     shim::warp_barrier();
 #elif __CUDA_ARCH__ >= 800
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
@@ -338,8 +362,9 @@ __device__ __forceinline__ void convolve(
     Place corners[ROWS / DOWN];
 #pragma unroll
     for (int j = 0; j < ROWS / DOWN; j++)
-        corners[j] = window_corner(first_pixel + row + j * DOWN, pixels, out_height, out_width, pad, height, width, channels);
-    __syncthreads();
+        corners[j] = window_corner(
+            first_pixel + row + j * DOWN, pixels, out_height, out_width, pad, height, width, channels);
+    __syncthreads();  // places are written by some threads and read by all
 
     auto copy_slice = [&](int slice) {
         real* to = buffers + slice % stages * STAGE;
@@ -371,7 +396,8 @@ __device__ __forceinline__ void convolve(
     wait_groups<0>();
     __syncthreads();
 
-    // Through shared memory, so that the results leave in 16-byte pieces.
+    // Through shared memory, so that the results leave in 16-byte pieces. All have finished with the last slice, whose
+    // buffer is overwritten. Lines are 8 values longer than the tile, so that rows begin in different banks.
     constexpr int LINE = COLS + 8;
 #pragma unroll
     for (int j = 0; j < Tile<COLS>::RIGHT; j++) {
@@ -390,17 +416,17 @@ __device__ __forceinline__ void convolve(
     __syncthreads();
     for (int place = threadIdx.x; place < ROWS * (COLS / 8); place += BLOCK) {
         int down = place / (COLS / 8), right = place % (COLS / 8) * 8;
-        if (first_pixel + down < pixels && first_map + right < maps_each)
-            *reinterpret_cast<Pack<real, 8>*>(y + (long long)(first_pixel + down) * maps + g * maps_each + first_map + right) =
-                *reinterpret_cast<const Pack<real, 8>*>(buffers + down * LINE + right);
+        if (first_pixel + down >= pixels || first_map + right >= maps_each) continue;
+        real* to = y + (long long)(first_pixel + down) * maps + g * maps_each + first_map + right;
+        *reinterpret_cast<Pack<real, 8>*>(to) = *reinterpret_cast<const Pack<real, 8>*>(buffers + down * LINE + right);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) convolve_128(
     const real* x, const real* w, const float* b, real* y, int pixels, int height, int width, int channels, int depth,
     int kernel_w, int pad, int out_height, int out_width, int groups, int maps, int rectify, int stages) {
-    convolve<128>(x, w, b, y, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width, groups, maps,
-                 rectify, stages);
+    convolve<128>(x, w, b, y, pixels, height, width, channels, depth, kernel_w, pad, out_height, out_width, groups,
+                  maps, rectify, stages);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) convolve_96(
@@ -459,7 +485,7 @@ __device__ __forceinline__ void weight_gradient(
     float sum[Tile<COLS>::DOWN][Tile<COLS>::RIGHT][4] = {};
     find_corners(0);
     for (int slice = 0; slice < stages - 1; slice++) {
-        __syncthreads();
+        __syncthreads();  // this slice's corners are there; those that the next ones replace have been read
         if (slice < slices) copy_slice(slice);
         end_group();
         find_corners(slice + 1);

@@ -20,7 +20,7 @@ from net.gpu.arrays import dense
 from net.gpu.device import current, event_on
 from net.layers import Array
 
-ADDRESS: Final = 128  # signed bytes in the tuple by which NCCL's ranks find each other
+ADDRESS: Final = 128  # numbers in the tuple by which NCCL's ranks find each other
 
 Gradients = Iterable[tuple[str, Array]]
 
@@ -72,7 +72,8 @@ def _communicator(rank: int, size: int, broadcast: Callable[[np.ndarray], None])
         try:
             from cupy.cuda import nccl
 
-            address = np.zeros(ADDRESS, dtype=np.int8)
+            # C's char, which CuPy makes these numbers of, has a sign on x86 and none on ARM: 16 bits hold both.
+            address = np.zeros(ADDRESS, dtype=np.int16)
             if rank == 0:
                 address[:] = nccl.get_unique_id()
             broadcast(address)

@@ -53,6 +53,8 @@ __device__ __forceinline__ void window_sums(const float* pixel, int i, int chann
 // One block computes a tile of tile_rows x tile_cols outputs of one image from the pixels under it, held in shared
 // memory as floats: [row][col][channel]. Grid: image, tile row, tile column. SIZE and STRIDE are the pool's where they
 // are known when compiling, else 0: loops over a window are written out and divisions by the stride are shifts.
+// Barriers: behind the loading, since windows and LRN's sums take what other threads have loaded; with LRN, in each
+// round between the sums and the overwriting; and behind the last round, since the windows take others' results.
 template <int V, int SIZE, int STRIDE>
 __device__ __forceinline__ void forward(
     const real* c, const float* b, real* y, uint8* winner, int height, int width, int channels, int out_height,

@@ -17,7 +17,11 @@ REAL = os.environ.get("ALEXNET_TEST_GPU") == "1"
 
 # A machine lent for its GPU may lack the product's other packages; everywhere else their absence is an error.
 _STAGES_NEED = ("h5py", "joblib", "jinja2", "matplotlib", "numba", "PIL", "safetensors", "scipy", "tqdm")
-collect_ignore = ["test_pipeline.py"] if REAL and not all(map(find_spec, _STAGES_NEED)) else []
+# Nor should its minutes go to what needs no card: the shim, the compiler, the sanitizers of g++.
+_WITHOUT_CARD = ("test_cubins.py", "test_sanitizers.py", "test_shim.py", "test_standin.py")
+collect_ignore = list(_WITHOUT_CARD) if REAL else []
+if REAL and not all(map(find_spec, _STAGES_NEED)):
+    collect_ignore.append("test_pipeline.py")
 
 
 @pytest.fixture(scope="package")

@@ -1,6 +1,6 @@
 """Compiling the kernels for real cards without one: NVRTC by ctypes, and what it says about registers and spills.
 
-``python -m tests.gpu.cubins`` prints the table of ``docs/gpu.md``.
+``python -m tests.gpu.cubins`` prints the table of ``docs/gpu_tables.md``.
 """
 
 from __future__ import annotations

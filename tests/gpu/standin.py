@@ -347,7 +347,12 @@ class ndarray:
     def get(self, stream: Stream | None = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
         stream = stream or _here.stream
         host = np.empty(self.shape, self.dtype) if out is None else out
-        stream.queue(lambda: host.__setitem__(..., self._numpy))
+        dense = self
+        if not self.flags.c_contiguous:
+            with stream:  # CuPy's way, and its trap: see Stream.__exit__
+                dense = empty(self.shape, self.dtype)
+                dense[...] = self
+        stream.queue(lambda: host.__setitem__(..., dense._numpy))
         if blocking:
             stream.synchronize()
         return host
@@ -357,6 +362,8 @@ class ndarray:
         assert isinstance(arr, np.ndarray)
         assert arr.shape == self.shape
         assert arr.dtype == self.dtype
+        if not self.flags.c_contiguous:
+            raise RuntimeError("Cannot set to non-contiguous array")
         if stream.is_capturing():
             raise CUDARuntimeError("a copy from host memory would be recorded with its values")
         stream.queue(lambda: self._numpy.__setitem__(..., arr))  # read when the copy runs, as from pinned memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -105,10 +106,19 @@ def test_the_naive_port_is_the_reference(case: cases.Case) -> None:
         np.testing.assert_array_equal(got, expected)
 
 
+def test_the_naive_port_calls_nothing_of_numpys() -> None:
+    """NumPy's functions refuse CuPy's arrays, which no test without a card would see."""
+    folder = Path(net.reference.__file__).parent
+    for path in folder.glob("*.py"):
+        text = gpu_naive.changed(path.read_text(), "cupy")
+        lines = [line for line in text.splitlines() if re.match(r"(from|import) numpy\b(?!\.typing)", line)]
+        assert not lines, f"{path.name}: {lines}"
+
+
 def test_the_page_has_the_models_tables_and_every_kernel() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
-    assert gpu_model.summary() in page, "run python -m bench.gpu_model and put its tables into docs/gpu.md"
+    page = (Path(__file__).parents[2] / "docs" / "gpu_tables.md").read_text()
+    assert gpu_model.summary() in page, "run python -m bench.gpu_model and put its tables into docs/gpu_tables.md"
     for batch in BATCHES:
         assert gpu_model.by_layer(Setting(H100, "bf16", batch)) in page
     for name in kernels.signatures():
-        assert f"| {name} |" in page, "run python -m tests.gpu.cubins and put its table into docs/gpu.md"
+        assert f"| {name} |" in page, "run python -m tests.gpu.cubins and put its table into docs/gpu_tables.md"

@@ -52,6 +52,18 @@ def test_the_address_is_the_first_ranks(fp32: ModuleType) -> None:
     fp32.reduction(3, 4, broadcast)
 
 
+@pytest.mark.parametrize("address", [tuple(range(-64, 64)), tuple(range(128, 256))], ids=["x86", "ARM"])
+def test_the_address_may_have_signed_or_unsigned_bytes(
+    fp32: ModuleType, monkeypatch: pytest.MonkeyPatch, address: tuple[int, ...]
+) -> None:
+    import cupy.cuda
+
+    monkeypatch.setattr(standin, "NCCL_ADDRESS", address)
+    monkeypatch.setattr(cupy.cuda.nccl, "get_unique_id", lambda: address)
+    monkeypatch.setattr(nccl, "_communicators", {})
+    fp32.reduction(0, 2, lambda address: None)
+
+
 def test_without_nccl_the_remedy_is_named(fp32: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy.cuda
 

@@ -33,6 +33,19 @@ def test_a_stream_chosen_by_one_thread_is_not_another_threads(fp32: ModuleType) 
     assert standin.current_stream() is current().stream
 
 
+def test_reading_an_array_with_gaps_leaves_the_stream(fp32: ModuleType) -> None:
+    """CuPy copies it `with stream:`, and is on its default stream afterwards; `to_host` must not be."""
+    stream = current().stream
+    a = fp32.asarray(np.arange(12, dtype=np.float32).reshape(3, 4))
+    np.testing.assert_array_equal(a[:, 1:3].get(stream=stream), [[1, 2], [5, 6], [9, 10]])
+    assert standin.current_stream() is standin._null
+    stream.use()
+    np.testing.assert_array_equal(fp32.to_host(a[:, 1:3]), [[1, 2], [5, 6], [9, 10]])
+    assert standin.current_stream() is stream
+    with pytest.raises(RuntimeError, match="non-contiguous"):
+        a[:, 1:3].set(np.zeros((3, 2), np.float32))
+
+
 def test_products_go_to_the_handles_stream(fp32: ModuleType, pretended: standin.Machine) -> None:
     """Whatever stream is the current one: on another they would run too early, and on both at once."""
     a = fp32.asarray(np.ones((2, 2), np.float32))
