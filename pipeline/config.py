@@ -3,7 +3,8 @@
 A recipe is a complete :class:`Config`. How single fields are changed, and what values they take, is in
 ``config_values.py``.
 
-Schedules are tuples of ``(first epoch, value)``, epochs counted from 0; the value holds until the next entry.
+Schedules are tuples of ``(first epoch, value)``, epochs counted from 0; the value holds until the next entry. Settings
+give one value for all epochs as a number alone.
 """
 
 from __future__ import annotations

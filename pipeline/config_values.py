@@ -159,6 +159,8 @@ def _coerce(value: Any, wanted: Any, key: str, where: str) -> Any:
     # As text, "none" stands for nothing only where nothing is a value: input.mean=none is a word like any other.
     if type(None) in options and (value is None or value == "none"):
         return None
+    if wanted == Schedule and type(value) in (int, float):  # one for all epochs
+        value = [[0, value]]
     for option in options:
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             parts = typing.get_args(option)
@@ -186,7 +188,7 @@ _WORDS: Final[dict[Any, str]] = {
     tuple[int, int]: "two whole numbers such as [2, 1]",
     tuple[float, ...]: "a list of numbers such as [0.01, 0.03]",
     tuple[str, ...]: 'a list of words such as ["conv1", "conv2"]',
-    Schedule: "a list of first epochs and values such as [[0, 0.01], [30, 0.001]]",
+    Schedule: "a number, or a list of first epochs and values such as [[0, 0.01], [30, 0.001]]",
     tuple[int, float]: "pairs of a first epoch and a value such as [0, 0.01]",
 }
 

@@ -148,6 +148,8 @@ def test_none_and_schedules_can_be_set() -> None:
     changed = v.changes(settings=["input.jitter_epochs=none", "train.lr=[[0, 1], [2, 0.5]]"])(c.ORIGINAL)
     assert changed.input.jitter_epochs is None
     assert changed.train.lr == ((0, 1.0), (2, 0.5))
+    one = v.changes(settings=["train.lr=0.5", "train.bias_lr=1"])(c.ORIGINAL).train
+    assert (one.lr, one.bias_lr) == (((0, 0.5),), ((0, 1.0),))
 
 
 @pytest.mark.parametrize(
@@ -175,17 +177,19 @@ def test_none_and_schedules_can_be_set() -> None:
         ("network.weight_std=[0.1, 'x']", r"network.weight_std takes a number"),
         ("train.lr=[[0]]", r"train.lr takes pairs of a first epoch and a value"),
         (
-            "train.lr=0.1",
-            r"train.lr takes a list of first epochs and values such as \[\[0, 0.01\], \[30, 0.001\]\], not 0.1",
+            "train.lr=fast",
+            r"train.lr takes a number, or a list of first epochs and values such as "
+            r"\[\[0, 0.01\], \[30, 0.001\]\], not 'fast'",
         ),
         ("input.jitter_epochs=x", r"input.jitter_epochs takes a whole number or none, not 'x'"),
         ("seed=2024-01-01", r"seed takes a whole number"),
         ("train.batch_size=none", r"train.batch_size takes a whole number, not 'none'"),
         ("input.scale=nan", r"input.scale .*finite"),
         ("train.lr=[[0, inf]]", r"train.lr .*finite"),
+        ("train.lr=inf", r"train.lr .*finite"),
         ("train.weight_decay=1e39", r"train.weight_decay .*finite"),
         pytest.param(f"train.batch_size=1{'0' * 5000}", r"a whole number, not", id="more digits than Python reads"),
-        pytest.param(f"train.lr={'[' * 5000}", r"train.lr takes a list", id="nested too deep"),
+        pytest.param(f"train.lr={'[' * 5000}", r"train.lr takes a number, or a list", id="nested too deep"),
         (f"train.weight_decay=1{'0' * 400}", r"train.weight_decay .*finite"),
     ],
 )
