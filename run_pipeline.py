@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     if source is not None and "preprocess" in stages:
         _refuse_among_pictures(run, source)
     trains = bool(_SETTLED.intersection(stages))
-    weights = options.weights if trains else None
+    weights = options.weights if "train" in stages else None
     request = Request(options.recipe, changes(options.config, options.set, options.seed, weights))
     settled = _settled(run, request, stages, demo=source is None) if trains else None
     job = _Job(options, run, source, request, settled, ranks)

@@ -121,6 +121,12 @@ def test_flags_that_matter_to_no_stage_are_named(prepared: Path, capsys: pytest.
     assert "note: --stage watch makes no use of --jobs, --set\n" in capsys.readouterr().err
 
 
+def test_preprocess_leaves_the_weights_to_begin_with_to_train(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run_pipeline.main(["--stage", "preprocess", "--run", str(run), "--weights", "none.ckpt"]) == 0
+    assert "note: --stage preprocess makes no use of --weights\n" in capsys.readouterr().err
+    assert json.loads((run / "config.json").read_text())["train"]["weights"] is None
+
+
 def test_the_help_of_a_stage_has_its_own_flags_only(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         run_pipeline.main(["--stage", "eval", "--help"])
