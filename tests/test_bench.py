@@ -41,6 +41,11 @@ def test_evidence_says_why_there_are_no_pictures(tmp_path: Path) -> None:
     assert f"--source names {tmp_path / 'none'}, which is not a folder" in said
 
 
+@pytest.mark.parametrize("line", ["cpu_layers --batch 0", "cpu_small --rounds 0", "scaling --rounds many"])
+def test_a_number_of_things_is_at_least_one(line: str) -> None:
+    assert "takes a whole number of at least 1" in _refused("-m", *f"bench.{line}".split())
+
+
 @pytest.mark.parametrize("rate", ["0", "-3", "nan"])
 def test_a_rate_is_above_zero(rate: str) -> None:
     assert "takes a number above 0" in _refused("-m", "bench.full_run", "--rate", rate)
