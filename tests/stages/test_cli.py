@@ -376,6 +376,16 @@ def test_all_stages_in_one_go_on_the_demo_set(tmp_path: Path) -> None:
     pipeline("--run", run).refused(r"add --resume .*--restart")
 
 
+@pytest.mark.parametrize(("compared", "page"), [(False, "index.html"), (True, "compare.html")])
+def test_the_last_words_name_the_page_that_was_made(
+    compared: bool, page: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "metrics.json").write_text('{"views": 1, "step": 2, "images": 3, "top1": 0.5, "top5": 1}')
+    run_pipeline._summary(RunDir(tmp_path), "demo", compared=compared)
+    assert f"report/      {page}, " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_while_evaluating_leave_the_earlier_evaluation(
     run: Path, number: signal.Signals, status: int, trained_once: Path
