@@ -36,6 +36,11 @@ def test_a_part_that_fails_says_why_and_the_whole_which(tmp_path: Path) -> None:
     assert re.match(r"error: ended with status 1, for the reason above: .* -m bench\.cpu_curves --side hand", second)
 
 
+def test_a_part_that_is_killed_has_said_no_reason() -> None:
+    killed = "import bench, subprocess; subprocess.run(['sh', '-c', 'kill -9 $$'], check=True)"
+    assert _refused("-c", killed) == "error: ended by signal 9: sh -c 'kill -9 $$'\n"
+
+
 def test_evidence_says_why_there_are_no_pictures(tmp_path: Path) -> None:
     said = _refused("-m", "bench.evidence", "--source", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
     assert f"--source names {tmp_path / 'none'}, which is not a folder" in said
