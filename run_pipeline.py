@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     if source is not None and "preprocess" in stages:
         _refuse_among_pictures(run, source)
     trains = bool(_SETTLED.intersection(stages))
-    weights = options.weights if trains else None
+    weights = options.weights if "train" in stages else None
     request = Request(options.recipe, changes(options.config, options.set, options.seed, weights))
     settled = _settled(run, request, stages, demo=source is None) if trains else None
     job = _Job(options, run, source, request, settled, ranks)
@@ -126,7 +126,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
             if late is not None and stage != stages[-1]:
                 raise StoppedError(late, f"stopped after the stage {stage}; everything finished so far is kept")
     if not options.stage and settled is not None:
-        _summary(run, settled.train.recipe)
+        _summary(run, settled.train.recipe, compared=bool(options.compare))
 
 
 def _refuse(options: argparse.Namespace, run: RunDir, ranks: Ranks) -> None:
@@ -137,7 +137,7 @@ def _refuse(options: argparse.Namespace, run: RunDir, ranks: Ranks) -> None:
             "without mpiexec or srun (--stage preprocess has --jobs and --scheduler)"
         )
     named = [(run, "--run")] if options.stage not in _BEGINNING else []
-    named += [(RunDir(Path(other)), "--compare") for other in options.compare if options.stage == "report"]
+    named += [(RunDir(Path(other)), "--compare") for other in options.compare if options.stage in (None, "report")]
     for one, flag in named:  # a mistyped --run leaves no folder behind
         if not one.root.is_dir():
             # Who starts the program from elsewhere may look for the runs in the checkout.
@@ -317,15 +317,16 @@ def _source(named: str | None, *, must_exist: bool) -> Path | None:
     return path
 
 
-def _summary(run: RunDir, recipe: str) -> None:
+def _summary(run: RunDir, recipe: str, *, compared: bool) -> None:
     metrics = json.loads((run.eval / "metrics.json").read_text())
     views = "centre view" if metrics["views"] == 1 else f"{metrics['views']} views"
+    page = "compare.html, this run beside others" if compared else "index.html, a page about this run"
     print(
         f"\nAll stages are done. In {run.root}:\n"
         f"  preprocess/  the pictures as HDF5 shards, their colour statistics and what was rejected\n"
         f"  train/       checkpoints and metrics.jsonl, {metrics['step']} steps of recipe {recipe}\n"
         f"  eval/        metrics.json, per_class.csv, predictions.npz\n"
-        f"  report/      index.html, a page about this run to open in a browser\n"
+        f"  report/      {page} to open in a browser\n"
         f"Of {metrics['images']} pictures it never saw, the network names {metrics['top1']:.1%} correctly "
         f"(top-1, {views}); the right class is among its first five for {metrics['top5']:.1%}.\n"
         f"Next: train on with   python run_pipeline.py --stage train --resume --epochs 1 {run.flag}\n"

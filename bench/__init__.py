@@ -23,7 +23,9 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
         case PipelineError():
             sentence = str(error)
         case CalledProcessError(cmd=list(command), stderr=None):  # else nobody has seen what it said
-            sentence = f"ended with status {error.returncode}, for the reason above: {shlex.join(map(str, command))}"
+            status = error.returncode  # below zero after a signal, which leaves no reason above
+            how = f"with status {status}, for the reason above" if status > 0 else f"by signal {-status}"
+            sentence = f"ended {how}: {shlex.join(map(str, command))}"
         case _:
             sys.__excepthook__(kind, error, trace)
             return

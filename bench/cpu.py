@@ -42,6 +42,7 @@ from PIL import Image
 
 from bench.cpu_sides import CLASSES
 from net.alexnet import alexnet, table
+from pipeline.command_line import at_least_one
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("train", "forward", "one", "threads", "start")
@@ -253,9 +254,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="steps a process is timed over")
+    parser.add_argument("--batch", type=at_least_one, default=128)
+    parser.add_argument("--rounds", type=at_least_one, default=3)
+    parser.add_argument("--steps", type=at_least_one, default=3, help="steps a process is timed over")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="measure these parts")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which needs a C++ compiler")
     parser.add_argument("--run", type=Path, metavar="DIR", help="keep the preprocessed pictures in this run directory")
@@ -263,8 +264,6 @@ def main() -> int:
     options = parser.parse_args()
     if COMPARED & set(options.only):
         import torch  # noqa: F401  where it is missing, that is told before minutes of measuring
-    if options.rounds < 1 or options.steps < 1 or options.batch < 1:
-        parser.error("--rounds, --steps and --batch must be at least 1")
     with folder_for(options.run) as run_dir:
         prepare(run_dir.absolute(), options.batch)
         found = measure(options, run_dir.absolute())

@@ -33,6 +33,7 @@ from bench.hand import begin
 from data.dataset import Dataset, open_dataset
 from data.loader import load
 from net.network import initial_parameters
+from pipeline.command_line import at_least_one
 from pipeline.config import RECIPES, Config
 from pipeline.config_values import from_dict
 from pipeline.run_dir import RunDir, read_sealed
@@ -170,8 +171,8 @@ def main() -> int:
     )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a preprocessed run directory")
     parser.add_argument("--recipe", choices=list(RECIPES), help="default: the run's own configuration")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=at_least_one, default=200)
+    parser.add_argument("--batch", type=at_least_one, default=8)
     parser.add_argument("--rate", type=float, default=0.002, help="learning rate")
     parser.add_argument("--only", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the curves in FILE, beside those it holds")

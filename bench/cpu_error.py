@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 import net.cpu
+from pipeline.command_line import at_least_one
 
 #  name: picture's side, channels in, channels out, kernel, stride, pad, groups
 CONVOLUTIONS = {
@@ -103,7 +104,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.cpu_error", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--images", type=at_least_one, default=8)
     options = parser.parse_args()
     rows = {name: convolution(name, options.images) for name in CONVOLUTIONS}
     rows |= {"lrn1": lrn(options.images)} | {name: linear(name, options.images) for name in LINEAR}

@@ -19,6 +19,7 @@ import numpy as np
 import net.cpu
 from bench.cpu_sides import sides
 from net.backend import FUSED_OPERATIONS, OPERATIONS
+from pipeline.command_line import at_least_one
 
 
 def timed_backend(times: dict[str, list[float]]) -> SimpleNamespace:
@@ -45,8 +46,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.cpu_layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=at_least_one, default=128)
+    parser.add_argument("--rounds", type=at_least_one, default=5)
     options = parser.parse_args()
     times: dict[str, list[float]] = {}
     inputs, functions = sides(timed_backend(times), options.batch)

@@ -21,6 +21,7 @@ import numpy as np
 from bench.blotches import batches
 from bench.hand import begin
 from net.network import initial_parameters, prediction
+from pipeline.command_line import at_least_one
 from pipeline.config import RECIPES, Config
 from stages.setup import learning_rates, network_layers, shapes
 
@@ -74,8 +75,8 @@ def main() -> int:
     )
     parser.add_argument("side", choices=("hand", "eager", "compile"))
     parser.add_argument("kind", choices=("train", "forward"))
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=at_least_one, default=3)
+    parser.add_argument("--batch", type=at_least_one, default=128)
     options = parser.parse_args()
     if options.side == "hand":
         import net.cpu

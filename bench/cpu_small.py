@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from net import reference
+from pipeline.command_line import at_least_one
 
 
 def operations(ops: ModuleType) -> dict[str, Callable[[], Any]]:
@@ -43,7 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.cpu_small", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=15, help="turns each side takes")
+    parser.add_argument("--rounds", type=at_least_one, default=15, help="turns each side takes")
     rounds = parser.parse_args().rounds
     import net.cpu
 

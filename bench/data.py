@@ -64,6 +64,7 @@ from data.sampling import (
     training_crops,
 )
 from data.sources import read_source
+from pipeline.command_line import at_least_one
 from pipeline.config import SEED, Preprocess
 from pipeline.metrics import read_metrics
 from pipeline.run_dir import RunDir
@@ -377,9 +378,11 @@ def main() -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--source", type=Path, help="folder with the pictures; loader and blocks make their own")
     parser.add_argument("--folder", type=Path, help="where to write; default: the temporary folder")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=at_least_one, default=3)
     parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the set for blocks")
-    parser.add_argument("--steps", type=int, default=35, help="training steps for wait, the first five not counted")
+    parser.add_argument(
+        "--steps", type=at_least_one, default=35, help="training steps for wait, the first five not counted"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     if options.part not in ("loader", "blocks") and options.source is None:

@@ -49,6 +49,7 @@ from data.manifest import read_manifest
 from data.sampling import steps_per_epoch
 from net.backend import choose
 from pipeline.checkpoint import checkpoints
+from pipeline.command_line import at_least_one
 from pipeline.config import RECIPES
 from pipeline.config_values import to_dict
 from pipeline.metrics import read_metrics
@@ -307,15 +308,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.evidence", description=__doc__.partition("\n")[0])
     parser.add_argument("--source", type=Path, help="the pictures; not needed once they are preprocessed")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="default %(default)s")
-    parser.add_argument("--epochs", type=int, default=20, help="of every run (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=128, help="pictures a step, of every run (default %(default)s)")
+    parser.add_argument("--epochs", type=at_least_one, default=20, help="of every run (default %(default)s)")
+    parser.add_argument(
+        "--batch", type=at_least_one, default=128, help="pictures a step, of every run (default %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="default 0 1")
     parser.add_argument("--base", default=BASE, choices=list(RECIPES), help="recipe of PyTorch's run and the ablations")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="runs of these names only, as --list prints them")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of every run")
     parser.add_argument("--device", default="auto", help="as run_pipeline.py takes it")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"), help="PyTorch's as well")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default %(default)s)")
+    parser.add_argument(
+        "--jobs", type=at_least_one, default=1, metavar="N", help="runs at a time (default %(default)s)"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop what is at work then; default: never")
     parser.add_argument("--report", nargs="*", metavar="NAME", help="a report for these runs' first seed; default: all")
     parser.add_argument("--keep", action="store_true", help="keep the weights of finished runs, 460 MB each")
@@ -324,8 +329,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = {run.name for run in planned(options.base, options.seeds)}
     if unknown := {*(options.only or ()), *(options.report or ())} - names:
         parser.error(f"no run is called {', '.join(sorted(unknown))}; --list shows the names")
-    if options.jobs < 1:
-        parser.error("--jobs must be at least 1")
     options.out = options.out.resolve()
     if not (options.list or options.source or (options.out / "pictures" / "preprocess" / "manifest.json").exists()):
         parser.error("--source is needed the first time")

@@ -39,6 +39,7 @@ from data.sampling import block_order, epoch_order
 from data.shards import Content, shard_bytes
 from data.sources import read_source
 from data.tally import Tally
+from pipeline.command_line import at_least_one
 from pipeline.config import SEED
 from pipeline.metrics import MetricsLog
 from pipeline.run_dir import RunDir, put_in_place
@@ -182,8 +183,8 @@ def main() -> int:
         prog="python -m bench.full_size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, help="where to make all of it (4 GB); default: the temporary folder")
-    parser.add_argument("--train", type=int, default=TRAIN)
-    parser.add_argument("--val", type=int, default=VAL)
+    parser.add_argument("--train", type=at_least_one, default=TRAIN)
+    parser.add_argument("--val", type=at_least_one, default=VAL)
     parser.add_argument("--rate", type=float, help="pictures a second and core, for the projected hours")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()

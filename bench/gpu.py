@@ -40,6 +40,7 @@ from bench.gpu_checks import BORDER, SCALE, SEED, Host, batches, ours
 from net.alexnet import alexnet
 from net.backend import BackendUnavailableError, load
 from net.network import initial_parameters, parameter_shapes
+from pipeline.command_line import at_least_one
 
 TARGET = 1.2  # ours / best PyTorch mode
 DRY_CROP, CROP = 64, 224
@@ -323,13 +324,13 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, in small, without a GPU")
     parser.add_argument("--precision", nargs="+", choices=("bf16", "tf32", "fp32"), default=None)
-    parser.add_argument("--batch", nargs="+", type=int, default=None)
-    parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--window", type=int, default=None, help="steps a round, at most")
+    parser.add_argument("--batch", nargs="+", type=at_least_one, default=None)
+    parser.add_argument("--rounds", type=at_least_one, default=None)
+    parser.add_argument("--window", type=at_least_one, default=None, help="steps a round, at most")
     parser.add_argument("--modes", default="", metavar="PART", help="only PyTorch's modes with this in their names")
     parser.add_argument("--minutes", type=float, default=60.0, help="nothing new is started after so long")
     parser.add_argument("--kernels", action="store_true", help="time every kernel of a step instead")
-    parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="compare loss curves instead")
+    parser.add_argument("--curve", type=at_least_one, default=0, metavar="STEPS", help="compare loss curves instead")
     parser.add_argument("--resume", action="store_true", help="check that resuming gives the same bits instead")
     parser.add_argument("--fed", action="store_true", help="measure the rate with the loader's threads instead")
     parser.add_argument("--loader", metavar="RUN", help="measure the rate with RUN's shards instead")

@@ -29,6 +29,7 @@ from net.gpu.arrays import pictures
 from net.gpu.device import current
 from net.gpu.shape import ConvShape, layer_shape
 from net.layers import Conv
+from pipeline.command_line import at_least_one
 
 Run = Callable[[], Any]
 PASSES = ("y", "dw", "dx")
@@ -134,8 +135,8 @@ def _elapsed(begin: Any, end: Any) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_convolution", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--batch", nargs="+", type=int, default=[128, 1024])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch", nargs="+", type=at_least_one, default=[128, 1024])
+    parser.add_argument("--rounds", type=at_least_one, default=15)
     parser.add_argument("--tune", action="store_true", help="every tile and number of stages")
     options = parser.parse_args(arguments)
     try:

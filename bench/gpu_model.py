@@ -29,6 +29,7 @@ from net.gpu import implicit
 from net.gpu.blocks import tile
 from net.gpu.shape import ConvShape, layer_shape
 from net.layers import ConvBlock, Dropout, Flatten, Layer, Linear, LinearBlock, fuse
+from pipeline.command_line import at_least_one
 
 REACHED_BANDWIDTH: Final = 0.85
 REACHED_PEAK: Final = 0.65
@@ -414,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernels", action="store_true", help="every kernel rather than the summary")
     parser.add_argument("--card", choices=[card.name for card in CARDS], default=H100.name)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=at_least_one, default=128)
     options = parser.parse_args(arguments)
     card = next(card for card in CARDS if card.name == options.card)
     chosen = Setting(card, options.precision, options.batch)

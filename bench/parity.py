@@ -40,6 +40,7 @@ from bench.hand import begin
 from net import backend
 from net.layers import Run
 from net.network import backward, forward, initial_parameters, prepare
+from pipeline.command_line import at_least_one
 from pipeline.config import RECIPES, Config, Network, at_epoch
 from stages.setup import learning_rates, network_layers, shapes
 
@@ -310,9 +311,9 @@ def main() -> int:
     parser.add_argument("--device", choices=backend.DEVICES, default="cpu")
     parser.add_argument("--precision", choices=["float32", "float64"], default="float32")
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=["paper", "caffe"])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--steps", type=at_least_one, default=50)
+    parser.add_argument("--batch", type=at_least_one, default=8)
+    parser.add_argument("--classes", type=at_least_one, default=1000)
     parser.add_argument("--rate", type=float, help="learning rate; default 1e-5 in float32, the recipe's in float64")
     options = parser.parse_args()
     if options.precision == "float64" and options.device != "reference":

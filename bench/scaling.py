@@ -29,6 +29,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from pipeline.command_line import at_least_one
+
 CLASSES: Final = 1000
 SKIPPED: Final = 2
 
@@ -244,8 +246,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=at_least_one, default=64)
+    parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--model", action="store_true", help="print the prediction, measure nothing")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()

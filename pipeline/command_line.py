@@ -150,7 +150,8 @@ _TRAINED: Final = ("eval", "predict", "report", "export")
 _CONFIGURED: Final = ("preprocess", "train", "eval", "import")
 
 
-def _count(text: str) -> int:
+def at_least_one(text: str) -> int:
+    """A number of things, as a flag takes it."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"takes a whole number of at least 1, not {text!r}")
     return int(text)
@@ -174,7 +175,7 @@ _FLAGS: Final = (
         "ILSVRC archives or class folders (default $ILSVRC2012_ROOT, else datasets/ilsvrc2012, else the demo set)",
         {"type": _name, "metavar": "DIR"},
     ),
-    _Flag("--jobs", ("preprocess",), "processes (default: one a core)", {"type": _count, "metavar": "N"}),
+    _Flag("--jobs", ("preprocess",), "processes (default: one a core)", {"type": at_least_one, "metavar": "N"}),
     _Flag(
         "--check-archives",
         ("preprocess",),
@@ -196,8 +197,8 @@ _FLAGS: Final = (
         "drawn anew where the classes are others",
         {"type": _file, "metavar": "FILE"},
     ),
-    _Flag("--epochs", ("train",), "train N epochs more, then stop", {"type": _count, "metavar": "N"}),
-    _Flag("--steps", ("train",), "train N steps more, then stop", {"type": _count, "metavar": "N"}),
+    _Flag("--epochs", ("train",), "train N epochs more, then stop", {"type": at_least_one, "metavar": "N"}),
+    _Flag("--steps", ("train",), "train N steps more, then stop", {"type": at_least_one, "metavar": "N"}),
     _Flag(
         "--tensorboard",
         ("train",),

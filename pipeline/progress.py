@@ -65,7 +65,8 @@ class Progress:
         self._last_line, self._told = time.monotonic(), (self._done, self._fields)
         rate = (self._done - self._first) / max(self._last_line - self._start, 1e-9)
         left = (self._total - self._done) / rate if rate > 0 else 0.0
-        text = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:.3g}/s, {duration(left)} left"
+        speed = f"{rate:.3g}" if rate < 999.5 else f"{rate:,.0f}"
+        text = f"{self._title}: {self._done}/{self._total} {self._unit}, {speed}/s, {duration(left)} left"
         print(f"{text}, {self._fields}" if self._fields else text, file=sys.stderr, flush=True)
 
 

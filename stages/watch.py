@@ -110,11 +110,11 @@ def screen(
             f"validation top-1 {newest['top1']:.2%}  top-5 {newest['top5']:.2%}  loss {newest['validation_loss']:.4f}  "
             f"best {best['top1']:.2%}, step {best['step']:,}"
         )
+    if not can_show("⠿"):
+        return "\n".join(line[:width] for line in lines)
     points = [(r["step"] / per_epoch, r["loss"]) for r in steps]
     if len(points) < 2:
         return "\n".join([*(line[:width] for line in lines), "", "the loss curve begins with the second logged line"])
-    if not can_show("⠿"):
-        return "\n".join(line[:width] for line in lines)
     curve = braille(points, max(20, width - 10), max(4, min(16, height - len(lines) - 5)))
     return "\n".join([*(line[:width] for line in lines), "", "training loss by epoch", *curve])
 

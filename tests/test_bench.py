@@ -36,9 +36,19 @@ def test_a_part_that_fails_says_why_and_the_whole_which(tmp_path: Path) -> None:
     assert re.match(r"error: ended with status 1, for the reason above: .* -m bench\.cpu_curves --side hand", second)
 
 
+def test_a_part_that_is_killed_has_said_no_reason() -> None:
+    killed = "import bench, subprocess; subprocess.run(['sh', '-c', 'kill -9 $$'], check=True)"
+    assert _refused("-c", killed) == "error: ended by signal 9: sh -c 'kill -9 $$'\n"
+
+
 def test_evidence_says_why_there_are_no_pictures(tmp_path: Path) -> None:
     said = _refused("-m", "bench.evidence", "--source", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
     assert f"--source names {tmp_path / 'none'}, which is not a folder" in said
+
+
+@pytest.mark.parametrize("line", ["cpu_layers --batch 0", "cpu_small --rounds 0", "scaling --rounds many"])
+def test_a_number_of_things_is_at_least_one(line: str) -> None:
+    assert "takes a whole number of at least 1" in _refused("-m", *f"bench.{line}".split())
 
 
 @pytest.mark.parametrize("rate", ["0", "-3", "nan"])

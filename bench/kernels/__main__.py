@@ -11,6 +11,7 @@ import argparse
 
 from bench.kernels import convolution, finish, linear, pool, update
 from bench.kernels.exhibit import show
+from pipeline.command_line import at_least_one
 
 EXHIBITS = {
     "convolution": lambda scale: convolution.exhibit(max(1, 16 // scale)),
@@ -27,12 +28,12 @@ def main() -> int:
         prog="python -m bench.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(EXHIBITS)}; default all")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scale", type=int, default=1, help="divide the sizes by this")
+    parser.add_argument("--rounds", type=at_least_one, default=5)
+    parser.add_argument("--scale", type=at_least_one, default=1, help="divide the sizes by this")
     options = parser.parse_args()
     unknown = set(options.names) - set(EXHIBITS)
-    if unknown or options.rounds < 1 or options.scale < 1:
-        parser.error(f"names are of {', '.join(EXHIBITS)}; --rounds and --scale are at least 1")
+    if unknown:
+        parser.error(f"names are of {', '.join(EXHIBITS)}")
     for name in options.names or EXHIBITS:
         exhibit = EXHIBITS[name](options.scale)
         rows = show(exhibit, options.rounds)

@@ -46,7 +46,8 @@ def cross_entropy(z: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 def _shifted(z: np.ndarray) -> np.ndarray:
     """z - m in an array of its own, float32."""
     z, shifted = contiguous(z), empty(z.shape)
-    with np.errstate(invalid="ignore"):  # infinity less infinity: a NaN, which the training step finds in the loss
+    # Infinity less infinity is a NaN, a distance too large for float32 infinite; training finds both in the loss.
+    with np.errstate(invalid="ignore", over="ignore"):
         return np.subtract(z, z.max(axis=1, keepdims=True), out=shifted)
 
 

@@ -60,6 +60,12 @@ def test_an_infinite_score_makes_the_loss_of_its_picture_nan_and_says_nothing() 
     assert np.isnan(loss).tolist() == [False, True]
 
 
+def test_scores_further_apart_than_float32_reaches_make_the_loss_infinite_and_say_nothing() -> None:
+    loss, dz = net.cpu.cross_entropy(np.array([[3e38, -3e38]] * 2, np.float32), np.array([0, 1], np.int32))
+    assert loss.tolist() == [0, np.inf]
+    np.testing.assert_array_equal(dz, [[0, 0], [0.5, -0.5]])
+
+
 # --- memory --------------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,14 @@ def test_rate_counts_only_what_was_done_here(clock: list[float], capsys: pytest.
     assert capsys.readouterr().err == "train: 520/1000 steps, 2/s, 0:04:00 left\n"
 
 
+@pytest.mark.parametrize(("done", "rate"), [(1, "0.1"), (9_994, "999"), (9_996, "1,000"), (15_700, "1,570")])
+def test_the_rate_is_a_plain_number(done: int, rate: str, clock: list[float], capsys: pytest.CaptureFixture) -> None:
+    with p.Progress("verify", 20_000, "MB") as progress:
+        clock[0] += 10
+        progress.advance(done)
+    assert f" MB, {rate}/s, " in capsys.readouterr().err
+
+
 def test_nothing_done_prints_nothing(clock: list[float], capsys: pytest.CaptureFixture) -> None:
     with p.Progress("evaluate", 10, "images"):
         pass

@@ -121,6 +121,12 @@ def test_flags_that_matter_to_no_stage_are_named(prepared: Path, capsys: pytest.
     assert "note: --stage watch makes no use of --jobs, --set\n" in capsys.readouterr().err
 
 
+def test_preprocess_leaves_the_weights_to_begin_with_to_train(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run_pipeline.main(["--stage", "preprocess", "--run", str(run), "--weights", "none.ckpt"]) == 0
+    assert "note: --stage preprocess makes no use of --weights\n" in capsys.readouterr().err
+    assert json.loads((run / "config.json").read_text())["train"]["weights"] is None
+
+
 def test_the_help_of_a_stage_has_its_own_flags_only(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         run_pipeline.main(["--stage", "eval", "--help"])
@@ -368,6 +374,16 @@ def test_all_stages_in_one_go_on_the_demo_set(tmp_path: Path) -> None:
     assert not list(run.rglob("*.tmp*"))
     # Once more: there are checkpoints, and both ways on are named.
     pipeline("--run", run).refused(r"add --resume .*--restart")
+
+
+@pytest.mark.parametrize(("compared", "page"), [(False, "index.html"), (True, "compare.html")])
+def test_the_last_words_name_the_page_that_was_made(
+    compared: bool, page: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "metrics.json").write_text('{"views": 1, "step": 2, "images": 3, "top1": 0.5, "top5": 1}')
+    run_pipeline._summary(RunDir(tmp_path), "demo", compared=compared)
+    assert f"report/      {page}, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

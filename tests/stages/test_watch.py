@@ -83,6 +83,8 @@ def test_one_logged_line_is_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     text = screen(Path("runs/x"), RECIPES["demo"], 20, [step(10, 2.5)], time.time(), 80, 24)
     assert text.endswith("the loss curve begins with the second logged line")
     assert not any(0x2800 <= ord(sign) < 0x2900 for sign in text)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="ascii"))  # where there will never be one
+    assert "curve" not in screen(Path("runs/x"), RECIPES["demo"], 20, [step(10, 2.5)], time.time(), 80, 24)
 
 
 def test_braille_draws_what_it_is_given() -> None:
