@@ -7,6 +7,7 @@ import sys
 import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.command_line import ROOT
 from tests.test_imports import ROOMS, imported
@@ -21,6 +22,7 @@ BROUGHT_BY = {
     "cupyx": "cupy",
     "cupy_backends": "cupy",
     "cuda": "cupy",
+    "packaging": "pytest",
 }
 OURS = {*ROOMS, "bench", "tests", "run_pipeline"}
 
@@ -51,3 +53,14 @@ def test_what_is_imported_is_brought(folders: tuple[str, ...], extras: tuple[str
     names = set().union(*(imported(path.read_text()) for path in files)) - OURS - sys.stdlib_module_names
     names -= {"cv2"}  # bench.data compares with OpenCV too where that happens to be there
     assert {BROUGHT_BY.get(name, name).lower() for name in names} - packages(*extras) == set()
+
+
+def test_constraints_pin_what_is_asked_for() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = dict(line.split("==") for line in lines)
+    versions = {name.lower(): version for name, version in pinned.items()}
+    extras = {name: wanted for name, wanted in PROJECT["optional-dependencies"].items() if name != "gpu13"}
+    for text in [*PROJECT["dependencies"], *(text for wanted in extras.values() for text in wanted)]:
+        package = Requirement(text)
+        if package.name != "torch":
+            assert package.specifier.contains(versions[package.name.lower()]), text

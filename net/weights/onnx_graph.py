@@ -18,8 +18,8 @@ from net.layers import Conv, Dropout, Flatten, Layer, Linear, Lrn, MapNorm, MaxP
 from net.network import Preparation
 from net.weights.layout import to_torch
 
-OPSET: Final = 25  # of the default domain
-IR_VERSION: Final = 11
+OPSET: Final = 17  # of the default domain; known to whatever has been released since 2022
+IR_VERSION: Final = 8  # the oldest with this opset
 
 
 class _Graph:

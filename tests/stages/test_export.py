@@ -129,11 +129,12 @@ def test_names_of_classes_come_back_with_and_without_words() -> None:
 def test_onnx_is_compared_with_this_network(
     trained_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed("onnx")
-    onnxruntime = needed("onnxruntime")
+    onnx, onnxruntime = needed("onnx"), needed("onnxruntime")
     assert pipeline("--stage", "export", "--run", trained_run, "--format", "onnx") == 0
     assert "scores of 8 validation pictures differ by at most" in capsys.readouterr().out
     path = trained_run / "export" / "alexnet.onnx"
+    # What onnx 1.17 and onnxruntime 1.20, the oldest that pyproject.toml allows, know with room to spare.
+    assert onnx.load(path).opset_import[0].version <= 17
     session = onnxruntime.InferenceSession(path)
     trained = load_trained(RunDir(trained_run), "latest")
     inputs = trained.inputs(np.random.default_rng(1).integers(0, 256, (3, 72, 72, 3), dtype=np.uint8), views=1)
