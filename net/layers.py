@@ -103,6 +103,8 @@ class Conv:
         return (height + reach) // self.stride + 1, (width + reach) // self.stride + 1, self.maps
 
     def parameter_shapes(self, shape: Shape) -> dict[str, Shape]:
+        if shape[2] % self.groups or self.maps % self.groups:
+            raise ValueError(f"{self.name}: {self.groups} groups cannot share {shape[2]} channels and {self.maps} maps")
         weights = (self.size, self.size, shape[2] // self.groups, self.maps)
         return {f"{self.name}.w": weights, f"{self.name}.b": (self.maps,)}
 
@@ -137,6 +139,8 @@ class Linear:
         return (self.units,)
 
     def parameter_shapes(self, shape: Shape) -> dict[str, Shape]:
+        if len(shape) != 1:
+            raise ValueError(f"{self.name} takes features, not maps of {shape}; put Flatten() before it")
         return {f"{self.name}.w": (shape[0], self.units), f"{self.name}.b": (self.units,)}
 
     @property

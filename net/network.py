@@ -44,11 +44,22 @@ class Descent:
 
 
 def parameter_shapes(layers: Sequence[Layer], shape: Shape) -> dict[str, Shape]:
-    """Shapes of all parameters, in the order of the layers, for an input of (height, width, channels)."""
+    """Shapes of all parameters, in the order of the layers, for an input of (height, width, channels).
+
+    Raises
+    ------
+    ValueError
+        The layers do not fit each other or the input, or two have parameters of one name.
+    """
     shapes: dict[str, Shape] = {}
     for layer in layers:
-        shapes |= layer.parameter_shapes(shape)
-        shape = layer.output_shape(shape)
+        own, output = layer.parameter_shapes(shape), layer.output_shape(shape)
+        if own.keys() & shapes.keys():
+            raise ValueError(f"two layers have parameters named {', '.join(own)}; each needs a name of its own")
+        if min(output) < 1:
+            raise ValueError(f"nothing is left of {shape} after {layer}; take a larger input")
+        shapes |= own
+        shape = output
     return shapes
 
 

@@ -52,6 +52,10 @@ def take_weights(file: Path, config: Config, wnids: Sequence[str], parameters: d
             _require_same_function(file, own, config)
         return own or config
 
+    if file.is_dir():  # the system's words for it, of a mapping, say nothing
+        raise PipelineError(
+            f"{file} is a folder; --weights takes a file, of a run for example {file / 'train' / 'step-00000100.ckpt'}"
+        )
     try:
         read, digest = read_weights(file, choose), hash_file(file)
     except WeightsError as error:

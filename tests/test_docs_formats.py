@@ -63,6 +63,16 @@ def test_the_gradient_of_a_score(
     assert (risen > 0).all()
 
 
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_a_loop_of_ones_own_learns(device: str) -> None:
+    text = example("own loop")
+    assert text.count('"cpu"') == 1
+    seen: dict[str, Any] = {"__name__": "example"}
+    exec(compile(text.replace('"cpu"', f'"{device}"'), str(PAGE), "exec"), seen)  # noqa: S102
+    assert seen["probabilities"].shape == (64, 4)
+    assert np.mean(seen["losses"][-3:]) < seen["losses"][0]
+
+
 def test_the_worst_mistakes_and_the_names_of_their_pictures(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,8 +77,10 @@ def conv_block_backward(
 def _forward(
     x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, pad: int, groups: int, finish: Finish, keep: bool
 ) -> Results:
-    n, height, width, _ = x.shape
+    n, height, width, channels = x.shape
     kh, kw, _, maps = w.shape
+    if w.shape[2] * groups != channels or maps % groups:  # the kernels would read memory that is not x's
+        raise ValueError(f"weights {w.shape} in {groups} groups do not fit a picture of {channels} channels")
     outputs = (n, _windows(height, kh, stride, pad), _windows(width, kw, stride, pad), maps)
     if plan.forward(w.shape, stride, groups) == "winograd":
         to = results(outputs, finish, keep)

@@ -63,6 +63,8 @@ def linear_block_backward(
 
 
 def _forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool) -> np.ndarray:
+    if x.ndim != 2 or x.shape[1] != w.shape[0]:  # the kernels would read memory that is not x's
+        raise ValueError(f"weights {w.shape} do not fit an input of shape {x.shape}")
     n, depth = x.shape
     y = empty((n, w.shape[1]))
     if n <= _FEW:

@@ -36,6 +36,8 @@ import numpy as np
 
 def cross_entropy(z: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """z (N, classes), labels (N,) -> loss of each image (N,), gradient of their mean dz (N, classes)."""
+    if not np.all((labels >= 0) & (labels < z.shape[1])):  # NumPy would count -1 from the end
+        raise ValueError(f"labels must lie between 0 and {z.shape[1] - 1}")
     n = np.arange(len(z))
     shifted = z - z.max(axis=1, keepdims=True)
     e = np.exp(shifted)

@@ -48,9 +48,22 @@ def test_vectors_of_eight_numbers_serve_where_there_are_none_of_sixteen(tmp_path
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_that_no_class_has_is_refused(label: int) -> None:
+@pytest.mark.parametrize("ops", [net.cpu, reference], ids=["cpu", "reference"])
+def test_a_label_that_no_class_has_is_refused(ops: ModuleType, label: int) -> None:
     with pytest.raises(ValueError, match="between 0 and 2"):
-        net.cpu.cross_entropy(np.zeros((2, 3), np.float32), np.array([0, label], np.int32))
+        ops.cross_entropy(np.zeros((2, 3), np.float32), np.array([0, label], np.int32))
+
+
+@pytest.mark.parametrize(
+    ("weights", "groups"), [((3, 3, 8, 8), 1), ((3, 3, 2, 8), 2), ((3, 3, 1, 8), 3)], ids=["deeper", "one over", "maps"]
+)
+def test_weights_of_another_picture_are_refused(weights: tuple[int, ...], groups: int) -> None:
+    """The kernels take the sizes from the weights, and would read what lies behind the picture."""
+    x, w, b = np.zeros((2, 9, 9, 3), np.float32), np.zeros(weights, np.float32), np.zeros(8, np.float32)
+    with pytest.raises(ValueError, match="do not fit a picture of 3 channels"):
+        net.cpu.conv2d_forward(x, w, b, stride=1, pad=1, groups=groups)
+    with pytest.raises(ValueError, match=r"weights \(9, 4\) do not fit"):
+        net.cpu.linear_forward(np.zeros((2, 8), np.float32), np.zeros((9, 4), np.float32), np.zeros(4, np.float32))
 
 
 def test_an_infinite_score_makes_the_loss_of_its_picture_nan_and_says_nothing() -> None:

@@ -12,7 +12,8 @@ import pytest
 from net import reference
 from net.alexnet import alexnet
 from net.backend import FUSED_OPERATIONS
-from net.layers import Conv, ConvBlock, Dropout, Layer, Linear, LinearBlock, Lrn, MaxPool, Relu, Run, fuse
+from net.layers import Conv, ConvBlock, Dropout, Flatten, Layer, Linear, LinearBlock, Lrn, MaxPool, Relu, Run, fuse
+from net.network import parameter_shapes
 
 ALL = cast(ModuleType, SimpleNamespace(**dict.fromkeys(FUSED_OPERATIONS)))  # offers every fused operation
 
@@ -91,3 +92,20 @@ def test_a_test_pass_through_dropout_has_a_way_back(scale_in_training: bool, fac
     dx, _ = dropout.backward(reference, {}, x, kept, need_dx=True)
     np.testing.assert_array_equal(y, x * np.float32(factor))
     np.testing.assert_array_equal(dx, x * np.float32(factor))
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ((Conv("a", 4, 3), Conv("a", 4, 3)), "two layers have parameters named a.w, a.b"),
+        ((Conv("a", 4, 3, groups=2),), "a: 2 groups cannot share 3 channels and 4 maps"),
+        ((Conv("a", 4, 3), Conv("b", 5, 3, groups=2)), "b: 2 groups cannot share 4 channels and 5 maps"),
+        ((Conv("a", 4, 3), Linear("b", 2)), r"b takes features, not maps of \(14, 10, 4\)"),
+        ((Conv("a", 4, 11), POOL, Flatten(), Linear("b", 2)), "nothing is left of .* after MaxPool"),
+        ((Conv("a", 4, 13),), "nothing is left of .* after Conv"),
+    ],
+    ids=["name", "channels", "maps", "no flatten", "pool", "convolution"],
+)
+def test_layers_that_do_not_fit_are_refused_in_a_sentence(layers: tuple[Layer, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parameter_shapes(layers, (16, 12, 3))

@@ -136,7 +136,7 @@ def test_what_cannot_be_begun_with_is_refused_and_nothing_is_written(
         (("--weights", missing), f"{missing}.*choose another file"),
         (("--weights", text), f"cannot begin with {text}: it is damaged or no safetensors file"),
         (("--weights", cut), f"{cut} is damaged"),
-        (("--weights", others), "cannot read .*, the weights to begin with"),
+        (("--weights", others), f"{others} is a folder; --weights takes a file"),
         (
             ("--weights", checkpoint, *settings("network.lrn_k=1.0")),
             r"something else than this run's: network.lrn_k \(2.0 there, 1.0 here\). .*change these with --set",
