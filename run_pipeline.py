@@ -115,10 +115,9 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     source = _source(options.source, must_exist="preprocess" in stages)
     if source is not None and "preprocess" in stages:
         _refuse_among_pictures(run, source)
-    trains = bool(_SETTLED.intersection(stages))
     weights = options.weights if "train" in stages else None
     request = Request(options.recipe, changes(options.config, options.set, options.seed, weights))
-    settled = _settled(run, request, stages, demo=source is None) if trains else None
+    settled = _settled(run, request, stages, demo=source is None) if _SETTLED.intersection(stages) else None
     job = _Job(options, run, source, request, settled, ranks)
     with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
         for stage in stages:
@@ -226,14 +225,13 @@ def _stage(stage: str, job: _Job) -> int | None:
                 views=options.views,
                 as_json=options.json,
             )
-        case "report" if options.compare:
-            from stages import report
-
-            report.compare([run, *(RunDir(Path(other)) for other in options.compare)])
         case "report":
             from stages import report
 
-            report.run(run, _backend(options), checkpoint=options.checkpoint)
+            if options.compare:
+                report.compare([run, *(RunDir(Path(other)) for other in options.compare)])
+            else:
+                report.run(run, _backend(options), checkpoint=options.checkpoint)
         case "export":
             from stages import export
 
@@ -335,6 +333,7 @@ def _summary(run: RunDir, recipe: str, *, compared: bool) -> None:
 
 
 def _plain_errors() -> tuple[type[Exception], ...]:
+    """The errors that are told in a sentence. Asked for when one has come: a start need not wait for ``net``."""
     from net.backend import BackendUnavailableError
 
     return PipelineError, BackendUnavailableError, OSError, MemoryError
