@@ -109,7 +109,9 @@ def difference(a: Config, b: Config) -> list[str]:
 
 def as_text(value: Any) -> str:
     """A setting's value as ``--set`` takes it."""
-    return "none" if value is None else json.dumps(value) if not isinstance(value, str) else value
+    if isinstance(value, str):
+        return value
+    return "none" if value is None else json.dumps(value)
 
 
 def _read_toml(path: Path) -> list[tuple[str, Any]]:
