@@ -262,7 +262,7 @@ def prune(folder: Path, keep: int, newest: Path) -> None:
 
 
 def superfluous(folder: Path, keep: int, newest: Path | None) -> list[Path]:
-    """The files that :func:`prune` removes; only what a crash left over where there is no ``newest``."""
+    """The files that :func:`prune` removes; where there is no ``newest``, only what a crash left over."""
     strays = list(folder.glob("*.tmp"))
     if newest is None:
         return strays

@@ -33,7 +33,7 @@ class Ranks:
     add : callable
         Sum an array over all ranks, in place.
     unite : callable
-        Or all bits of an array over all ranks, in place: each has filled in some rows and left the others 0.
+        Combine an array of all ranks bit by bit with OR, in place: each has filled in some rows and left the others 0.
     broadcast : callable
         Overwrite an array with the first rank's.
     largest : callable
