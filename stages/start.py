@@ -34,6 +34,7 @@ from pipeline.checkpoint import (
     prune,
     restore_best,
     step_of,
+    strays,
     superfluous,
 )
 from pipeline.config import Config, Eval, Loader, Preprocess, Train
@@ -214,10 +215,10 @@ def _require_room(training: Training, saved: Checkpoint | None) -> None:
     """Refuse a disk that has no room for the next checkpoint, which is written before older ones are removed."""
     folder, keep = training.run_dir.train, training.config.train.keep_checkpoints
     size = 2 * 4 * sum(math.prod(shape) for shape in training.shapes.values())  # weights and momenta, float32
-    if saved is None and checkpoints(folder):
-        going = []  # all that is there is moved aside, on the same disk
+    if saved is not None:
+        going = superfluous(folder, keep, saved.path)
     else:
-        going = superfluous(folder, keep, None if saved is None else saved.path)
+        going = [] if checkpoints(folder) else strays(folder)  # checkpoints and all are moved aside, on the same disk
     free = shutil.disk_usage(folder if folder.exists() else training.run_dir.root).free
     free += sum(path.stat().st_size for path in going)
     if size > free:
@@ -268,7 +269,7 @@ def _make_ready(training: Training, saved: Checkpoint | None) -> None:
         if checkpoints(folder):  # so --restart was given: else they would have been resumed from or refused
             print(f"started over; the old checkpoints and metrics are in {move_aside(folder)}")
         make_folder(folder)
-        for stray in superfluous(folder, training.config.train.keep_checkpoints, None):
+        for stray in strays(folder):
             remove(stray)
         cut_back(folder / "metrics.jsonl", 0)
     write_sealed(training.run_dir.config, to_dict(training.config))
