@@ -92,14 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         if options.debug:
             raise
-        sentence = _sentence(error)
-        if isinstance(error, OSError) and error.filename is None and unwritable():
-            sentence = (
-                f"standard output cannot be written: {error.strerror or error}; send it elsewhere, or make room where "
-                "it goes; everything finished so far is kept"
-            )
-            discard_output()
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -340,9 +333,16 @@ def _plain_errors() -> tuple[type[Exception], ...]:
 
 
 def _sentence(error: Exception) -> str:
+    """What a person is told of an error; where standard output is what failed, nothing more is sent there."""
     if isinstance(error, MemoryError):
         return f"there is not enough memory ({error}); lower train.batch_size, eval.batch_size or --jobs"
     if isinstance(error, OSError):
+        if error.filename is None and unwritable():
+            discard_output()
+            return (
+                f"standard output cannot be written: {error.strerror or error}; send it elsewhere, or make room where "
+                "it goes; everything finished so far is kept"
+            )
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}; --debug shows where this happened"
     return str(error)
