@@ -272,7 +272,7 @@ _FLAGS: Final = (
     ),
     _Flag("--debug", _ALL, "show the traceback of an error", {"action": "store_true"}),
 )
-# A recipe and a seed name settings, and eval tells itself which of those it does not use.
+# These name settings, and eval itself says which of those it does not use.
 _TOLD_BY_STAGE: Final = {"eval": ("--recipe", "--seed")}
 _EXCLUSIVE: Final = (("--epochs", "--steps"), ("--resume", "--restart"), ("--jobs", "--scheduler"))
 
