@@ -92,14 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         if options.debug:
             raise
-        sentence = _sentence(error)
-        if isinstance(error, OSError) and error.filename is None and unwritable():
-            sentence = (
-                f"standard output cannot be written: {error.strerror or error}; send it elsewhere, or make room where "
-                "it goes; everything finished so far is kept"
-            )
-            discard_output()
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -115,10 +108,9 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     source = _source(options.source, must_exist="preprocess" in stages)
     if source is not None and "preprocess" in stages:
         _refuse_among_pictures(run, source)
-    trains = bool(_SETTLED.intersection(stages))
     weights = options.weights if "train" in stages else None
     request = Request(options.recipe, changes(options.config, options.set, options.seed, weights))
-    settled = _settled(run, request, stages, demo=source is None) if trains else None
+    settled = _settled(run, request, stages, demo=source is None) if _SETTLED.intersection(stages) else None
     job = _Job(options, run, source, request, settled, ranks)
     with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
         for stage in stages:
@@ -226,14 +218,13 @@ def _stage(stage: str, job: _Job) -> int | None:
                 views=options.views,
                 as_json=options.json,
             )
-        case "report" if options.compare:
-            from stages import report
-
-            report.compare([run, *(RunDir(Path(other)) for other in options.compare)])
         case "report":
             from stages import report
 
-            report.run(run, _backend(options), checkpoint=options.checkpoint)
+            if options.compare:
+                report.compare([run, *(RunDir(Path(other)) for other in options.compare)])
+            else:
+                report.run(run, _backend(options), checkpoint=options.checkpoint)
         case "export":
             from stages import export
 
@@ -335,15 +326,23 @@ def _summary(run: RunDir, recipe: str, *, compared: bool) -> None:
 
 
 def _plain_errors() -> tuple[type[Exception], ...]:
+    """The errors that are told in a sentence. Asked for when one has come: a start need not wait for ``net``."""
     from net.backend import BackendUnavailableError
 
     return PipelineError, BackendUnavailableError, OSError, MemoryError
 
 
 def _sentence(error: Exception) -> str:
+    """What a person is told of an error; where standard output is what failed, nothing more is sent there."""
     if isinstance(error, MemoryError):
         return f"there is not enough memory ({error}); lower train.batch_size, eval.batch_size or --jobs"
     if isinstance(error, OSError):
+        if error.filename is None and unwritable():
+            discard_output()
+            return (
+                f"standard output cannot be written: {error.strerror or error}; send it elsewhere, or make room where "
+                "it goes; everything finished so far is kept"
+            )
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}; --debug shows where this happened"
     return str(error)

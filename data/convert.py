@@ -170,29 +170,26 @@ def read_files(pictures: Listing) -> Iterator[tuple[int, bytes]]:
         A file or archive cannot be read any more, or is shorter than when it was listed.
     """
     container, handle = -1, -1
-    try:
-        for row in np.lexsort((pictures.offset, pictures.container)).tolist():
-            offset, length = int(pictures.offset[row]), int(pictures.size[row])
-            path = pictures.containers[int(pictures.container[row])]
-            if offset < 0:
-                path = path / os.fsdecode(pictures.name[row]).rpartition("/")[2]
-                yield row, path.read_bytes()
-                continue
-            if pictures.container[row] != container:
-                if handle >= 0:
-                    os.close(handle)
-                    handle = -1
-                handle = os.open(path, os.O_RDONLY)
-                container = int(pictures.container[row])
-            data = os.pread(handle, length, offset)
-            if len(data) != length:
-                raise PipelineError(f"{path} is shorter than when it was listed; get it again")
-            yield row, data
-    except OSError as error:
-        raise PipelineError(f"cannot read {path}: {error.strerror or error}") from error
-    finally:
-        if handle >= 0:
-            os.close(handle)
+    with contextlib.ExitStack() as archive:  # the one that is open, closed before the next
+        try:
+            for row in np.lexsort((pictures.offset, pictures.container)).tolist():
+                offset, length = int(pictures.offset[row]), int(pictures.size[row])
+                path = pictures.containers[int(pictures.container[row])]
+                if offset < 0:
+                    path = path / os.fsdecode(pictures.name[row]).rpartition("/")[2]
+                    yield row, path.read_bytes()
+                    continue
+                if pictures.container[row] != container:
+                    archive.close()
+                    handle = os.open(path, os.O_RDONLY)
+                    archive.callback(os.close, handle)
+                    container = int(pictures.container[row])
+                data = os.pread(handle, length, offset)
+                if len(data) != length:
+                    raise PipelineError(f"{path} is shorter than when it was listed; get it again")
+                yield row, data
+        except OSError as error:
+            raise PipelineError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _result(

@@ -113,8 +113,7 @@ def draw(folder: Path, jobs: int = -1, train: int = TRAIN_PER_CLASS, val: int = 
 
 def _draw_class(label: int, train: int, val: int) -> list[bytes]:
     """The files of a class, training pictures first."""
-    drawn = [draw_picture(label, number) for number in range(train + val)]
-    return [_file(picture, label, number if number < train else None) for number, picture in enumerate(drawn)]
+    return [_file(draw_picture(label, n), label, n if n < train else None) for n in range(train + val)]
 
 
 def _file(picture: Image.Image, label: int, number: int | None) -> bytes:

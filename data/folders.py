@@ -2,7 +2,7 @@
 
 The class's name is the folder's or the tar's, a WNID where the pictures are ImageNet's. A split may mix both forms.
 Hidden files (``.DS_Store``, ``._x``) are left out. So are files beside the classes and folders inside a class's folder,
-but these are told.
+but a note tells of those.
 """
 
 from __future__ import annotations

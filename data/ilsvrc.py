@@ -121,10 +121,9 @@ def index_train(path: Path, devkit: Devkit) -> tuple[Listing, list[Reject]]:
 
 def index_val(path: Path, devkit: Devkit) -> tuple[Listing, list[Reject]]:
     """List the validation archive; labels index the devkit's sorted WNIDs, by the number in each picture's name."""
-    of_wnid = {wnid: number for number, wnid in enumerate(sorted(devkit.ids))}
     of_id = np.zeros(max(devkit.ids.values()) + 1, dtype=np.int32)
-    for wnid, identity in devkit.ids.items():
-        of_id[identity] = of_wnid[wnid]
+    for label, wnid in enumerate(sorted(devkit.ids)):
+        of_id[devkit.ids[wnid]] = label
     rows = Rows("val", containers=[path])
     with tar.opened(path) as (read, stop):
         for member in tar.members(read, 0, stop, str(path)):

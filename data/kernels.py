@@ -98,8 +98,10 @@ def _turn_four(_context: Any, source: Any, step: Any, to: Any, to_step: Any) -> 
         ab, cd = shuffled(a, b, 0, 4, 1, 5), shuffled(c, d, 0, 4, 1, 5)
         later_ab, later_cd = shuffled(a, b, 2, 6, 3, 7), shuffled(c, d, 2, 6, 3, 7)
         turned = (
-            *(shuffled(ab, cd, 0, 1, 4, 5), shuffled(ab, cd, 2, 3, 6, 7)),
-            *(shuffled(later_ab, later_cd, 0, 1, 4, 5), shuffled(later_ab, later_cd, 2, 3, 6, 7)),
+            shuffled(ab, cd, 0, 1, 4, 5),
+            shuffled(ab, cd, 2, 3, 6, 7),
+            shuffled(later_ab, later_cd, 0, 1, 4, 5),
+            shuffled(later_ab, later_cd, 2, 3, 6, 7),
         )
         for row, value in enumerate(turned):
             builder.store(value, place(to, to_step, row), align=1)

@@ -30,10 +30,9 @@ def read_manifest(run: RunDir) -> dict[str, Any]:
     PipelineError
         Preprocessing has not been done or not finished, or files are missing or replaced.
     """
-    mend = remedy(run)
     manifest = _sealed_manifest(run)
-    for name, why in defects(run.preprocess, manifest).items():
-        raise PipelineError(f"{run.preprocess / name} {why}; {mend}")
+    for name, why in defects(run.preprocess, manifest).items():  # the first is enough
+        raise PipelineError(f"{run.preprocess / name} {why}; {remedy(run)}")
     return manifest
 
 

@@ -71,8 +71,7 @@ def epoch_order(pictures: int, seed: int, epoch: int) -> np.ndarray:
     Each picture draws a 64-bit number; the pictures are sorted by it (ties, one in 10^7 for a million pictures, by
     number).
     """
-    draws = _blocks(seed, _ORDER, epoch, 0, -(-pictures // _WORDS)).ravel()[:pictures]
-    return np.argsort(draws, kind="stable")
+    return np.argsort(_draws(seed, _ORDER, epoch, pictures), kind="stable")
 
 
 def block_groups(pictures: int, seed: int, epoch: int, block: int = BLOCK, opened: int = OPEN_BLOCKS) -> np.ndarray:
@@ -81,9 +80,8 @@ def block_groups(pictures: int, seed: int, epoch: int, block: int = BLOCK, opene
     The blocks are permuted, and each ``opened`` of them in that order are a group.
     """
     blocks = -(-pictures // block)
-    draws = _blocks(seed, _BLOCKS, epoch, 0, -(-blocks // _WORDS)).ravel()[:blocks]
     group = np.empty(blocks, dtype=np.int64)
-    group[np.argsort(draws, kind="stable")] = np.arange(blocks) // opened
+    group[np.argsort(_draws(seed, _BLOCKS, epoch, blocks), kind="stable")] = np.arange(blocks) // opened
     return group
 
 
@@ -100,9 +98,8 @@ def block_order(pictures: int, seed: int, epoch: int, block: int = BLOCK, opened
     Groups follow each other; within a group the pictures of all its blocks are shuffled together, by the draws that
     :func:`epoch_order` sorts the whole set by. The disk thus reads whole blocks, and each group only once an epoch.
     """
-    draws = _blocks(seed, _ORDER, epoch, 0, -(-pictures // _WORDS)).ravel()[:pictures]
     group = np.repeat(block_groups(pictures, seed, epoch, block, opened), block)[:pictures]
-    return np.lexsort((draws, group))
+    return np.lexsort((_draws(seed, _ORDER, epoch, pictures), group))
 
 
 def training_crops(order: np.ndarray, first: int, last: int, seed: int, epoch: int, how: Augmentation) -> Crops:
@@ -150,6 +147,11 @@ def _blocks(seed: int, purpose: int, epoch: int, first: int, count: int) -> np.n
     stream = np.random.Philox(key=np.array([seed, purpose << 32 | epoch], dtype=np.uint64))
     stream.advance(first)
     return stream.random_raw(count * _WORDS).reshape(count, _WORDS)
+
+
+def _draws(seed: int, purpose: int, epoch: int, count: int) -> np.ndarray:
+    """The first ``count`` words of a stream, uint64: what orders are sorted by takes one word, not a block."""
+    return _blocks(seed, purpose, epoch, 0, -(-count // _WORDS)).ravel()[:count]
 
 
 def _below(words: np.ndarray, limit: int) -> np.ndarray:

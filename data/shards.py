@@ -156,7 +156,8 @@ def parts(layout: Layout, index: int, content: Content) -> list[memoryview]:
     buffer, pixels = frame.getbuffer()[: frame.length], np.ascontiguousarray(images).reshape(-1).data
     first = len(buffer) if offset is None else offset
     last = first + len(pixels)
-    # HDF5 fills neither the space up to the pictures, which start on a page, nor theirs; small shards go on after them.
+    # HDF5 fills neither the gap before the pictures, which start on a page, nor their own space; in small shards
+    # some of what it wrote lies behind them.
     found = [buffer[:first], memoryview(bytes(max(first - len(buffer), 0))), pixels, buffer[last:]]
     return [*found, memoryview(bytes(frame.length - sum(map(len, found))))]
 

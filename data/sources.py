@@ -57,33 +57,23 @@ def read_source(root: Path) -> Source:
     """
     forms = _forms(root)
     devkit = ilsvrc.read_devkit(root / ilsvrc.DEVKIT) if (root / ilsvrc.DEVKIT).exists() else None
-    by_devkit = sorted(devkit.ids) if devkit is not None else []
     if forms["train"].is_file() and devkit is not None:
-        names = by_devkit
+        names = sorted(devkit.ids)
     else:
         names = list(folders.class_containers(forms["train"]))
-    number = {name: i for i, name in enumerate(names)}
     splits: dict[str, Listing] = {}
     rejects: list[Reject] = []
     unread: dict[str, str] = {}
     for split, path in forms.items():
         if path.is_dir():
             splits[split], left_out, note = folders.index(path, split, names)
-            if note is not None:
-                unread[split] = note
         else:
-            if (root / split).is_dir():
-                unread[split] = f"the folder {split}/ is not read, because {path.name} is there"
             assert devkit is not None  # _forms refuses an official archive without it
-            read = ilsvrc.index_train if split == "train" else ilsvrc.index_val
-            listing, left_out = read(path, devkit)
-            for label in np.unique(listing.label).tolist():
-                if by_devkit[label] not in number:
-                    raise PipelineError(
-                        f"{path} holds pictures of the class {by_devkit[label]}, of which {forms['train']} has none; "
-                        "add its training pictures"
-                    )
-            splits[split] = relabelled(listing, np.array([number.get(name, -1) for name in by_devkit]))
+            splits[split], left_out = _index_archive(path, split, devkit, names, forms["train"])
+            shadowed = (root / split).is_dir()
+            note = f"the folder {split}/ is not read, because {path.name} is there" if shadowed else None
+        if note is not None:
+            unread[split] = note
         rejects += left_out
         if len(splits[split]) == 0:
             raise PipelineError(f"{path} holds no pictures{_hint(unread, split)}")
@@ -143,6 +133,22 @@ def _forms(root: Path) -> dict[str, Path]:
     if missing:
         raise PipelineError(f"{root} has a folder {SPLITS[1 - SPLITS.index(missing[0])]}/ but no {missing[0]}/; add it")
     return forms
+
+
+def _index_archive(
+    path: Path, split: str, devkit: ilsvrc.Devkit, names: list[str], train: Path
+) -> tuple[Listing, list[Reject]]:
+    """List an official archive; labels index ``names``, the classes of the training pictures in ``train``."""
+    index = ilsvrc.index_train if split == "train" else ilsvrc.index_val
+    listing, rejects = index(path, devkit)
+    by_devkit, number = sorted(devkit.ids), {name: i for i, name in enumerate(names)}
+    for label in np.unique(listing.label).tolist():
+        if by_devkit[label] not in number:
+            raise PipelineError(
+                f"{path} holds pictures of the class {by_devkit[label]}, of which {train} has none; "
+                "add its training pictures"
+            )
+    return relabelled(listing, np.array([number.get(name, -1) for name in by_devkit])), rejects
 
 
 def _hint(unread: dict[str, str], split: str) -> str:

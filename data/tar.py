@@ -104,9 +104,9 @@ def members(read: Read, start: int, stop: int, where: str) -> Iterator[Member]:
                 name, size = _pax(extension, name, size, where, data)
         elif kind not in b"gKV":  # comments for the whole archive, names of what a link points to, volume labels
             member = name or _name(header)
-            regular = kind in b"0\x007" and not member.endswith(b"/")
-            if regular or (kind != b"5" and not member.endswith(b"/")):
-                yield Member(member, data, length, "file" if regular else _KINDS.get(kind, "of an unknown type"))
+            if kind != b"5" and not member.endswith(b"/"):  # else it is a folder
+                what = "file" if kind in b"0\x007" else _KINDS.get(kind, "of an unknown type")
+                yield Member(member, data, length, what)
             name = size = None
 
 

@@ -261,14 +261,16 @@ def prune(folder: Path, keep: int, newest: Path) -> None:
     sync_folder(folder)
 
 
-def superfluous(folder: Path, keep: int, newest: Path | None) -> list[Path]:
-    """The files that :func:`prune` removes; only what a crash left over where there is no ``newest``."""
-    strays = list(folder.glob("*.tmp"))
-    if newest is None:
-        return strays
+def superfluous(folder: Path, keep: int, newest: Path) -> list[Path]:
+    """The files that :func:`prune` removes."""
     best = best_of(folder)
     sound = [path for path in checkpoints(folder) if step_of(path) <= step_of(newest)]
-    return [path for path in sound[:-keep] if best is None or path.name != best["checkpoint"]] + strays
+    return [path for path in sound[:-keep] if best is None or path.name != best["checkpoint"]] + strays(folder)
+
+
+def strays(folder: Path) -> list[Path]:
+    """What a crash left over: files that were never finished."""
+    return list(folder.glob("*.tmp"))
 
 
 def _read_index(path: Path, remedy: str) -> dict[str, Any]:

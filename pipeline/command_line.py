@@ -7,6 +7,7 @@ alone shows all of them; together with ``--stage X`` it shows that stage's flags
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import textwrap
 from dataclasses import dataclass
@@ -271,7 +272,7 @@ _FLAGS: Final = (
     ),
     _Flag("--debug", _ALL, "show the traceback of an error", {"action": "store_true"}),
 )
-# A recipe and a seed name settings, and eval tells itself which of those it does not use.
+# These name settings, and eval itself says which of those it does not use.
 _TOLD_BY_STAGE: Final = {"eval": ("--recipe", "--seed")}
 _EXCLUSIVE: Final = (("--epochs", "--steps"), ("--resume", "--restart"), ("--jobs", "--scheduler"))
 
@@ -323,21 +324,16 @@ def _parser(stage: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("files", nargs="*", type=_name, help=argparse.SUPPRESS)
-    groups: dict[str, Any] = {}
-
-    def add(title: str, *names: str, **options: Any) -> None:
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(*names, **options)
-
+    group = functools.cache(parser.add_argument_group)  # one for each title, in the order they are first asked for
     hidden = argparse.SUPPRESS
     for flag in _FLAGS:
         title = "flags" if stage else ("every stage" if flag.stages == _ALL else ", ".join(flag.stages))
-        add(title, flag.name, help=hidden if stage and stage not in flag.stages else flag.help, **flag.options)
-    common = "flags" if stage else "every stage"
+        shown = flag.help if stage in (None, *flag.stages) else hidden
+        group(title).add_argument(flag.name, help=shown, **flag.options)
+    common = group("flags" if stage else "every stage")
     only = hidden if stage else "run this stage only"
-    add(common, "--stage", choices=tuple(STAGES), metavar="NAME", help=only)
-    add(common, "-h", "--help", action="help", help="show this help")
+    common.add_argument("--stage", choices=tuple(STAGES), metavar="NAME", help=only)
+    common.add_argument("-h", "--help", action="help", help="show this help")
     return parser
 
 
@@ -349,10 +345,10 @@ def _usage(stage: str | None) -> str:
 
 
 def _description(stage: str | None, width: int) -> str:
-    text = textwrap.fill(STAGES[stage].description if stage else _OVERVIEW, width)
     if stage is not None:
-        return text
-    return "\n".join([text, "", "stages:", *(f"  {name:<21} {entry.summary}" for name, entry in STAGES.items())])
+        return textwrap.fill(STAGES[stage].description, width)
+    summaries = [f"  {name:<21} {entry.summary}" for name, entry in STAGES.items()]
+    return "\n".join([textwrap.fill(_OVERVIEW, width), "", "stages:", *summaries])
 
 
 def _examples(stage: str | None) -> str:

@@ -38,26 +38,18 @@ def changes(
     PipelineError
         Unreadable file; and where the changes are made: unknown key, value of the wrong type or out of range.
     """
-    entries = [] if toml is None else _read_toml(toml)
+    entries = [] if toml is None else [(key, value, str(toml)) for key, value in _read_toml(toml)]
 
     def change(config: Config) -> Config:
-        for key, value in entries:
-            if key == "recipe":
-                raise PipelineError(f"{toml}: a recipe is many settings at once; name it with --recipe, not in a file")
-            config = _with_value(config, key, value, where=str(toml))
-        for setting in settings or []:
-            key, sign, text = setting.partition("=")
-            if key.strip() == "recipe":
-                raise PipelineError(f"--set {setting}: a recipe is many settings at once; name it with --recipe")
-            if not sign:
-                raise PipelineError(
-                    f"--set {setting} has no '='; write --set key=value, for example --set train.batch_size=64"
-                )
-            config = _with_value(config, key.strip(), _parse(text.strip()), where=f"--set {setting}")
+        asked = [*entries, *map(_read_setting, settings or [])]
         if seed is not None:
-            config = _with_value(config, "seed", seed, where="--seed")
+            asked.append(("seed", seed, "--seed"))
         if weights is not None:
-            config = _with_value(config, "train.weights", str(weights), where="--weights")
+            asked.append(("train.weights", str(weights), "--weights"))
+        for key, value, where in asked:
+            if key == "recipe":
+                raise PipelineError(f"{where}: a recipe is many settings at once; name it with --recipe")
+            config = _with_value(config, key, value, where)
         if config.train.weights is not None:  # a later start may come from another working directory
             config = replace(config, train=replace(config.train, weights=str(Path(config.train.weights).absolute())))
         _check(config, str(toml) if toml is not None and not settings else None)
@@ -90,7 +82,7 @@ def with_values(config: Config, values: dict[str, Any], where: str) -> Config:
         Unknown key, value of the wrong type.
     """
     for key, value in flatten(values):
-        config = _with_value(config, key, value, where=where)
+        config = _with_value(config, key, value, where)
     return config
 
 
@@ -109,7 +101,9 @@ def difference(a: Config, b: Config) -> list[str]:
 
 def as_text(value: Any) -> str:
     """A setting's value as ``--set`` takes it."""
-    return "none" if value is None else json.dumps(value) if not isinstance(value, str) else value
+    if isinstance(value, str):
+        return value
+    return "none" if value is None else json.dumps(value)
 
 
 def _read_toml(path: Path) -> list[tuple[str, Any]]:
@@ -120,6 +114,14 @@ def _read_toml(path: Path) -> list[tuple[str, Any]]:
         raise PipelineError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise PipelineError(f"{path} is not valid TOML: {error}") from error
+
+
+def _read_setting(setting: str) -> tuple[str, Any, str]:
+    """Key and value of ``--set key=value``, and what messages call it."""
+    key, sign, text = setting.partition("=")
+    if not sign:
+        raise PipelineError(f"--set {setting} has no '='; write --set key=value, for example --set train.batch_size=64")
+    return key.strip(), _parse(text.strip()), f"--set {setting}"
 
 
 def _parse(text: str) -> Any:

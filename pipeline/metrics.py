@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.run_dir import make_folder, write_bytes, write_error
 
+Record = dict[str, Any]
+
 
 class MetricsLog:
     """Append records to a JSONL file. Use as a context manager; ``mirror`` is given each record as well."""
 
-    def __init__(self, path: Path, mirror: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(self, path: Path, mirror: Callable[[Record], None] | None = None) -> None:
         self._path, self._mirror = path, mirror
         make_folder(path.parent)
         try:
@@ -29,7 +31,7 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         rest = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
         try:
             while rest:
@@ -47,12 +49,12 @@ class MetricsLog:
             raise write_error(self._path, error) from error
 
 
-def has_numbers(record: dict[str, Any], *names: str) -> bool:
+def has_numbers(record: Record, *names: str) -> bool:
     """Whether a line of metrics has a number under each of these names."""
     return all(isinstance(record.get(name), int | float) for name in names)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Record]:
     """All complete records; a last line that a crash cut short is left out."""
     if not path.exists():
         return []
@@ -65,6 +67,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def training_lines(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """The lines of steps, and those of validations, that training wrote; one that lacks a number is left out."""
+    steps = [r for r in records if has_numbers(r, "step", "loss", "lr", "images_per_second", "data_wait")]
+    validations = [r for r in records if has_numbers(r, "step", "top1", "top5", "validation_loss")]
+    return steps, validations
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -26,7 +26,7 @@ _Watched = Callable[..., contextlib.AbstractContextManager[None]]  # see _watch
 
 BUCKET: Final = 4 << 20  # bytes; smaller gradients travel together, larger ones on their own and without a copy
 SILENCE: Final = 600.0  # seconds after which a rank takes the others for lost; $ALEXNET_SILENCE where it is set
-SLOWER: Final = 10  # times as long as one rank may another take for its share of an evaluation
+SLOWER: Final = 10  # a rank may take so many times as long as another for its share of an evaluation
 PATIENCE: Final = 2.0  # seconds in which the other ranks are expected to end too, before the job is aborted
 
 
@@ -250,7 +250,7 @@ def silence(environment: Mapping[str, str]) -> float:
 
 
 def _watch(rank: int, size: int, seconds: float) -> _Watched:
-    """What to wait in: a wait of more than ``seconds``, and what more is allowed it, ends this process.
+    """A context to wait in: a wait longer than ``seconds``, plus what more it is allowed, ends this process.
 
     The launcher then ends the job. MPI does not notice a network that breaks or a machine that stops: it waits for
     ever, in C, where no signal's handler runs. So a thread looks after it, and ends the process without asking MPI,

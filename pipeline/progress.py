@@ -25,7 +25,7 @@ class Progress:
         self._first = self._done = done
         self._start = self._last_line = time.monotonic()
         self._fields = ""
-        self._told = done, self._fields
+        self._told = done, self._fields  # what the last plain line said
         terminal = sys.stderr.isatty()
         self._bar = (
             tqdm(total=total, initial=done, desc=title, unit=f" {unit}", dynamic_ncols=True) if terminal else None

@@ -33,7 +33,7 @@ class Ranks:
     add : callable
         Sum an array over all ranks, in place.
     unite : callable
-        Or all bits of an array over all ranks, in place: each has filled in some rows and left the others 0.
+        Combine an array of all ranks bit by bit with OR, in place: each has filled in some rows and left the others 0.
     broadcast : callable
         Overwrite an array with the first rank's.
     largest : callable
@@ -43,10 +43,10 @@ class Ranks:
     wait : callable
         Wait until every rank has come here.
     meet : callable
-        The same after work of so many seconds here, for which a slower machine may take ten times as long.
+        Wait likewise after work that took this rank so many seconds; a slower machine may take ten times as long.
     watched : callable
-        A context around a wait of somebody else's for other ranks, such as a GPU's: it ends the job as these functions
-        do when it lasts too long.
+        A context in which something else waits for other ranks, such as a GPU: like these functions it ends the job
+        when that lasts too long.
     reduce : callable
         From a backward pass's gradients, as they become known, to their sums over all ranks. Host arrays only.
     """

@@ -115,19 +115,18 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-    except OSError as error:
-        raise write_error(path, error) from error
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise write_error(path, error) from error
+        raise
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

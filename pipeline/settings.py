@@ -34,8 +34,8 @@ class Settled:
     """A run's configuration, as preprocess and as train work with it.
 
     ``preprocess`` is None where no shards are to be made. The two differ where shards are there: training may have
-    another seed than their shuffle, and a recipe named for preprocess asks for shards of its own, which that stage
-    refuses where those that are there are others.
+    another seed than their shuffle, and a recipe named for preprocess asks for shards of that recipe, which the stage
+    refuses where others are there.
     """
 
     train: Config

@@ -9,10 +9,11 @@ import sys
 
 
 def open_streams() -> None:
-    """Open what is closed of standard input, output and error on nothing, as their numbers go to the next file opened.
+    """Open those of standard input, output and error that are closed, on the null device.
 
-    What a library says on standard error would then stand in that file. And let standard output take every name, as
-    standard error does: what it has no letters for is written as escapes.
+    Their numbers would go to the next files opened, and what a library says on standard error would stand in one of
+    those. Standard output is made to take every name, as standard error does: letters that its encoding lacks are
+    written as escapes.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)  # for worker processes
@@ -33,7 +34,7 @@ def unread() -> bool:
 
 
 def unwritable() -> bool:
-    """Whether it is standard output that failed: a line end more is no harm where a stage has."""
+    """Whether standard output is what has failed. An empty line finds out, which after a failure does no harm."""
     try:
         print(flush=True)
     except OSError:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import PipelineError
+from pipeline.metrics import Record
 from pipeline.run_dir import make_folder, remove
-
-Record = dict[str, Any]
 
 
 def require_tensorboard() -> None:

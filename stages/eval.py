@@ -126,8 +126,8 @@ def evaluate(
 ) -> Evaluation:
     """Run ``predict`` over all pictures of a split, each once, the last partial batch included.
 
-    Of several ranks each takes every so-many-th batch, whole, so that their number changes no bit; all of them get
-    the result.
+    Several ranks take turns at the batches, each of which one of them computes whole: so their number changes no bit.
+    All of them get the result.
 
     Raises
     ------

@@ -19,7 +19,7 @@ from net.weights.tensors import to_bytes
 from pipeline.config_values import to_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, make_folder, write_bytes
-from stages.setup import MEAN, input_shape
+from stages.setup import MEAN, centre, input_shape
 from stages.trained import Trained, load_trained
 
 FILES: Final = {
@@ -61,16 +61,10 @@ def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str, format: str) -> Pa
 
 def _torch(trained: Trained) -> dict[str, np.ndarray]:
     tensors = to_torch(trained.layers, input_shape(trained.config), trained.parameters)
-    return {**tensors, MEAN: _centre(trained)}
-
-
-def _centre(trained: Trained) -> np.ndarray:
-    """What is subtracted from a centre crop, float32 (crop, crop, 3)."""
     crop = trained.config.input.crop
-    if trained.mean is None:
-        return np.zeros((crop, crop, 3), np.float32)
-    first = (trained.mean.shape[0] - crop) // 2
-    return np.ascontiguousarray(trained.mean[first : first + crop, first : first + crop])
+    # What is subtracted from a centre crop: other programs cut no other.
+    mean = np.zeros((crop, crop, 3), np.float32) if trained.mean is None else centre(trained.mean, crop)
+    return {**tensors, MEAN: mean}
 
 
 def _onnx(trained: Trained, run_dir: RunDir, ops: ModuleType, metadata: dict[str, str]) -> tuple[bytes, str]:

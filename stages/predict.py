@@ -89,11 +89,12 @@ def predict(trained: Trained, ops: ModuleType, names: Iterator[str], views: int)
     """The answers for pictures, in their order; some at a time go through the network."""
     network = trained.predictor(ops, views)
     while chunk := list(islice(names, max(1, _CROPS // views))):
-        squares, errors = _read_all(chunk, trained.config)
+        read = [_read(name, trained.config) for name in chunk]
+        squares = [square for square in read if not isinstance(square, str)]
         rows = iter(_probabilities(network, ops, trained.inputs(squares, views)) if squares else ())
-        for place, name in enumerate(chunk):
-            if place in errors:
-                yield Answer(name, [], errors[place])
+        for name, square in zip(chunk, read, strict=True):
+            if isinstance(square, str):
+                yield Answer(name, [], square)
                 continue
             p = next(rows)
             top = most_probable(p[np.newaxis])[0].tolist()
@@ -108,19 +109,13 @@ def _probabilities(network: Predict, ops: ModuleType, inputs: dict[str, np.ndarr
     return p
 
 
-def _read_all(names: list[str], config: Config) -> tuple[list[np.ndarray], dict[int, str]]:
-    """The stored squares of the readable pictures, uint8 (size, size, 3), and the reasons of the others by place."""
-    squares: list[np.ndarray] = []
-    errors: dict[int, str] = {}
-    for place, name in enumerate(names):
-        try:
-            data = _contents(name)
-            squares.append(
-                read_square(data, config.preprocess.size, config.preprocess.filter, Counter(), formats=_formats())
-            )
-        except (UnreadableError, OSError) as error:
-            errors[place] = getattr(error, "strerror", None) or str(error)
-    return squares, errors
+def _read(name: str, config: Config) -> np.ndarray | str:
+    """A picture's square as preprocessing would store it, uint8 (size, size, 3), or why there is none."""
+    how = config.preprocess
+    try:
+        return read_square(_contents(name), how.size, how.filter, Counter(), formats=_formats())
+    except (UnreadableError, OSError) as error:
+        return getattr(error, "strerror", None) or str(error)
 
 
 def _contents(name: str) -> bytes:

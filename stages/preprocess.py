@@ -211,8 +211,7 @@ def _other_plan(folder: Path, how: str) -> PipelineError:
 
 def _remove_stray(folder: Path) -> None:
     for path in folder.glob("*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _results(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
 
@@ -12,6 +12,7 @@ import numpy as np
 from net.alexnet import alexnet
 from net.layers import Layer, Shape
 from net.network import Preparation, parameter_shapes
+from pipeline.checkpoint import Arrays
 from pipeline.config import Config, Train, at_epoch
 from pipeline.errors import PipelineError
 
@@ -29,9 +30,9 @@ def network_layers(config: Config, classes: int) -> tuple[Layer, ...]:
     return alexnet(classes, **options)
 
 
-def parameter_names(arrays: Iterable[str]) -> list[str]:
-    """Of the names of a checkpoint's arrays those of parameters."""
-    return [name for name in arrays if name != MEAN and not name.startswith(MOMENTUM)]
+def parameters_of(arrays: Arrays) -> Arrays:
+    """Of a checkpoint's arrays the parameters."""
+    return {name: array for name, array in arrays.items() if name != MEAN and not name.startswith(MOMENTUM)}
 
 
 def shapes(layers: Sequence[Layer], config: Config) -> dict[str, Shape]:
@@ -83,11 +84,15 @@ def preparation(config: Config, mean: np.ndarray, ops: ModuleType, *, jittered: 
     elif inp.mean == "image":
         device_mean = ops.asarray(mean)
     else:
-        first = (mean.shape[0] - inp.crop) // 2
-        centre = mean[first : first + inp.crop, first : first + inp.crop]
-        device_mean = ops.asarray(np.ascontiguousarray(centre))
+        device_mean = ops.asarray(centre(mean, inp.crop))
     scale = inp.scale / (1 + inp.jitter) if jittered and inp.jitter_rescale else inp.scale
     return Preparation(device_mean, scale, inp.bgr, inp.border)
+
+
+def centre(picture: np.ndarray, side: int) -> np.ndarray:
+    """The middle ``side`` rows and columns of a square picture, contiguous."""
+    first = (picture.shape[0] - side) // 2
+    return np.ascontiguousarray(picture[first : first + side, first : first + side])
 
 
 def jittered(config: Config, epoch: int) -> bool:
@@ -111,11 +116,13 @@ def learning_rates(config: Config, names: Sequence[str], epoch: int) -> np.ndarr
     conv1 = at_epoch(train.conv1_lr, epoch)
     if biases is None:
         biases = weights * train.bias_lr_factor
-    rates = [
-        conv1 if conv1 is not None and n.startswith("conv1.") else (biases if n.endswith(".b") else weights)
-        for n in names
-    ]
-    return np.array(rates, dtype=np.float32)
+
+    def rate(name: str) -> float:
+        if conv1 is not None and name.startswith("conv1."):
+            return conv1
+        return biases if name.endswith(".b") else weights
+
+    return np.array([rate(name) for name in names], dtype=np.float32)
 
 
 def decays(config: Config, names: Sequence[str]) -> dict[str, float]:

@@ -34,9 +34,10 @@ from pipeline.checkpoint import (
     prune,
     restore_best,
     step_of,
+    strays,
     superfluous,
 )
-from pipeline.config import Config
+from pipeline.config import Config, Eval, Loader, Preprocess, Train
 from pipeline.config_values import difference, from_dict, to_dict
 from pipeline.errors import PipelineError
 from pipeline.metrics import cut_back
@@ -127,8 +128,8 @@ def begin(
 ) -> Begun:
     """Load the backend and put on its device the state to train on from.
 
-    The state is the newest sound checkpoint's when resuming, a fresh one otherwise. ``last_step`` tells from the steps
-    that are done to which one training will go.
+    The state is the newest sound checkpoint's when resuming, a fresh one otherwise. ``last_step`` gives the step at
+    which training will end, from the number of those that are done.
     """
     config, ranks = training.config, training.ranks
     how = (training.shapes, config.network.weight_std, config.network.bias, config.seed)
@@ -149,7 +150,8 @@ def begin(
         header = training.header
         if saved is not None:
             state = _saved_state(saved, training.shapes)
-            header = header | {key: saved.header[key] for key in (_PRETRAINED,) if key in saved.header}
+            if _PRETRAINED in saved.header:
+                header = header | {_PRETRAINED: saved.header[_PRETRAINED]}
         else:
             state = State(0, fresh() if ranks.leads else zeros(training.shapes), zeros(training.shapes))
             if ranks.leads and config.train.weights is not None:
@@ -213,10 +215,10 @@ def _require_room(training: Training, saved: Checkpoint | None) -> None:
     """Refuse a disk that has no room for the next checkpoint, which is written before older ones are removed."""
     folder, keep = training.run_dir.train, training.config.train.keep_checkpoints
     size = 2 * 4 * sum(math.prod(shape) for shape in training.shapes.values())  # weights and momenta, float32
-    if saved is None and checkpoints(folder):
-        going = []  # all that is there is moved aside, on the same disk
+    if saved is not None:
+        going = superfluous(folder, keep, saved.path)
     else:
-        going = superfluous(folder, keep, None if saved is None else saved.path)
+        going = [] if checkpoints(folder) else strays(folder)  # checkpoints and all are moved aside, on the same disk
     free = shutil.disk_usage(folder if folder.exists() else training.run_dir.root).free
     free += sum(path.stat().st_size for path in going)
     if size > free:
@@ -264,10 +266,10 @@ def _make_ready(training: Training, saved: Checkpoint | None) -> None:
     if saved is not None:
         _take_up(training, saved)
     else:
-        if checkpoints(folder):  # without --restart they would have been resumed from, or in the way
+        if checkpoints(folder):  # so --restart was given: else they would have been resumed from or refused
             print(f"started over; the old checkpoints and metrics are in {move_aside(folder)}")
         make_folder(folder)
-        for stray in superfluous(folder, training.config.train.keep_checkpoints, None):
+        for stray in strays(folder):
             remove(stray)
         cut_back(folder / "metrics.jsonl", 0)
     write_sealed(training.run_dir.config, to_dict(training.config))
@@ -322,7 +324,5 @@ def _without_free(config: Config) -> Config:
 
     What ``preprocess`` decides is in the data, which are compared as such.
     """
-    standard = type(config.train)()
-    train = replace(config.train, **{name: getattr(standard, name) for name in _FREE})
-    others = {name: type(getattr(config, name))() for name in ("preprocess", "eval", "loader")}
-    return replace(config, train=train, **others)
+    train = replace(config.train, **{name: getattr(Train(), name) for name in _FREE})
+    return replace(config, train=train, preprocess=Preprocess(), eval=Eval(), loader=Loader())

@@ -25,7 +25,7 @@ from pipeline.config import Config
 from pipeline.config_values import from_dict
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir
-from stages.setup import MEAN, MOMENTUM, network_layers, parameter_names, preparation, shapes
+from stages.setup import MEAN, MOMENTUM, network_layers, parameters_of, preparation, shapes
 
 Predict = Callable[[dict[str, Array]], Array]  # see net.network.prediction
 
@@ -104,7 +104,7 @@ def load_trained(run_dir: RunDir, checkpoint: str, dataset: Dataset | None = Non
     if dataset is not None:
         require_size(config, dataset, run_dir)
     layers = network_layers(config, count)
-    parameters = {name: saved.arrays[name] for name in parameter_names(saved.arrays)}
+    parameters = parameters_of(saved.arrays)
     if {name: array.shape for name, array in parameters.items()} != shapes(layers, config):
         raise PipelineError(f"{saved.path} holds other arrays than its configuration says; choose another checkpoint")
     momenta = {n.removeprefix(MOMENTUM): a for n, a in saved.arrays.items() if n.startswith(MOMENTUM)}
@@ -149,13 +149,12 @@ def _own_classes(saved: Checkpoint, count: int) -> list[dict[str, Any]]:
 
 def _mean(run_dir: RunDir, imported: np.ndarray | None, config: Config) -> np.ndarray:
     if imported is None:
-        path, size = run_dir.preprocess / "mean.npy", config.preprocess.size
-        if path.exists():
-            require_sound_description(run_dir, path.name)
+        path = run_dir.preprocess / "mean.npy"
         mend = f"the recipe subtracts this mean of the training pictures: {remedy(run_dir)}, or import with --mean"
         if not path.exists():
             raise PipelineError(f"{path} does not exist; {mend}")
-        return read_mean(path, size, mend)
+        require_sound_description(run_dir, path.name)
+        return read_mean(path, config.preprocess.size, mend)
     sides = (config.preprocess.size, config.input.crop)
     if imported.shape not in [(side, side, 3) for side in sides]:
         raise PipelineError(

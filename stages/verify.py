@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def run(run_dir: RunDir) -> None:
     start = time.perf_counter()
     indexes, manifest = _indexes(run_dir)
     made = [] if manifest is None else _preprocessed(run_dir.preprocess, manifest)
-    saved = [_Item(path, path.stat().st_size, _checkpoint(path)) for path in checkpoints(run_dir.train)]
+    saved = [_Item(path, path.stat().st_size, partial(_checkpoint, path)) for path in checkpoints(run_dir.train)]
     if not (indexes or made or saved):
         raise PipelineError(f"there is nothing to verify in {run_dir.root}; name a run with --run")
     total = sum(item.bytes for item in made + saved)
@@ -123,32 +124,26 @@ def _preprocessed(folder: Path, manifest: dict[str, Any]) -> list[_Item]:
     for name, expected in hashes.items():
         path = folder / name
         size = sizes[name] if name in sizes else (path.stat().st_size if path.is_file() else 0)
-        items.append(_Item(path, size, _file(path, expected)))
+        items.append(_Item(path, size, partial(_file, path, expected)))
     return items
 
 
-def _file(path: Path, expected: str) -> Callable[[Callable[[int], None]], str | None]:
-    def check(count: Callable[[int], None]) -> str | None:
-        try:
-            sound = hash_file(path, count) == expected
-        except OSError as error:
-            return f"it cannot be read ({error.strerror})"
-        return None if sound else "it is not the file that was written"
-
-    return check
+def _file(path: Path, expected: str, count: Callable[[int], None]) -> str | None:
+    try:
+        sound = hash_file(path, count) == expected
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    return None if sound else "it is not the file that was written"
 
 
-def _checkpoint(path: Path) -> Callable[[Callable[[int], None]], str | None]:
-    def check(count: Callable[[int], None]) -> str | None:
-        try:
-            load_checkpoint(path, "remove it")
-        except PipelineError as error:
-            return str(error)
-        finally:
-            count(path.stat().st_size)
-        return None
-
-    return check
+def _checkpoint(path: Path, count: Callable[[int], None]) -> str | None:
+    try:
+        load_checkpoint(path, "remove it")
+    except PipelineError as error:
+        return str(error)
+    finally:
+        count(path.stat().st_size)
+    return None
 
 
 def _checked_in_threads(items: list[_Item], counter: Megabytes) -> dict[Path, str]:

@@ -9,14 +9,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from data.manifest import read_manifest
 from data.sampling import steps_per_epoch
 from pipeline.config import Config
 from pipeline.config_values import from_dict
 from pipeline.errors import PipelineError
-from pipeline.metrics import has_numbers, read_metrics
+from pipeline.metrics import Record, read_metrics, training_lines
 from pipeline.progress import duration
 from pipeline.run_dir import RunDir, read_sealed
 from pipeline.settings import remedy_of_config
@@ -76,7 +76,7 @@ def screen(
     root: Path,
     config: Config,
     per_epoch: int,
-    records: Sequence[dict[str, Any]],
+    records: Sequence[Record],
     written: float,
     width: int,
     height: int,
@@ -85,8 +85,7 @@ def screen(
 
     ``written`` is when the last record came, in seconds since 1970.
     """
-    steps = [r for r in records if has_numbers(r, "step", "loss", "lr", "images_per_second", "data_wait")]
-    validations = [r for r in records if has_numbers(r, "step", "top1", "top5", "validation_loss")]
+    steps, validations = training_lines(records)
     total = config.train.epochs * per_epoch
     if not steps:
         return f"{root}  recipe {config.recipe}: no step has been logged yet"
@@ -110,13 +109,14 @@ def screen(
             f"validation top-1 {newest['top1']:.2%}  top-5 {newest['top5']:.2%}  loss {newest['validation_loss']:.4f}  "
             f"best {best['top1']:.2%}, step {best['step']:,}"
         )
+    lines = [line[:width] for line in lines]
     if not can_show("⠿"):
-        return "\n".join(line[:width] for line in lines)
+        return "\n".join(lines)
     points = [(r["step"] / per_epoch, r["loss"]) for r in steps]
     if len(points) < 2:
-        return "\n".join([*(line[:width] for line in lines), "", "the loss curve begins with the second logged line"])
+        return "\n".join([*lines, "", "the loss curve begins with the second logged line"])
     curve = braille(points, max(20, width - 10), max(4, min(16, height - len(lines) - 5)))
-    return "\n".join([*(line[:width] for line in lines), "", "training loss by epoch", *curve])
+    return "\n".join([*lines, "", "training loss by epoch", *curve])
 
 
 def braille(points: Sequence[tuple[float, float]], columns: int, rows: int) -> list[str]:

@@ -17,7 +17,7 @@ from net.weights.layout import check_shapes, from_torch, torch_shapes
 from pipeline.checkpoint import Arrays, load_checkpoint
 from pipeline.config import Config, load_config
 from pipeline.config_values import from_dict
-from stages.setup import MEAN, input_shape, network_layers, parameter_names, shapes
+from stages.setup import MEAN, input_shape, network_layers, parameters_of, shapes
 
 CAFFE_SUFFIX: Final = ".caffemodel"
 CHECKPOINT_SUFFIX: Final = ".ckpt"
@@ -56,14 +56,16 @@ def read_weights(file: Path, choose: Choose) -> Weights:
     """
     if file.suffix == CHECKPOINT_SUFFIX:
         return _read_checkpoint(file, choose)
-    return (_read_caffemodel if file.suffix == CAFFE_SUFFIX else _read_safetensors)(file, choose)
+    if file.suffix == CAFFE_SUFFIX:
+        return _read_caffemodel(file, choose)
+    return _read_safetensors(file, choose)
 
 
 def _read_checkpoint(file: Path, choose: Choose) -> Weights:
     saved = load_checkpoint(file, "choose another file")
     values = saved.header.get("config")
     config = choose(from_dict(values, str(file)) if isinstance(values, dict) else None)
-    parameters = {name: saved.arrays[name] for name in parameter_names(saved.arrays)}
+    parameters = parameters_of(saved.arrays)
     found = {name: array.shape for name, array in parameters.items()}
     layers = network_layers(config, _classes(found, "fc8.b"))
     check_shapes(found, shapes(layers, config))

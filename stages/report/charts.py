@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -137,7 +138,7 @@ def _logged(facts: Facts, name: str) -> list[tuple[float, float]]:
 def _rate_steps(facts: Facts) -> list[tuple[float, str]]:
     """Where the learning rate changed, at the start of the epoch it changed in; nowhere if it changed all the time."""
     marks = []
-    for before, after in zip(facts.steps, facts.steps[1:], strict=False):
+    for before, after in itertools.pairwise(facts.steps):
         if after["lr"] != before["lr"]:
             marks.append((float(after.get("epoch", facts.epoch(after["step"]))), f"lr {after['lr']:.4g}"))
     return marks if len(marks) <= MOST_MARKS else []

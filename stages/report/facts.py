@@ -19,7 +19,7 @@ from net.backend import DEVICES
 from pipeline.config import RECIPES, Config
 from pipeline.config_values import as_text, flatten, to_dict, with_values
 from pipeline.errors import PipelineError
-from pipeline.metrics import has_numbers, read_metrics
+from pipeline.metrics import has_numbers, read_metrics, training_lines
 from pipeline.run_dir import RunDir, hash_file, read_json
 from stages.trained import Trained, label
 
@@ -87,7 +87,7 @@ class Facts:
 
 def read_facts(run: RunDir, trained: Trained) -> Facts:
     """Read what there is of a run; what has not been made yet is left empty."""
-    records = read_metrics(run.train / "metrics.jsonl")
+    steps, validations = training_lines(read_metrics(run.train / "metrics.jsonl"))
     evaluation, predictions = _evaluation(run, len(trained.classes))
     return Facts(
         run=run,
@@ -97,8 +97,8 @@ def read_facts(run: RunDir, trained: Trained) -> Facts:
         checkpoint=trained.path.name,
         classes=trained.classes,
         manifest=read_manifest(run),
-        steps=[r for r in records if has_numbers(r, "step", "loss", "lr", "images_per_second", "data_wait")],
-        validations=[r for r in records if has_numbers(r, "step", "top1", "top5", "validation_loss")],
+        steps=steps,
+        validations=validations,
         evaluation=evaluation,
         predictions=predictions,
         device=str(trained.header.get("device", "")),

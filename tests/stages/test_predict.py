@@ -215,14 +215,13 @@ def test_a_checkpoint_with_other_arrays_than_its_configuration_says_is_refused(
 
 def test_pictures_are_resized_as_the_checkpoints_were(picture: Path) -> None:
     config = changes(settings=["preprocess.filter=box"])(RECIPES["seed"])
-    (square,), errors = predict_stage._read_all([str(picture)], config)
+    square = predict_stage._read(str(picture), config)
     assert np.array_equal(square, read_square(picture.read_bytes(), 256, "box", Counter()))
-    assert errors == {}
 
 
 def test_a_file_beyond_all_measure_is_refused(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict_stage, "LARGEST_FILE", 1000)
-    assert predict_stage._read_all([str(picture)], RECIPES["seed"]) == ([], {0: "it is larger than 0 MiB"})
+    assert predict_stage._read(str(picture), RECIPES["seed"]) == "it is larger than 0 MiB"
 
 
 def test_pictures_of_a_folder_come_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
