@@ -13,6 +13,7 @@ import numpy as np
 
 from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import contiguous, empty
+from net.shapes import require_shape
 
 
 def augment(
@@ -29,6 +30,8 @@ def augment(
     """Crops uint8 (N, H, W, 3) and their draws -> input float32 (N, before + H + after, before + W + after, 3)."""
     images = contiguous(images, np.uint8)
     n, height, width, _ = images.shape
+    for name, array, wanted in (("corner", corner, (n, 2)), ("flip", flip, (n,)), ("shift", shift, (n, 3))):
+        require_shape(name, array, wanted)
     before, after = border
     y = empty((n, before + height + after, before + width + after, 3))
     corner = contiguous(corner, np.int32)

@@ -17,6 +17,7 @@ from net.cpu.finish import NOTHING, Finish, Results, block, finish_all, finish_i
 from net.cpu.fixed import filters
 from net.cpu.jit import kernel, prange
 from net.cpu.memory import contiguous, empty
+from net.shapes import require_shape, windows
 
 Lrn = tuple[int, float, float, float] | None
 Pool = tuple[int, int] | None
@@ -70,18 +71,17 @@ def conv_block_backward(
 ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
     """dy of the block's output -> dx or None, dw, db. ``kept`` is used up: d(conv) is written over what it holds."""
     x, y, winner = kept
-    d, db = unfinish(contiguous(dy), y, winner, block(lrn, pool))
+    finish, dy = block(lrn, pool), contiguous(dy)
+    require_shape("dy", dy, winner.shape if finish.size else y.shape)
+    d, db = unfinish(dy, y, winner, finish)
     return *_backward(d, x, contiguous(w), stride, pad, groups, need_dx), db
 
 
 def _forward(
     x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, pad: int, groups: int, finish: Finish, keep: bool
 ) -> Results:
-    n, height, width, channels = x.shape
-    kh, kw, _, maps = w.shape
-    if w.shape[2] * groups != channels or maps % groups:  # the kernels would read memory that is not x's
-        raise ValueError(f"weights {w.shape} in {groups} groups do not fit a picture of {channels} channels")
-    outputs = (n, _windows(height, kh, stride, pad), _windows(width, kw, stride, pad), maps)
+    outputs = _outputs(x, w, stride, pad, groups)
+    require_shape("b", b, (w.shape[3],))
     if plan.forward(w.shape, stride, groups) == "winograd":
         to = results(outputs, finish, keep)
         s = winograd.shape(x.shape, w.shape, stride, pad, groups, *outputs[1:3])
@@ -96,6 +96,7 @@ def _forward(
 def _backward(
     dy: np.ndarray, x: np.ndarray, w: np.ndarray, stride: int, pad: int, groups: int, need_dx: bool
 ) -> tuple[np.ndarray | None, np.ndarray]:
+    require_shape("dy", dy, _outputs(x, w, stride, pad, groups))
     dw = empty(w.shape)
     if plan.backward_weights(w.shape, stride, groups) == "winograd":
         # A product here is of many mosaics, so that they may be small.
@@ -161,6 +162,11 @@ def _convolve_and_finish(
                 finish_image(outputs, top, left, b, finish, to, first + image, task)
 
 
-def _windows(length: int, kernel: int, stride: int, pad: int) -> int:
-    """Positions of a kernel along a padded side; what is left over at the end is not covered."""
-    return (length + 2 * pad - kernel) // stride + 1
+def _outputs(x: np.ndarray, w: np.ndarray, stride: int, pad: int, groups: int) -> tuple[int, int, int, int]:
+    """The shape of the convolution of x with w; a ValueError where they do not fit each other."""
+    (n, height, width, channels), (kh, kw, depth, maps) = x.shape, w.shape
+    if n == 0:
+        raise ValueError("the batch is empty")
+    if depth * groups != channels or maps % groups:
+        raise ValueError(f"weights {w.shape} in {groups} groups do not fit a picture of {channels} channels")
+    return n, windows(height, kh, stride, pad), windows(width, kw, stride, pad), maps

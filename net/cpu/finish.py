@@ -30,7 +30,8 @@ import numpy as np
 from net.cpu.jit import inner, kernel, prange
 from net.cpu.lrn import denormalise, normalise, scales
 from net.cpu.memory import empty
-from net.cpu.pool import pool_row, pooled, unpool_row
+from net.cpu.pool import pool_row, unpool_row
+from net.shapes import windows
 
 
 class Finish(NamedTuple):
@@ -77,7 +78,7 @@ def results(shape: tuple[int, int, int, int], finish: Finish, keep: bool) -> Res
     if finish.size == 0:
         out = empty(none if finish.in_place else shape)
         return Results(y, out, empty(none, np.uint8), empty(none))
-    pool_shape = (n, pooled(oh, finish.size, finish.stride), pooled(ow, finish.size, finish.stride), maps)
+    pool_shape = (n, windows(oh, finish.size, finish.stride), windows(ow, finish.size, finish.stride), maps)
     ring = empty((cores, finish.size, ow, maps) if finish.half >= 0 else none)
     return Results(y, empty(pool_shape), empty(pool_shape, np.uint8), ring)
 

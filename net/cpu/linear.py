@@ -27,6 +27,7 @@ from net.cpu.memory import contiguous, empty
 from net.cpu.product import add_rows_times_panel
 from net.cpu.simd import BLOCK, PANEL, copy, prefetch
 from net.cpu.weight_gradient import ROWS, SHIFT, WeightGradient
+from net.shapes import require_shape
 
 _FEW: Final = 4  # images up to which y is computed without panels
 _DEPTH: Final = 256  # rows of w at a time in y of a few images, columns in dx
@@ -63,8 +64,9 @@ def linear_block_backward(
 
 
 def _forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool) -> np.ndarray:
-    if x.ndim != 2 or x.shape[1] != w.shape[0]:  # the kernels would read memory that is not x's
+    if x.ndim != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(f"weights {w.shape} do not fit an input of shape {x.shape}")
+    require_shape("b", b, (w.shape[1],))
     n, depth = x.shape
     y = empty((n, w.shape[1]))
     if n <= _FEW:
@@ -82,6 +84,8 @@ def _forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool) -> np.ndar
 def _backward(
     dy: np.ndarray, y: np.ndarray, x: np.ndarray, w: np.ndarray, relu: bool, need_dx: bool
 ) -> tuple[np.ndarray | None, WeightGradient, np.ndarray]:
+    require_shape("dy", dy, (len(x), w.shape[1]))
+    require_shape("x", x, (len(x), w.shape[0]))
     n, maps = dy.shape
     panels = -(-maps // PANEL)
     db = empty(maps)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from net.cpu.memory import contiguous, empty
+from net.shapes import require_shape
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
@@ -31,6 +32,7 @@ def softmax(z: np.ndarray) -> np.ndarray:
 def cross_entropy(z: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """z (N, classes), labels (N,) -> loss of each image (N,), gradient of their mean dz (N, classes)."""
     labels = contiguous(labels, np.int32)
+    require_shape("labels", labels, (len(z),))
     if labels.size and not 0 <= labels.min() <= labels.max() < z.shape[1]:
         raise ValueError(f"labels must lie between 0 and {z.shape[1] - 1}")
     shifted, rows = _shifted(z), np.arange(len(z))

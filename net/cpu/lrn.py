@@ -19,6 +19,7 @@ import numpy as np
 
 from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import contiguous, empty
+from net.shapes import require_shape
 
 
 def lrn_forward(x: np.ndarray, *, size: int, k: float, alpha: float, beta: float) -> tuple[np.ndarray, np.ndarray]:
@@ -34,6 +35,8 @@ def lrn_forward(x: np.ndarray, *, size: int, k: float, alpha: float, beta: float
 def lrn_backward(dy: np.ndarray, x: np.ndarray, s: np.ndarray, *, size: int, alpha: float, beta: float) -> np.ndarray:
     """dy, x, s (N, H, W, C) -> dx."""
     dy, x, s = contiguous(dy), contiguous(x), contiguous(s)
+    require_shape("x", x, dy.shape)
+    require_shape("s", s, dy.shape)
     dx = empty(dy.shape)
     rows = (-1, *x.shape[2:])
     arrays = (a.reshape(rows) for a in (dy, x, s, dx))

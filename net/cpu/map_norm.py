@@ -18,6 +18,7 @@ import numpy as np
 
 from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import contiguous, empty
+from net.shapes import require_shape
 
 
 def map_norm_forward(x: np.ndarray, *, size: int, k: float, alpha: float, beta: float) -> tuple[np.ndarray, np.ndarray]:
@@ -33,6 +34,8 @@ def map_norm_backward(
 ) -> np.ndarray:
     """dy, x, s (N, H, W, C) -> dx."""
     dy, x, s = contiguous(dy), contiguous(x), contiguous(s)
+    require_shape("x", x, dy.shape)
+    require_shape("s", s, dy.shape)
     dx, products = empty(dy.shape), empty(dy.shape)
     _backward(dy, x, s, products, dx, size // 2, np.float32(2 * alpha * beta), np.float32(beta))
     return dx

@@ -20,18 +20,14 @@ import numpy as np
 
 from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import contiguous, empty
-
-
-def pooled(length: int, size: int, stride: int) -> int:
-    """Windows along a side of ``length`` pixels."""
-    return (length - size) // stride + 1
+from net.shapes import require_shape, windows
 
 
 def maxpool_forward(x: np.ndarray, *, size: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """x (N, H, W, C) -> y (N, OH, OW, C), winner uint8 of the same shape; keep winner and x's height and width."""
     x = contiguous(x)
     n, height, width, channels = x.shape
-    shape = (n, pooled(height, size, stride), pooled(width, size, stride), channels)
+    shape = (n, windows(height, size, stride), windows(width, size, stride), channels)
     y, winner = empty(shape), empty(shape, np.uint8)
     _forward(x, y, winner, size, stride)
     return y, winner
@@ -42,7 +38,10 @@ def maxpool_backward(
 ) -> np.ndarray:
     """dy, winner (N, OH, OW, C) -> dx (N, height, width, C)."""
     dy, winner = contiguous(dy), contiguous(winner, np.uint8)
-    dx = empty((dy.shape[0], height, width, dy.shape[3]))
+    n, _, _, channels = dy.shape
+    for name, array in (("dy", dy), ("winner", winner)):
+        require_shape(name, array, (n, windows(height, size, stride), windows(width, size, stride), channels))
+    dx = empty((n, height, width, channels))
     _backward(dy, winner, dx, size, stride)
     return dx
 

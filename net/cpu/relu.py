@@ -12,6 +12,7 @@ import numpy as np
 
 from net.cpu.jit import kernel, prange
 from net.cpu.memory import contiguous, empty
+from net.shapes import require_shape
 
 
 def relu_forward(x: np.ndarray) -> np.ndarray:
@@ -25,6 +26,7 @@ def relu_forward(x: np.ndarray) -> np.ndarray:
 def relu_backward(dy: np.ndarray, y: np.ndarray) -> np.ndarray:
     """dy, y of one shape -> dx."""
     dy, y = contiguous(dy), contiguous(y)
+    require_shape("y", y, dy.shape)
     dx = empty(dy.shape)
     _backward(dy.reshape(-1), y.reshape(-1), dx.reshape(-1))
     return dx

@@ -18,6 +18,7 @@ import numpy as np
 from net.cpu.jit import kernel, prange
 from net.cpu.memory import contiguous, empty
 from net.cpu.weight_gradient import WeightGradient
+from net.shapes import require_shape
 
 
 def sgd_update(
@@ -32,6 +33,8 @@ def sgd_update(
     """Update w and v in place; all three of one shape. ``lr`` is a number or an array of one element."""
     if not (w.flags.carray and v.flags.carray):
         raise ValueError("w and v are updated in place and must be C-contiguous and writeable")
+    require_shape("v", v, w.shape)
+    require_shape("dw", dw, w.shape)
     global _count
     _count += 1
     rate = float(np.asarray(lr).item())

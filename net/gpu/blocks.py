@@ -27,6 +27,7 @@ from net.gpu.layers import relu_backward
 from net.gpu.linear import matrices, multiply, weight_and_input_gradient
 from net.gpu.shape import ConvShape, shape_of
 from net.layers import Array
+from net.shapes import require_shape, windows
 
 Lrn = tuple[int, float, float, float]  # size, k, alpha, beta
 Pool = tuple[int, int]  # size, stride
@@ -128,6 +129,7 @@ def _forward(
     *,
     relu_last: bool,
 ) -> tuple[Array, KeptByConv | None]:
+    require_shape("b", b, (shape.maps,))
     x, weights = operands(x, w, shape)
     c, columns = product(x, weights, shape, keep_columns=training)
     bias = floats(b)
@@ -138,6 +140,7 @@ def _forward(
 def _backward(
     dy: Array, kept: KeptByConv, w: Array, lrn: Lrn | None, pool: Pool | None, need_dx: bool, *, relu_last: bool
 ) -> tuple[Array | None, Array, Array]:
+    require_shape("dy", dy, (kept.result if kept.winner is None else kept.winner).shape)
     dc, db = _finish_backward(pictures(dy), kept.winner, kept.result, kept.bias, lrn, pool, relu_last)
     dw = weight_gradient(dc, kept.x, kept.columns, kept.shape)
     return (input_gradient(dc, w, kept.weights, kept.shape) if need_dx else None), dw, db
@@ -167,7 +170,7 @@ def _finish(
     """What follows a convolution: y and each window's winner."""
     images, height, width, channels = c.shape
     size, stride = pool or (1, 1)
-    out_height, out_width = (height - size) // stride + 1, (width - size) // stride + 1
+    out_height, out_width = windows(height, size, stride), windows(width, size, stride)
     y = empty((images, out_height, out_width, channels), c.dtype)
     winner = empty(y.shape, "uint8") if training and pool else None
     _, block, each = _threads(channels, lrn)

@@ -21,6 +21,7 @@ from net.gpu.device import current
 from net.gpu.kernels import THREADS, launch
 from net.gpu.shape import ConvShape, shape_of
 from net.layers import Array
+from net.shapes import require_shape
 
 
 def conv2d_forward(x: Array, w: Array, b: Array, *, stride: int, pad: int, groups: int) -> Array:
@@ -36,6 +37,7 @@ def conv2d_backward(
 ) -> tuple[Array | None, Array, Array]:
     """dy (N, OH, OW, Cout) -> dx (N, H, W, Cin) or None, dw like w, db (Cout,)."""
     shape = shape_of(x, w, stride, pad, groups)
+    require_shape("dy", dy, (shape.images, shape.out_height, shape.out_width, shape.maps))
     dy = pictures(dy)
     x, matrix = operands(x, w, shape)
     dw = weight_gradient(dy, x, None, shape)
@@ -204,6 +206,7 @@ def add_bias(y: Array, b: Array, *, rectify: bool) -> None:
     Not cuBLAS's own epilogue: what its ReLU does with NaN is not documented, and here a NaN must come through.
     """
     channels = y.shape[-1]
+    require_shape("b", b, (channels,))
     each = 4 if channels % 4 == 0 else 1
     launch(f"bias_{each}", blocks(y.size, each), (y, floats(b), y, y.size, channels, rectify), dtype=y.dtype)
 

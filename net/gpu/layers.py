@@ -16,6 +16,7 @@ from net.gpu.arrays import blocks, cast, dense, empty, floats
 from net.gpu.device import current
 from net.gpu.kernels import THREADS, launch
 from net.layers import Array
+from net.shapes import require_shape, windows
 
 Key = tuple[int, Any, int]  # seed, step (a number or an array of one), layer
 
@@ -33,6 +34,8 @@ def augment(
 ) -> Array:
     """uint8 crops (N, H, W, 3) -> pictures (N, H + border, W + border, 3)."""
     count, height, width, _ = images.shape
+    for name, array, wanted in (("corner", corner, (count, 2)), ("flip", flip, (count,)), ("shift", shift, (count, 3))):
+        require_shape(name, array, wanted)
     before, after = border
     y = empty((count, height + before + after, width + before + after, 3), current().storage)
     side = 0 if mean is None else mean.shape[0]
@@ -60,6 +63,7 @@ def relu_forward(x: Array) -> Array:
 def relu_backward(dy: Array, y: Array) -> Array:
     """dx = dy where y > 0, else 0."""
     y = dense(y)
+    require_shape("dy", dy, y.shape)
     dx = empty(y.shape, y.dtype)
     launch("relu_backward", blocks(y.size), (cast(dense(dy), y.dtype), y, dx, y.size), dtype=y.dtype)
     return dx
@@ -78,6 +82,8 @@ def lrn_backward(dy: Array, x: Array, s: Array, *, size: int, alpha: float, beta
     """dx like x."""
     x = dense(x)
     dx = empty(x.shape, x.dtype)
+    require_shape("dy", dy, x.shape)
+    require_shape("s", s, x.shape)
     arguments = (cast(dense(dy), x.dtype), x, floats(s), dx, x.size, x.shape[-1], size // 2, alpha, beta)
     launch("lrn_backward", blocks(x.size), arguments, dtype=x.dtype)
     return dx
@@ -96,6 +102,8 @@ def map_norm_backward(dy: Array, x: Array, s: Array, *, size: int, alpha: float,
     """dx like x."""
     x = dense(x)
     dx = empty(x.shape, x.dtype)
+    require_shape("dy", dy, x.shape)
+    require_shape("s", s, x.shape)
     arguments = (cast(dense(dy), x.dtype), x, floats(s), dx, x.size, *x.shape[1:], size // 2, alpha, beta)
     launch("map_norm_backward", blocks(x.size), arguments, dtype=x.dtype)
     return dx
@@ -105,7 +113,7 @@ def maxpool_forward(x: Array, *, size: int, stride: int) -> tuple[Array, Array]:
     """x (N, H, W, C) -> y (N, OH, OW, C), winner uint8."""
     x = dense(x)
     images, height, width, channels = x.shape
-    out_height, out_width = (height - size) // stride + 1, (width - size) // stride + 1
+    out_height, out_width = windows(height, size, stride), windows(width, size, stride)
     y = empty((images, out_height, out_width, channels), x.dtype)
     winner = empty(y.shape, "uint8")
     arguments = (x, y, winner, y.size, height, width, channels, out_height, out_width, size, stride)
@@ -117,6 +125,8 @@ def maxpool_backward(dy: Array, winner: Array, *, height: int, width: int, size:
     """dx (N, height, width, C) like dy."""
     dy = dense(dy)
     images, out_height, out_width, channels = dy.shape
+    for name, array in (("dy", dy), ("winner", winner)):
+        require_shape(name, array, (images, windows(height, size, stride), windows(width, size, stride), channels))
     dx = empty((images, height, width, channels), dy.dtype)
     arguments = (dy, dense(winner), dx, dx.size, height, width, channels, out_height, out_width, size, stride)
     launch("maxpool_backward", blocks(dx.size), arguments, dtype=dy.dtype)
@@ -158,6 +168,7 @@ def softmax(z: Array) -> Array:
 def cross_entropy(z: Array, labels: Array) -> tuple[Array, Array]:
     """z (N, classes), labels int32 (N,) -> loss (N,), dz (N, classes), float32."""
     z = floats(z)
+    require_shape("labels", labels, z.shape[:1])
     loss, dz = empty((z.shape[0],), "float32"), empty(z.shape, "float32")
     arguments = (z, dense(labels), loss, dz, z.shape[1])
     launch("cross_entropy", (z.shape[0],), arguments, dtype="float32", shared=THREADS // 32 * 4)
@@ -166,6 +177,8 @@ def cross_entropy(z: Array, labels: Array) -> tuple[Array, Array]:
 
 def sgd_update(w: Array, v: Array, dw: Array, *, lr: Any, momentum: float, decay: float) -> None:
     """v <- momentum v - decay lr w - lr dw; w <- w + v. ``lr`` is a number or an array of one on the device."""
+    require_shape("v", v, w.shape)
+    require_shape("dw", dw, w.shape)
     rate = lr if hasattr(lr, "dtype") and not isinstance(lr, np.generic) else None
     dw = floats(dw)
     arguments = (w, v, dw, w.size, 0.0 if rate is not None else float(lr), rate, momentum, decay)

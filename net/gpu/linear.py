@@ -6,6 +6,7 @@ from net.gpu import cublas
 from net.gpu.arrays import empty, pictures
 from net.gpu.convolution import add_bias, column_sum
 from net.layers import Array
+from net.shapes import require_shape
 
 
 def linear_forward(x: Array, w: Array, b: Array) -> Array:
@@ -18,6 +19,7 @@ def linear_forward(x: Array, w: Array, b: Array) -> Array:
 def linear_backward(dy: Array, x: Array, w: Array, *, need_dx: bool = True) -> tuple[Array | None, Array, Array]:
     """dy (N, K) -> dx (N, D) or None, dw (D, K), db (K,)."""
     x, w = matrices(x, w)
+    require_shape("dy", dy, (x.shape[0], w.shape[1]))
     dy = pictures(dy)
     dx, dw = weight_and_input_gradient(dy, x, w, need_dx)
     return dx, dw, column_sum(dy)

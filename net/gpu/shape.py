@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from net.layers import Array, Conv, Shape
+from net.shapes import windows
 
 LARGEST_COLUMNS: Final = 2**31 - 1  # elements; the kernels count those of a piece in 32 bits
 COLUMNS_SHARE: Final = 1 / 16  # of the device's memory, for the columns of one layer
@@ -28,11 +29,11 @@ class ConvShape:
 
     @property
     def out_height(self) -> int:
-        return (self.height + 2 * self.pad - self.kernel_h) // self.stride + 1
+        return windows(self.height, self.kernel_h, self.stride, self.pad)
 
     @property
     def out_width(self) -> int:
-        return (self.width + 2 * self.pad - self.kernel_w) // self.stride + 1
+        return windows(self.width, self.kernel_w, self.stride, self.pad)
 
     @property
     def pixels(self) -> int:
@@ -70,4 +71,6 @@ def shape_of(x: Array, w: Array, stride: int, pad: int, groups: int) -> ConvShap
     shape = ConvShape(*x.shape, w.shape[0], w.shape[1], w.shape[3], stride, pad, groups)
     if w.shape[2] * groups != shape.channels or shape.maps % groups:
         raise ValueError(f"weights {w.shape} in {groups} groups do not fit a picture of {shape.channels} channels")
+    if shape.images == 0:
+        raise ValueError("the batch is empty")
     return shape
