@@ -53,7 +53,7 @@ def read_devkit(path: Path) -> Devkit:
     PipelineError
         The file cannot be read, is cut short or damaged, or is something else.
     """
-    again = f"{path} is damaged or no ILSVRC-2012 devkit"
+    damaged = f"{path} is damaged or no ILSVRC-2012 devkit"
     try:
         with gzip.open(path) as file:
             unpacked = file.read(_LARGEST_DEVKIT + 1)
@@ -62,29 +62,29 @@ def read_devkit(path: Path) -> Devkit:
     except OSError as error:
         raise PipelineError(f"cannot read {path}: {error.strerror or error}") from error
     if len(unpacked) > _LARGEST_DEVKIT:
-        raise PipelineError(f"{again}: it unpacks to more than {_LARGEST_DEVKIT >> 20} MiB; get it again")
+        raise PipelineError(f"{damaged}: it unpacks to more than {_LARGEST_DEVKIT >> 20} MiB; get it again")
     files = {}
     for member in tar.members(lambda offset, n: unpacked[offset : offset + n], 0, len(unpacked), str(path)):
         files[member.name.rpartition(b"/")[2]] = unpacked[member.offset : member.offset + member.size]
     for name in (b"meta.mat", b"ILSVRC2012_validation_ground_truth.txt"):
         if name not in files:
-            raise PipelineError(f"{again}: it holds no {name.decode()}; get it again")
-    ids, words = _synsets(files[b"meta.mat"], again)
+            raise PipelineError(f"{damaged}: it holds no {name.decode()}; get it again")
+    ids, words = _synsets(files[b"meta.mat"], damaged)
     lines = files[b"ILSVRC2012_validation_ground_truth.txt"].split()
     known = set(ids.values())
     truth = [int(line) if line.isdigit() and len(line) < 6 else -1 for line in lines]
     for number, identity in enumerate(truth, start=1):
         if identity not in known:
-            raise PipelineError(f"{again}: line {number} of its ground truth is no class ID of its meta.mat")
+            raise PipelineError(f"{damaged}: line {number} of its ground truth is no class ID of its meta.mat")
     return Devkit(path, ids, words, np.array(truth, dtype=np.int32))
 
 
-def _synsets(meta: bytes, again: str) -> tuple[dict[str, int], dict[str, str]]:
+def _synsets(meta: bytes, damaged: str) -> tuple[dict[str, int], dict[str, str]]:
     """IDs and words of the synsets without children; the others are their common ancestors and have no pictures."""
     try:
         synsets = read_structures(meta, "synsets", ("ILSVRC2012_ID", "WNID", "words", "num_children"))
     except ValueError as error:
-        raise PipelineError(f"{again}: its meta.mat cannot be read ({error}); get it again") from error
+        raise PipelineError(f"{damaged}: its meta.mat cannot be read ({error}); get it again") from error
     ids: dict[str, int] = {}
     words: dict[str, str] = {}
     for synset in synsets:
@@ -92,7 +92,7 @@ def _synsets(meta: bytes, again: str) -> tuple[dict[str, int], dict[str, str]]:
         if children == 0 and isinstance(wnid, str) and isinstance(identity, int | float) and 1 <= identity <= 65535:
             ids[wnid], words[wnid] = int(identity), str(synset["words"] or wnid)
     if not ids or len(set(ids.values())) != len(ids):
-        raise PipelineError(f"{again}: the class IDs in its meta.mat are not distinct; get it again")
+        raise PipelineError(f"{damaged}: the class IDs in its meta.mat are not distinct; get it again")
     return ids, words
 
 
