@@ -12,6 +12,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -115,11 +116,14 @@ class _Reader:
             self._closed = True
             self._changed.notify_all()
 
+    def _due(self, group: int) -> bool:
+        return self._closed or group <= self._used + _AHEAD
+
     def work(self) -> None:
         buffer = bytearray(_READ)
         for group in range(self._read, self._last):
             with self._changed:
-                self._changed.wait_for(lambda group=group: self._closed or group <= self._used + _AHEAD)
+                self._changed.wait_for(partial(self._due, group))
                 if self._closed:
                     return
             try:

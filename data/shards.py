@@ -88,7 +88,7 @@ def shard_bytes(images: int, size: int) -> int:
 
 def checksum(image: np.ndarray) -> int:
     """CRC-32 of a picture."""
-    return zlib.crc32(image)
+    return zlib.crc32(image.data)
 
 
 def index_hash(labels: np.ndarray, crc: np.ndarray) -> str:

@@ -76,7 +76,7 @@ def alexnet(
     lrn = [Lrn(lrn_size, lrn_k, alpha, lrn_beta)] if lrn_size else []
     # The authors' code: 5x5 pixels, scale 0.001 divided by the 25 pixels of the window.
     same_map = [MapNorm(5, 1.0, 0.001 / 25, 0.75)] if map_norm else []
-    after_conv1 = [relu, *lrn, pool] if relu_before_lrn else [*lrn, pool, relu]
+    after_conv1: list[Layer] = [relu, *lrn, pool] if relu_before_lrn else [*lrn, pool, relu]
 
     def dropout(number: int) -> list[Layer]:
         return [Dropout(number, dropout_keep, dropout_scale_in_training)] if dropout_keep < 1 else []

@@ -85,13 +85,15 @@ def _indexes(run_dir: RunDir) -> tuple[dict[Path, str | None], dict[str, Any] | 
             raise PipelineError("it is from another version of this program")
         manifest.update(value)
 
+    def read_best() -> None:
+        if best_of(run_dir.train):  # its sentence says what to do about this file
+            _existing(find_checkpoint(run_dir.train, "best"))
+
     reads: dict[Path, Callable[[], object]] = {
         run_dir.config: lambda: from_dict(read_sealed(run_dir.config, ""), str(run_dir.config)),
         run_dir.preprocess / "manifest.json": read_manifest,
         run_dir.train / "latest.json": lambda: _existing(find_checkpoint(run_dir.train, "latest")),
-        run_dir.train / "best.json": lambda: (
-            best_of(run_dir.train) and _existing(find_checkpoint(run_dir.train, "best"))
-        ),
+        run_dir.train / "best.json": read_best,
     }
     found: dict[Path, str | None] = {}
     for path, read in reads.items():

@@ -63,13 +63,17 @@ class ConvShape:
 
 def layer_shape(conv: Conv, shape: Shape, images: int) -> ConvShape:
     """Sizes of a layer's convolution of so many pictures of (height, width, channels)."""
-    return ConvShape(images, *shape, conv.size, conv.size, conv.maps, conv.stride, conv.pad, conv.groups)
+    height, width, channels = shape
+    return ConvShape(
+        images, height, width, channels, conv.size, conv.size, conv.maps, conv.stride, conv.pad, conv.groups
+    )
 
 
 def shape_of(x: Array, w: Array, stride: int, pad: int, groups: int) -> ConvShape:
     """Sizes of the convolution of x (N, H, W, Cin) with w (KH, KW, Cin/groups, Cout)."""
-    shape = ConvShape(*x.shape, w.shape[0], w.shape[1], w.shape[3], stride, pad, groups)
-    if w.shape[2] * groups != shape.channels or shape.maps % groups:
+    (images, height, width, channels), (kernel_h, kernel_w, depth, maps) = x.shape, w.shape
+    shape = ConvShape(images, height, width, channels, kernel_h, kernel_w, maps, stride, pad, groups)
+    if depth * groups != shape.channels or shape.maps % groups:
         raise ValueError(f"weights {w.shape} in {groups} groups do not fit a picture of {shape.channels} channels")
     if shape.images == 0:
         raise ValueError("the batch is empty")

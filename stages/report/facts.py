@@ -61,6 +61,7 @@ class Facts:
     predictions: dict[str, np.ndarray] | None
     device: str = ""  # what it was trained on and in, as its checkpoint says
     precision: str = "fp32"
+    imported: str = ""  # the file whose weights it has, where it was not trained here
 
     @property
     def name(self) -> str:
@@ -89,6 +90,7 @@ def read_facts(run: RunDir, trained: Trained) -> Facts:
     """Read what there is of a run; what has not been made yet is left empty."""
     steps, validations = training_lines(read_metrics(run.train / "metrics.jsonl"))
     evaluation, predictions = _evaluation(run, len(trained.classes))
+    origin = trained.header.get("imported")
     return Facts(
         run=run,
         config=trained.config,
@@ -103,6 +105,7 @@ def read_facts(run: RunDir, trained: Trained) -> Facts:
         predictions=predictions,
         device=str(trained.header.get("device", "")),
         precision=str(trained.header.get("precision", "fp32")),
+        imported=str(origin.get("file", "")) if isinstance(origin, dict) else "",
     )
 
 
@@ -261,10 +264,11 @@ def commands(facts: Facts) -> list[str]:
     computing = f" --device {facts.device}" if facts.device in DEVICES else ""
     if computing and facts.precision in ("tf32", "bf16"):
         computing += f" --precision {facts.precision}"
-    lines = [
-        f"python run_pipeline.py --stage preprocess{source}{where} --recipe {facts.config.recipe}{options}",
-        f"python run_pipeline.py --stage train --steps {facts.step}{where}{reseeded}{computing}",
-    ]
+    lines = [f"python run_pipeline.py --stage preprocess{source}{where} --recipe {facts.config.recipe}{options}"]
+    if facts.imported:
+        lines.append(f"python run_pipeline.py --stage import {shlex.quote(facts.imported)}{where}")
+    else:
+        lines.append(f"python run_pipeline.py --stage train --steps {facts.step}{where}{reseeded}{computing}")
     if facts.evaluation is not None:
         lines.append(f"python run_pipeline.py --stage eval --views {facts.evaluation['views']}{where}{computing}")
     return [*lines, f"python run_pipeline.py --stage report{where}{computing}"]

@@ -104,6 +104,8 @@ def test_commands_are_taken_by_the_command_line(known: Facts) -> None:
     on_cpu = facts.commands(replace(known, device="cpu"))[1]
     assert "--device cpu" in on_cpu
     assert "--precision" not in on_cpu
+    imported = parse(shlex.split(facts.commands(replace(known, step=0, imported="a net.caffemodel"))[1])[2:])
+    assert (imported.stage, imported.files) == ("import", ["a net.caffemodel"])
 
 
 @pytest.mark.parametrize("beside", ["run-pictures", "run/pictures"])
