@@ -1,7 +1,7 @@
 """Which settings a run works with: its own or a recipe's, those of its shards, and what the command line changes.
 
 ``docs/design.md`` has the rule of every stage ("Where settings come from"). :func:`settle` is that of preprocess and
-train. The other stages find theirs in a checkpoint or a file, and at most apply a :class:`Request` to them.
+train. The other stages find theirs in a checkpoint or a file, and apply at most a :class:`Request` to it.
 """
 
 from __future__ import annotations
