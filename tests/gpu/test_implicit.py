@@ -173,7 +173,7 @@ def test_which_layers_of_alexnet_go_this_way(ops: ModuleType) -> None:
     for layer in alexnet(1000):
         if isinstance(layer, Conv):
             w = np.empty(layer.parameter_shapes(size)[f"{layer.name}.w"], np.float32)
-            shape = convolution.shape_of(np.empty((0, *size)), w, **layer.geometry)
+            shape = convolution.shape_of(np.empty((1, *size), np.uint8), w, **layer.geometry)
             chosen += [layer.name] if implicit.suits(replace(shape, images=128)) else []
             # A batch whose elements 32 bits cannot count goes through in pieces, by way of the columns.
             assert not implicit.suits(replace(shape, images=100_000))
