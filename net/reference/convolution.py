@@ -8,7 +8,7 @@ Shapes
 
 Forward
     Write p for x with ``pad`` zeros on all four sides; n counts images, (r, c) output pixels, (i, j) places in the
-    kernel ("kernel offsets"), a input and o output channels. With one group::
+    kernel ("kernel offsets"), a input and o output channels. With one group, for each n, r, c and o::
 
         y[n, r, c, o] = b[o] + sum_{i < KH} sum_{j < KW} sum_a p[n, r stride + i, c stride + j, a] w[i, j, a, o]
 
@@ -18,7 +18,8 @@ Forward
 
 Groups
     With ``groups`` = 2 the first half of the output channels sees the first half of the input channels only, the
-    second half the second: two independent convolutions side by side. In the paper they ran on two GPUs.
+    second half the second: two independent convolutions side by side. In the paper they ran on two GPUs. ``groups``
+    divides Cin and Cout.
 
 Backward
     Everything follows from the sum above, in which each product of a pixel and a weight enters one y: its derivative by

@@ -5,9 +5,9 @@ Shapes
 
 Forward
     ``y = x * mask * scale``, where mask is 1 with probability ``keep`` and 0 otherwise, independently for each
-    element. On average over the masks, y is ``keep * scale * x``, and that is what the next layer learns to expect. In
-    test nothing is dropped, so x has to be multiplied by keep * scale there. The paper trains with scale = 1 and
-    multiplies by keep in test; Caffe trains with scale = 1 / keep, so in test the factor is 1.
+    element. On average over the masks, y is ``keep * scale * x``, and that is what the next layer learns to expect. At
+    test time nothing is dropped, so x has to be multiplied by keep * scale then. The paper trains with scale = 1 and
+    multiplies by keep at test time; Caffe trains with scale = 1 / keep, so its factor at test time is 1.
 
 Backward
     mask and scale do not depend on x: ``dx = dy * mask * scale``.

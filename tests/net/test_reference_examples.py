@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the textbook and of the layers come out as written."""
+"""The examples in the docstrings of the textbook, of the layers and of the network come out as written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import net.reference
-from net import layers
+from net import alexnet, layers
 
 FILES = sorted(path.stem for path in Path(net.reference.__file__).parent.glob("[!_]*.py"))
 
@@ -22,7 +22,8 @@ def test_examples(name):
     assert tried > 0 or name in ("arrays", "map_norm")
 
 
-def test_examples_of_layers():
-    failed, tried = doctest.testmod(layers)
+@pytest.mark.parametrize("module", [layers, alexnet])
+def test_examples_of_layers(module):
+    failed, tried = doctest.testmod(module)
     assert failed == 0
     assert tried > 0
