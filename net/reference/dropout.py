@@ -15,7 +15,7 @@ Backward
 The mask is a pure function of ``key`` = (seed, step, layer) and of the element's place e in C order in the whole batch,
 so it is drawn again in the backward pass instead of being kept, and is the same on every backend. ``first`` is the
 place in the batch of x's first row: a process that computes rows 64 to 127 of a batch draws the mask they have in the
-whole. Element e uses word e % 4 of Philox4x32-10 (``philox.py``) with::
+whole. Element e uses word e % 4 of Philox4x32-10 (``philox.py``), whose own key is the seed alone, with::
 
     counter = (e // 4, layer, step mod 2³², step div 2³²)      key = (seed mod 2³², seed div 2³²)
 
