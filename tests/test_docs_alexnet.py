@@ -215,7 +215,9 @@ def test_looking_into_a_trained_network(trained_run: Path, capsys):
 
     line = "parameters = trained.on_device(ops)\n"
     assert text.count(line) == 1
-    _run(text.replace(line, _example("as at the start")))
+    seen = _run(text.replace(line, _example("as at the start")))
+    start, end = seen["parameters"]["fc6.w"], seen["trained"].parameters["fc6.w"]
+    assert np.corrcoef(start.ravel(), end.ravel())[0, 1] > 0.9  # this run's start, not just any
     start = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in start] == names
     assert start != trained
