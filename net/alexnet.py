@@ -54,7 +54,7 @@ def alexnet(
     lrn_size, lrn_k, lrn_alpha, lrn_beta : int, float, float, float
         n, k, alpha and beta of local response normalisation (section 3.3); size 0 leaves it out.
     lrn_alpha_over_n : bool
-        Divide alpha by n, as every released code does and the paper does not.
+        Divide alpha by n, as the authors' code and Caffe do and the paper does not.
     relu_before_lrn : bool
         False: conv1 is followed by LRN, pool, ReLU in this order, as in the authors' code.
     map_norm : bool
@@ -68,7 +68,21 @@ def alexnet(
     dropout_keep : float
         Probability that a unit of fc6 or fc7 survives (section 4.2); 1 leaves dropout out.
     dropout_scale_in_training : bool
-        True: divide by ``dropout_keep`` in training (Caffe); False: multiply by it in test (the paper).
+        True: divide by ``dropout_keep`` in training (Caffe); False: multiply by it at test time (the paper).
+
+    Examples
+    --------
+    >>> layers = alexnet(1000)
+    >>> sum(row.parameters for row in table(layers))
+    60965224
+    >>> shape = (227, 227, 3)
+    >>> for layer in layers[:4]:
+    ...     shape = layer.output_shape(shape)
+    ...     print(type(layer).__name__, shape)
+    Conv (55, 55, 96)
+    Relu (55, 55, 96)
+    Lrn (55, 55, 96)
+    MaxPool (27, 27, 96)
     """
     relu = Relu()
     pool = MaxPool(pool_size, pool_stride)
@@ -119,7 +133,11 @@ class Row:
 
 
 def table(layers: tuple[Layer, ...], shape: Shape = (227, 227, 3)) -> list[Row]:
-    """Output shape, parameters and multiply-adds of each convolutional and fully connected layer."""
+    """Output shape, parameters and multiply-adds of each convolutional and fully connected layer.
+
+    ``shape`` is the picture's, (height, width, channels). An output number is a sum of as many products as its kernel
+    has weights, so a layer's multiply-adds are its output pixels times all its weights.
+    """
     rows = []
     for layer in layers:
         output = layer.output_shape(shape)

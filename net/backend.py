@@ -108,8 +108,11 @@ def load(device: str, precision: str = "fp32") -> ModuleType:
 
     Raises
     ------
+    ValueError
+        There is no such device.
     BackendUnavailableError
-        The machine cannot run it (no driver, a missing package, a precision it does not have).
+        The machine cannot run it (no driver, a missing package, a precision it does not have), or an operation is
+        missing.
     """
     if device not in DEVICES:
         raise ValueError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")

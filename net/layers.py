@@ -259,7 +259,7 @@ class Dropout(_WithoutParameters):
     """Dropout (paper, section 4.2); ``number`` tells the masks of the network's dropout layers apart.
 
     With ``scale_in_training`` the surviving units are divided by ``keep`` in training (Caffe); without, all units
-    are multiplied by ``keep`` in test (the paper).
+    are multiplied by ``keep`` at test time (the paper).
     """
 
     number: int

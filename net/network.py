@@ -89,6 +89,11 @@ def initial_parameters(
     deviation; where that is given as 0 it is sqrt(2 / fan-in), fan-in being how many products an output adds up. This
     keeps the mean square of the ReLUs' outputs the same from layer to layer (He et al., 2015). Each tensor has its own
     random stream, so its values depend on the seed and its place in ``shapes`` alone.
+
+    Raises
+    ------
+    ValueError
+        ``weight_std`` or ``bias`` has not one number for each layer.
     """
     with drawing(shapes, weight_std, bias, seed) as drawn:
         return drawn()

@@ -37,7 +37,9 @@ def exhibit(images: int) -> Exhibit:
         oracle,
         (
             Step(
-                "reference", "NumPy over nine shifted views", lambda: reference.maxpool_forward(x, size=3, stride=2)[0]
+                "reference",
+                "NumPy: each window copied into a row, and argmax",
+                lambda: reference.maxpool_forward(x, size=3, stride=2)[0],
             ),
             Step("windows, branches", "the formula, compiled", windows),
             Step(

@@ -43,7 +43,23 @@ POINTS: Final[dict[int, tuple[Fraction, ...]]] = {
 
 
 def cook_toom(m: int, r: int, points: Sequence[Fraction]) -> tuple[Matrix, Matrix, Matrix]:
-    """A (n, m), G (n, r), B (n, n) of F(m, r) for n - 1 finite points and infinity."""
+    """A (n, m), G (n, r), B (n, n) of F(m, r) for n - 1 finite points and infinity.
+
+    F(2, 3) as docs/cpu.md writes it out, its last product with the other sign:
+
+    >>> a, g, b = cook_toom(2, 3, (Fraction(0), Fraction(1), Fraction(-1)))
+    >>> [[int(v) for v in row] for row in b]  # d2 - d0, d1 + d2, d2 - d1, d3 - d1
+    [[-1, 0, 1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]]
+    >>> [[str(v) for v in row] for row in g]  # -g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2
+    [['-1', '0', '0'], ['1/2', '1/2', '1/2'], ['1/2', '-1/2', '1/2'], ['0', '0', '1']]
+    >>> [[int(v) for v in row] for row in transposed(a)]  # y0 and y1 from the four products
+    [[1, 1, 1, 0], [0, 1, -1, 1]]
+
+    Raises
+    ------
+    ValueError
+        Two points are the same, or there are more or fewer than n - 1.
+    """
     n = m + r - 1
     if len(set(points)) != n - 1:
         raise ValueError(f"F({m}, {r}) needs {n - 1} different finite points, not {len(set(points))}")

@@ -3,7 +3,7 @@
 ``columns`` lays out, for every output pixel, the values its window covers as one row (``columns.cu``), and cuBLAS
 multiplies by the weights, which are a matrix (KH*KW*Cin/groups, Cout) as they lie in memory. Backward:
 
-    dw = columns(x)' dy          db = sum of dy over all pixels          dx = gather(dy w')
+    dw = columns(x)ᵀ dy          db = sum of dy over all pixels          dx = gather(dy wᵀ)
 
 Groups are a batch of products whose operands lie a fixed distance apart, so no array is split or copied for them.
 ``shape.py`` bounds the memory of one layer's columns: larger batches go through in pieces.
@@ -106,7 +106,7 @@ def weight_gradient(dy: Array, x: Array, kept: Array | None, shape: ConvShape) -
 
 
 def columns_weight_gradient(dy: Array, x: Array, kept: Array | None, shape: ConvShape) -> Array:
-    """dw = columns(x)' dy; x as it is, ``kept`` the columns if they were kept."""
+    """dw = columns(x)ᵀ dy; x as it is, ``kept`` the columns if they were kept."""
     dw = empty((shape.padded, shape.maps), "float32")
     piece = images_at_once(shape)
     each = shape.maps // shape.groups
@@ -131,7 +131,7 @@ def input_gradient(dy: Array, w: Array, matrix: Array, shape: ConvShape) -> Arra
 
 
 def columns_input_gradient(dy: Array, matrix: Array, shape: ConvShape) -> Array:
-    """dx = gather(dy w'); ``matrix`` as :func:`packed` gives it."""
+    """dx = gather(dy wᵀ); ``matrix`` as :func:`packed` gives it."""
     dx = empty((shape.images, shape.height, shape.width, shape.channels), dy.dtype)
     piece = images_at_once(shape)
     each = shape.maps // shape.groups

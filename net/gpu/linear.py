@@ -10,14 +10,14 @@ from net.shapes import require_shape
 
 
 def linear_forward(x: Array, w: Array, b: Array) -> Array:
-    """x (N, D), w (D, K), b (K,) -> y (N, K)."""
+    """x (N, Cin), w (Cin, Cout), b (Cout,) -> y (N, Cout)."""
     y = multiply(*matrices(x, w))
     add_bias(y, b, rectify=False)
     return y
 
 
 def linear_backward(dy: Array, x: Array, w: Array, *, need_dx: bool = True) -> tuple[Array | None, Array, Array]:
-    """dy (N, K) -> dx (N, D) or None, dw (D, K), db (K,)."""
+    """dy (N, Cout) -> dx (N, Cin) or None, dw (Cin, Cout), db (Cout,)."""
     x, w = matrices(x, w)
     require_shape("dy", dy, (x.shape[0], w.shape[1]))
     dy = pictures(dy)
@@ -40,7 +40,7 @@ def multiply(x: Array, w: Array) -> Array:
 
 
 def weight_and_input_gradient(dy: Array, x: Array, w: Array, need_dx: bool) -> tuple[Array | None, Array]:
-    """dx = dy w' (or None) and dw = x' dy, float32; all operands of one type."""
+    """dx = dy wᵀ (or None) and dw = xᵀ dy, float32; all operands of one type."""
     dw = empty(w.shape, "float32")
     cublas.multiply(cublas.of(dw), cublas.of(x).transposed, cublas.of(dy))
     if not need_dx:

@@ -8,7 +8,7 @@ Shapes
 
 Forward
     Write p for x with ``pad`` zeros on all four sides; n counts images, (r, c) output pixels, (i, j) places in the
-    kernel ("kernel offsets"), a input and o output channels. With one group::
+    kernel ("kernel offsets"), a input and o output channels. With one group, for each n, r, c and o::
 
         y[n, r, c, o] = b[o] + sum_{i < KH} sum_{j < KW} sum_a p[n, r stride + i, c stride + j, a] w[i, j, a, o]
 
@@ -18,7 +18,8 @@ Forward
 
 Groups
     With ``groups`` = 2 the first half of the output channels sees the first half of the input channels only, the
-    second half the second: two independent convolutions side by side. In the paper they ran on two GPUs.
+    second half the second: two independent convolutions side by side. In the paper they ran on two GPUs. ``groups``
+    divides Cin and Cout.
 
 Backward
     Everything follows from the sum above, in which each product of a pixel and a weight enters one y: its derivative by
@@ -35,7 +36,9 @@ Backward
 
           dp[n, r stride + i, c stride + j, a] += sum_o dy[n, r, c, o] w[i, j, a, o]
 
-      dx is dp without its border. Pixels that no window meets (those left over at the end) get 0.
+      dx is dp without its border. Pixels that no window meets (those left over at the end) get 0. With a stride of 1
+      this is itself a convolution, of dy with the kernels turned by 180 degrees and inputs and outputs exchanged;
+      ``net/cpu`` and ``net/gpu`` make use of that.
 
 Example
     One channel, one map, a kernel of nine ones: y adds up windows of 3 x 3 pixels. With dy = 1 everywhere, dx counts
@@ -54,6 +57,14 @@ Example
            [1., 2., 2., 1.]])
     >>> dw[0, 0, 0, 0]  # pixels 0, 1, 4 and 5 met the kernel's first weight
     np.float64(10.0)
+
+    dx as a convolution of dy, with a border of KH - 1 - pad so that each pixel finds all windows it was in:
+
+    >>> w = np.arange(9.0).reshape(3, 3, 1, 1)
+    >>> dx, _, _ = conv2d_backward(y, x, w, stride=1, pad=0, groups=1)
+    >>> turned = w[::-1, ::-1].transpose(0, 1, 3, 2)
+    >>> np.array_equal(dx, conv2d_forward(y, turned, b, stride=1, pad=2, groups=1))
+    True
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Softmax and cross-entropy, the loss (paper, section 3.5: multinomial logistic regression).
 
 Shapes
-    z, dz (N, classes) and loss (N,) float32, or float64 in checks; labels (N,) integers
+    z, dz (N, classes) and loss (N,) float32, or float64 in checks; labels (N,) integers 0 .. classes - 1, which nobody
+    checks here (NumPy takes -1 for the last class)
 
 Forward
     With p = softmax(z), the loss of image n is the negative log-probability of its label t::
@@ -18,8 +19,9 @@ Backward
         ∂(log sum_j exp z[j]) / ∂z[c] = exp(z[c]) / sum_j exp(z[j]) = p[c]
         ∂z[t] / ∂z[c] = 1 if c = t else 0
 
-    so ``dz[n, c] = (p[n, c] - [c = t]) / N``, where [c = t] is 1 for the label and 0 for the other classes. This 1/N is
-    the only one in the whole backward pass.
+    so ``dz[n, c] = (p[n, c] - [c = t]) / N``, where [c = t] is 1 for the label and 0 for the other classes: what the
+    network said less what it should have said. It pushes the label's score up and the others down, by amounts that sum
+    to 0, and less the surer the network is of the label. This 1/N is the only one in the whole backward pass.
 
 Example
     Scores that make p = (1/4, 1/2, 1/4), and the label 1: the loss is log 2.

@@ -5,9 +5,9 @@ Shapes
 
 Forward
     ``y = x * mask * scale``, where mask is 1 with probability ``keep`` and 0 otherwise, independently for each
-    element. On average over the masks, y is ``keep * scale * x``, and that is what the next layer learns to expect. In
-    test nothing is dropped, so x has to be multiplied by keep * scale there. The paper trains with scale = 1 and
-    multiplies by keep in test; Caffe trains with scale = 1 / keep, so in test the factor is 1.
+    element. On average over the masks, y is ``keep * scale * x``, and that is what the next layer learns to expect. At
+    test time nothing is dropped, so x has to be multiplied by keep * scale then. The paper trains with scale = 1 and
+    multiplies by keep at test time; Caffe trains with scale = 1 / keep, so its factor at test time is 1.
 
 Backward
     mask and scale do not depend on x: ``dx = dy * mask * scale``.
@@ -15,7 +15,7 @@ Backward
 The mask is a pure function of ``key`` = (seed, step, layer) and of the element's place e in C order in the whole batch,
 so it is drawn again in the backward pass instead of being kept, and is the same on every backend. ``first`` is the
 place in the batch of x's first row: a process that computes rows 64 to 127 of a batch draws the mask they have in the
-whole. Element e uses word e % 4 of Philox4x32-10 (``philox.py``) with::
+whole. Element e uses word e % 4 of Philox4x32-10 (``philox.py``), whose own key is the seed alone, with::
 
     counter = (e // 4, layer, step mod 2³², step div 2³²)      key = (seed mod 2³², seed div 2³²)
 

@@ -14,13 +14,14 @@ Forward
     caller divides where a recipe asks for it; here alpha is taken as given.
 
 Backward
-    x[i] acts in two places: on its own y[i] as the factor in front, and on the s of every channel within h of i.
-    From the definitions::
+    x[i] acts in two places: on its own y[i] as the factor in front, and on the s of every channel j within h of i, its
+    own s[i] among them. That is why there are two terms. From the definitions::
 
-        dy[j] -> s[j]:   ∂y[j]/∂s[j] = -beta x[j] s[j]^(-beta - 1)
-        s[j] -> x[i]:    ∂s[j]/∂x[i] = 2 alpha x[i]   where |i - j| <= h, else 0
+        as the factor:   ∂y[i]/∂x[i] = s[i]^-beta   with s[i] held fast
+        by way of s[j]:  ∂y[j]/∂s[j] = -beta x[j] s[j]^(-beta - 1)
+                         ∂s[j]/∂x[i] = 2 alpha x[i]   where |i - j| <= h, else 0
 
-    Both ways together, by the chain rule::
+    Both ways together, by the chain rule (2 alpha beta x[i] is the same for all j and stands before the sum)::
 
         dx[i] = dy[i] s[i]^-beta - 2 alpha beta x[i] * sum_{|j - i| <= h} dy[j] x[j] s[j]^(-beta - 1)
 

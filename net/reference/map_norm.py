@@ -20,6 +20,18 @@ Backward
     symmetric too, so the derivation there holds word for word::
 
         dx[r, c] = dy[r, c] s[r, c]^-beta - 2 alpha beta x[r, c] * sum_{window} dy x s^(-beta - 1)
+
+Example
+    The numbers of ``lrn.py``'s example on pixels in place of channels. Each window holds all four, so s = 6 everywhere:
+
+    >>> x = np.array([[1.0, 2.0], [0.0, 0.0]]).reshape(1, 2, 2, 1)
+    >>> y, s = map_norm_forward(x, size=3, k=1.0, alpha=1.0, beta=1.0)
+    >>> s.ravel()
+    array([6., 6., 6., 6.])
+    >>> dy = np.array([[1.0, 0.0], [0.0, 0.0]]).reshape(1, 2, 2, 1)
+    >>> dx = map_norm_backward(dy, x, s, size=3, alpha=1.0, beta=1.0)
+    >>> (9 * dx.ravel()).round(10).tolist()
+    [1.0, -1.0, 0.0, 0.0]
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ Forward
     counts as larger than everything, so it is not lost; of several the first wins.
 
 Backward
-    y is one of the window's inputs and does not depend on the others, so the whole dy goes to the winner. Windows
-    overlap, and a pixel that wins several of them collects the dy of each::
+    y is one of the window's inputs: ∂y/∂x is 1 for the winner and 0 for the others, which could change a little without
+    y noticing. So the whole dy goes to the winner. Windows overlap, and a pixel that wins several collects the dy of
+    each::
 
         dx[n, r stride + i, c stride + j, a] += dy[n, r, c, a]   for the winner (i, j) of (n, r, c, a)
 

@@ -11,8 +11,9 @@ Formula
         w <- w + v
 
     In the paper momentum = 0.9 and decay = 0.0005. v is a velocity: it keeps 0.9 of itself each step, so under a
-    constant gradient it grows to 1 / (1 - 0.9) = 10 times -lr * g. The learning rate stands *inside* v; frameworks
-    that write v <- momentum * v + g, w <- w - lr * v behave differently in the steps after lr has been lowered.
+    constant gradient it grows to 1 / (1 - 0.9) = 10 times -lr * g. The learning rate stands *inside* v. Frameworks
+    that write v <- momentum * v + g, w <- w - lr * v do the same while lr is constant. When it is lowered, their
+    steps shrink at once, where here the speed gathered at the old rate runs out over the next steps.
 
     The decay is there because decay * w is the gradient of decay / 2 * w²: the formula is that of a loss with this
     term added, whose gradient is g + decay * w. Hence it goes through v as g does. Where g is 0, v settles at
