@@ -55,7 +55,7 @@ class Network:
     lrn_size: int = 5  # the paper's n; 4 and 5 both span five channels, 0 leaves LRN out
     lrn_k: float = 2.0
     lrn_alpha: float = 1e-4
-    lrn_alpha_over_n: bool = False  # divide alpha by lrn_size, as every released code does and the paper does not
+    lrn_alpha_over_n: bool = False  # divide alpha by lrn_size, as the authors' code and Caffe do
     lrn_beta: float = 0.75
     relu_before_lrn: bool = True  # False: block 1 is conv, LRN, pool, ReLU (the authors' code)
     map_norm: bool = False  # a second normalisation after block 2's LRN, over 5x5 pixels of the same map
@@ -64,7 +64,7 @@ class Network:
     fc_units: int = 4096  # units of fc6 and of fc7, which hold most of the weights (section 3.5)
     final_relu: bool = False  # a ReLU after the last layer
     dropout_keep: float = 0.5  # probability that a unit of fc6, fc7 survives; 1 leaves dropout out
-    dropout_scale_in_training: bool = False  # True: divide by keep in training (Caffe); False: multiply by it in test
+    dropout_scale_in_training: bool = False  # True: divide by keep in training (Caffe); False: multiply at test time
     weight_std: tuple[float, ...] = (0.01,) * 8  # standard deviation of the initial weights; 0: sqrt(2 / fan-in) (He)
     bias: tuple[float, ...] = (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)  # initial biases
 
