@@ -38,6 +38,7 @@ from typing import Final
 
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse, without_effect
+from pipeline.config import SEED
 from pipeline.config_values import changes, to_dict
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.mpi import joined
@@ -246,11 +247,26 @@ def _preprocess(job: _Job) -> int | None:
     assert settled.preprocess is not None
     if options.check_archives:
         preprocess.check_archives(job.source)
+    if _by_default(job):
+        print(
+            f"preprocess: note: no --recipe is named, so it is {SEED.recipe}, which learns worse than original or "
+            "caffe, whose results are known; for real work add --recipe original, here or at the first training"
+        )
     jobs = options.jobs or joblib.cpu_count()  # the cores this process may use, not all there are
     late = preprocess.run(settled.preprocess, job.run, source=job.source, jobs=jobs, scheduler=options.scheduler)
     if not checkpoints(job.run.train):  # what a network was trained with stays
         write_sealed(job.run.config, to_dict(settled.train))
     return late
+
+
+def _by_default(job: _Job) -> bool:
+    """Whether the run's network is the default one because nobody has named another, now or before."""
+    options, run, settled = job.options, job.run, job.settled
+    assert settled is not None  # see _SETTLED
+    named = options.recipe is not None or run.config.exists() or bool(checkpoints(run.train))
+    if options.config is not None:
+        named |= (settled.train.network, settled.train.input) != (SEED.network, SEED.input)
+    return not named and job.source is not None  # the demo set has a recipe that suits it
 
 
 def _train(job: _Job) -> int | None:
