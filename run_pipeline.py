@@ -30,7 +30,7 @@ if __name__ == "__main__" and (find_spec("numpy") is None or find_spec("safetens
 import argparse
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -112,6 +112,8 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     weights = options.weights if "train" in stages else None
     request = Request(options.recipe, changes(options.config, options.set, options.seed, weights))
     settled = _settled(run, request, stages, demo=source is None) if _SETTLED.intersection(stages) else None
+    if settled is not None and "train" in stages and (options.restart or not checkpoints(run.train)):
+        settled = _fitted(settled, request, ranks)
     job = _Job(options, run, source, request, settled, ranks)
     with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
         for stage in stages:
@@ -169,6 +171,16 @@ def _settled(run: RunDir, request: Request, stages: list[str], *, demo: bool) ->
 
     default = "demo" if demo else "seed"
     return settle(run, request, made_with(run), default=default, preprocess="preprocess" in stages)
+
+
+def _fitted(settled: Settled, request: Request, ranks: Ranks) -> Settled:
+    """For a training that begins with weights from a file, and with no recipe named: the settings of their network."""
+    file = settled.train.train.weights
+    if file is None or request.recipe is not None:
+        return settled
+    from stages.pretrained import with_network_of
+
+    return replace(settled, train=with_network_of(Path(file), settled.train, request.change, tell=ranks.leads))
 
 
 def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[None]:
@@ -264,7 +276,7 @@ def _by_default(job: _Job) -> bool:
     options, run, settled = job.options, job.run, job.settled
     assert settled is not None  # see _SETTLED
     named = options.recipe is not None or run.config.exists() or bool(checkpoints(run.train))
-    if options.config is not None:
+    if options.config is not None or settled.train.train.weights is not None:
         named |= (settled.train.network, settled.train.input) != (SEED.network, SEED.input)
     return not named and job.source is not None  # the demo set has a recipe that suits it
 
