@@ -11,13 +11,14 @@ import pytest
 
 import run_pipeline
 from pipeline.checkpoint import Checkpoint, checkpoints, load_checkpoint, save_checkpoint
+from pipeline.command_line import STAGES
 from pipeline.config import CAFFE
 from pipeline.config_values import as_text, flatten, to_dict
 from pipeline.run_dir import RunDir, hash_file, read_sealed
 from stages import export
 from stages.trained import load_trained
 from tests import pictures
-from tests.command_line import QUICK, Result, pipeline, settings
+from tests.command_line import QUICK, ROOT, Result, pipeline, settings
 
 STILL = (
     "train.lr=[[0,0.0]]",
@@ -210,6 +211,18 @@ def test_a_caffemodel_is_of_the_recipe_caffe(by_default: Path, run: Path, tmp_pa
         "choose another file with --weights.* --set preprocess.size=256"
     )
     fine_tune(run, "--weights", file, "--recipe", "seed", *settings(*QUICK)).refused("begin with --recipe caffe")
+
+
+def test_the_readmes_commands_fine_tune(small_source: Path, foreign: Path, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("**Fine-tuning.**")[2]
+    commands = text.split("```")[1].splitlines()[1:]
+    assert len(commands) == 2
+    for command in commands:
+        words = {"pictures": small_source, "FILE": foreign, "runs/mine": tmp_path / "run"}
+        said = pipeline(*(words.get(word, word) for word in command.split()[2:])).done().out
+    assert "trained to step 5;" in said
+    example = next(words for words, _ in STAGES["train"].examples if "--weights" in words)
+    assert example.split()[-4:] == commands[1].split()[-4:]
 
 
 def test_all_stages_in_one_go_begin_with_a_files_network(small_source: Path, foreign: Path, tmp_path: Path) -> None:
