@@ -339,6 +339,9 @@ def _source(named: str | None, *, must_exist: bool) -> Path | None:
 def _summary(run: RunDir, recipe: str, *, compared: bool) -> None:
     metrics = json.loads((run.eval / "metrics.json").read_text())
     views = "centre view" if metrics["views"] == 1 else f"{metrics['views']} views"
+    classes = len(json.loads((run.preprocess / "classes.json").read_text())["classes"])
+    # Of five classes or fewer the right one always is.
+    among = f"; the right class is among its first five for {metrics['top5']:.1%}" if classes > 5 else ""
     page = "compare.html, this run beside others" if compared else "index.html, a page about this run"
     print(
         f"\nAll stages are done. In {run.root}:\n"
@@ -347,7 +350,7 @@ def _summary(run: RunDir, recipe: str, *, compared: bool) -> None:
         f"  eval/        metrics.json, per_class.csv, predictions.npz\n"
         f"  report/      {page} to open in a browser\n"
         f"Of {metrics['images']} pictures it never saw, the network names {metrics['top1']:.1%} correctly "
-        f"(top-1, {views}); the right class is among its first five for {metrics['top5']:.1%}.\n"
+        f"(top-1, {views}){among}.\n"
         f"Next: train on with   python run_pipeline.py --stage train --resume --epochs 1 {run.flag}\n"
         f"or on ILSVRC-2012:    python run_pipeline.py --source DIR --run runs/ilsvrc"
     )

@@ -107,10 +107,24 @@ def run(
         write_results(make_folder(run_dir.eval), dataset, result, metrics)
     print(
         f"evaluated {trained.path.name} on {metrics['images']} pictures, {views} view{'s' if views > 1 else ''}: "
-        f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, loss {metrics['loss']:.4f}, "
+        f"{accuracy(result, len(dataset.classes))}, loss {metrics['loss']:.4f}, "
         f"{metrics['images_per_second']:.1f} images/s; written to {run_dir.eval}"
     )
     return metrics
+
+
+def _without_effect(own: Config, recipe: str | None, asked: Config) -> list[str]:
+    """What was asked for and is not the checkpoint's own: a recipe as such, and the first few single settings."""
+
+    def differing(config: Config) -> list[str]:
+        if config.train.order == "auto":  # training settled it: what it became there is no other wish than this
+            config = replace(config, train=replace(config.train, order=own.train.order))
+        return difference(own, replace(config, preprocess=own.preprocess, eval=own.eval, loader=own.loader))
+
+    of_recipe = [] if recipe is None else differing(load_config(recipe))
+    single = [entry for entry in differing(asked) if entry not in of_recipe]
+    rest = [f"{len(single) - _TOLD} other settings"] if len(single) > _TOLD else []
+    return [f"--recipe {recipe}"] * bool(of_recipe) + single[:_TOLD] + rest
 
 
 def evaluate(

@@ -406,14 +406,21 @@ def test_all_stages_in_one_go_on_the_demo_set(tmp_path: Path) -> None:
     pipeline("--run", run).refused(r"add --resume .*--restart")
 
 
-@pytest.mark.parametrize(("compared", "page"), [(False, "index.html"), (True, "compare.html")])
+@pytest.mark.parametrize(
+    ("compared", "page", "classes"), [(False, "index.html", 5), (True, "compare.html", 5), (False, "index.html", 6)]
+)
 def test_the_last_words_name_the_page_that_was_made(
-    compared: bool, page: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    compared: bool, page: str, classes: int, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    (tmp_path / "preprocess").mkdir()
+    (tmp_path / "preprocess" / "classes.json").write_text(json.dumps({"classes": [{}] * classes}))
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "metrics.json").write_text('{"views": 1, "step": 2, "images": 3, "top1": 0.5, "top5": 1}')
     run_pipeline._summary(RunDir(tmp_path), "demo", compared=compared)
-    assert f"report/      {page}, " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"report/      {page}, " in said
+    assert "names 50.0% correctly (top-1, centre view)" in said
+    assert ("among its first five for 100.0%" in said) == (classes > 5)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
