@@ -30,7 +30,7 @@ if __name__ == "__main__" and (find_spec("numpy") is None or find_spec("safetens
 import argparse
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +38,7 @@ from typing import Final
 
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import IN_ORDER, parse, without_effect
+from pipeline.config import SEED
 from pipeline.config_values import changes, to_dict
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.mpi import joined
@@ -111,6 +112,8 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     weights = options.weights if "train" in stages else None
     request = Request(options.recipe, changes(options.config, options.set, options.seed, weights))
     settled = _settled(run, request, stages, demo=source is None) if _SETTLED.intersection(stages) else None
+    if settled is not None and "train" in stages and (options.restart or not checkpoints(run.train)):
+        settled = _fitted(settled, request, ranks)
     job = _Job(options, run, source, request, settled, ranks)
     with _lock(options.stage, run) if ranks.leads else contextlib.nullcontext():
         for stage in stages:
@@ -168,6 +171,16 @@ def _settled(run: RunDir, request: Request, stages: list[str], *, demo: bool) ->
 
     default = "demo" if demo else "seed"
     return settle(run, request, made_with(run), default=default, preprocess="preprocess" in stages)
+
+
+def _fitted(settled: Settled, request: Request, ranks: Ranks) -> Settled:
+    """For a training that begins with weights from a file, and with no recipe named: the settings of their network."""
+    file = settled.train.train.weights
+    if file is None or request.recipe is not None:
+        return settled
+    from stages.pretrained import with_network_of
+
+    return replace(settled, train=with_network_of(Path(file), settled.train, request.change, tell=ranks.leads))
 
 
 def _lock(stage: str | None, run: RunDir) -> contextlib.AbstractContextManager[None]:
@@ -246,11 +259,26 @@ def _preprocess(job: _Job) -> int | None:
     assert settled.preprocess is not None
     if options.check_archives:
         preprocess.check_archives(job.source)
+    if _by_default(job):
+        print(
+            f"preprocess: note: no --recipe is named, so it is {SEED.recipe}, which learns worse than original or "
+            "caffe, whose results are known; for real work add --recipe original, here or at the first training"
+        )
     jobs = options.jobs or joblib.cpu_count()  # the cores this process may use, not all there are
     late = preprocess.run(settled.preprocess, job.run, source=job.source, jobs=jobs, scheduler=options.scheduler)
     if not checkpoints(job.run.train):  # what a network was trained with stays
         write_sealed(job.run.config, to_dict(settled.train))
     return late
+
+
+def _by_default(job: _Job) -> bool:
+    """Whether the run's network is the default one because nobody has named another, now or before."""
+    options, run, settled = job.options, job.run, job.settled
+    assert settled is not None  # see _SETTLED
+    named = options.recipe is not None or run.config.exists() or bool(checkpoints(run.train))
+    if options.config is not None or settled.train.train.weights is not None:
+        named |= (settled.train.network, settled.train.input) != (SEED.network, SEED.input)
+    return not named and job.source is not None  # the demo set has a recipe that suits it
 
 
 def _train(job: _Job) -> int | None:
@@ -311,6 +339,9 @@ def _source(named: str | None, *, must_exist: bool) -> Path | None:
 def _summary(run: RunDir, recipe: str, *, compared: bool) -> None:
     metrics = json.loads((run.eval / "metrics.json").read_text())
     views = "centre view" if metrics["views"] == 1 else f"{metrics['views']} views"
+    classes = len(json.loads((run.preprocess / "classes.json").read_text())["classes"])
+    # Of five classes or fewer the right one always is.
+    among = f"; the right class is among its first five for {metrics['top5']:.1%}" if classes > 5 else ""
     page = "compare.html, this run beside others" if compared else "index.html, a page about this run"
     print(
         f"\nAll stages are done. In {run.root}:\n"
@@ -319,7 +350,7 @@ def _summary(run: RunDir, recipe: str, *, compared: bool) -> None:
         f"  eval/        metrics.json, per_class.csv, predictions.npz\n"
         f"  report/      {page} to open in a browser\n"
         f"Of {metrics['images']} pictures it never saw, the network names {metrics['top1']:.1%} correctly "
-        f"(top-1, {views}); the right class is among its first five for {metrics['top5']:.1%}.\n"
+        f"(top-1, {views}){among}.\n"
         f"Next: train on with   python run_pipeline.py --stage train --resume --epochs 1 {run.flag}\n"
         f"or on ILSVRC-2012:    python run_pipeline.py --source DIR --run runs/ilsvrc"
     )

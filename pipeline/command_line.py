@@ -50,8 +50,9 @@ STAGES: Final[dict[str, Stage]] = {
             ("--stage train --resume --epochs 2", "two epochs more"),
             ("--stage train --run runs/caffe --recipe caffe --set train.batch_size=128", "another recipe, one change"),
             (
-                "--stage train --run runs/mine --weights runs/caffe/train/step-00360000.ckpt --epochs 5",
-                "fine-tune a trained network on pictures of your own",
+                "--stage train --run runs/mine --weights runs/caffe/train/step-00360000.ckpt --epochs 5 "
+                "--set train.lr=0.001",
+                "fine-tune a trained network on pictures of your own, preprocessed in runs/mine",
             ),
         ),
     ),
@@ -194,8 +195,8 @@ _FLAGS: Final = (
     _Flag(
         "--weights",
         ("train",),
-        "begin with the weights in FILE (.ckpt, .safetensors or .caffemodel) instead of random ones; the last layer is "
-        "drawn anew where the classes are others",
+        "begin with the weights in FILE (.ckpt, .safetensors or .caffemodel) instead of random ones; without --recipe "
+        "the network is the file's, and the last layer is drawn anew where the classes are others",
         {"type": _file, "metavar": "FILE"},
     ),
     _Flag("--epochs", ("train",), "train N epochs more, then stop", {"type": at_least_one, "metavar": "N"}),

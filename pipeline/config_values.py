@@ -21,6 +21,7 @@ from pipeline.config import LAYERS, SEED, Config, Network, Schedule, nearest
 from pipeline.errors import PipelineError
 
 FLOAT32_MAX: Final = 3.4e38
+FLOAT32_MIN: Final = 1.2e-38  # what is smaller may become 0
 
 
 def changes(
@@ -220,7 +221,9 @@ def _check(config: Config, file: str | None = None) -> None:
             f"input.crop plus input.border must be at least {_least_side(net)}, or nothing is left after three pools",
         ),
         (inp.mean in ("none", "image", "center"), "input.mean must be none, image or center"),
-        (min(inp.jitter, inp.jitter_epochs or 0) >= 0, "input.jitter and input.jitter_epochs must not be negative"),
+        (inp.scale >= FLOAT32_MIN, "input.scale must be a positive number that float32 can hold"),
+        (0 <= inp.jitter <= 10, "input.jitter must lie between 0 and 10"),
+        ((inp.jitter_epochs or 0) >= 0, "input.jitter_epochs must not be negative"),
         (
             len(net.weight_std) == len(LAYERS) and min(net.weight_std) >= 0,
             f"network.weight_std needs {len(LAYERS)} values, one for each layer, none negative",

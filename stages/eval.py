@@ -17,7 +17,7 @@ import numpy as np
 from data.dataset import Dataset, open_dataset
 from data.loader import Batch, Pictures, load
 from data.sampling import Crops, steps_per_epoch, view_crops
-from pipeline.config import Config
+from pipeline.config import Config, load_config
 from pipeline.config_values import difference
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
@@ -28,6 +28,7 @@ from stages.setup import loader_threads, require_memory
 from stages.trained import Predict, load_trained
 
 TOP: Final = 5
+_TOLD: Final = 3  # settings without effect that are named; a TOML file may have many
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,7 @@ def run(
     trained = load_trained(run_dir, checkpoint, dataset)
     own, asked = trained.config, request.applied_to(trained.config)
     config = replace(own, eval=asked.eval, loader=asked.loader)
-    if asked.train.order == "auto":  # training settled it: what it became there is no other wish than this
-        asked = replace(asked, train=replace(asked.train, order=own.train.order))
-    ignored = difference(own, replace(asked, preprocess=own.preprocess, eval=own.eval, loader=own.loader))
+    ignored = _without_effect(own, request.recipe, asked)
     if ignored:
         print(f"note: the network and how it was trained are the checkpoint's own; not used: {'; '.join(ignored)}")
     views = views or config.eval.views
@@ -108,10 +107,24 @@ def run(
         write_results(make_folder(run_dir.eval), dataset, result, metrics)
     print(
         f"evaluated {trained.path.name} on {metrics['images']} pictures, {views} view{'s' if views > 1 else ''}: "
-        f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, loss {metrics['loss']:.4f}, "
+        f"{accuracy(result, len(dataset.classes))}, loss {metrics['loss']:.4f}, "
         f"{metrics['images_per_second']:.1f} images/s; written to {run_dir.eval}"
     )
     return metrics
+
+
+def _without_effect(own: Config, recipe: str | None, asked: Config) -> list[str]:
+    """What was asked for and is not the checkpoint's own: a recipe as such, and the first few single settings."""
+
+    def differing(config: Config) -> list[str]:
+        if config.train.order == "auto":  # training settled it: what it became there is no other wish than this
+            config = replace(config, train=replace(config.train, order=own.train.order))
+        return difference(own, replace(config, preprocess=own.preprocess, eval=own.eval, loader=own.loader))
+
+    of_recipe = [] if recipe is None else differing(load_config(recipe))
+    single = [entry for entry in differing(asked) if entry not in of_recipe]
+    rest = [f"{len(single) - _TOLD} other settings"] if len(single) > _TOLD else []
+    return [f"--recipe {recipe}"] * bool(of_recipe) + single[:_TOLD] + rest
 
 
 def evaluate(
@@ -218,6 +231,11 @@ def most_probable(p: np.ndarray) -> np.ndarray:
         top[:, place] = rest.argmax(axis=1)  # the first of equals; five searches are much less than a sort
         rest[rows, top[:, place]] = -1
     return top
+
+
+def accuracy(result: Evaluation, classes: int) -> str:
+    """The fractions that are right, in words; the right one of five classes is always among the first five."""
+    return f"top-1 {result.top1:.2%}" + (f", top-5 {result.top5:.2%}" if classes > TOP else "")
 
 
 def write_results(folder: Path, dataset: Dataset, result: Evaluation, metrics: dict[str, Any]) -> None:

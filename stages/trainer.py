@@ -16,7 +16,7 @@ from net.network import Descent, prediction, training_step
 from pipeline.progress import Progress
 from pipeline.ranks import Ranks
 from stages.batches import Part
-from stages.eval import evaluate
+from stages.eval import accuracy, evaluate
 from stages.losses import Losses
 from stages.setup import decays, jittered, learning_rates, preparation
 from stages.start import Begun, State, Training
@@ -75,7 +75,7 @@ class Trainer:
         scores = {"top1": result.top1, "top5": result.top5, "validation_loss": float(result.loss.mean())}
         self._records.write({"step": self.state.step, "epochs_done": epochs, **scores, "seconds": result.seconds})
         self._progress.say(
-            f"epoch {epochs} done: validation top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%}, "
+            f"epoch {epochs} done: validation {accuracy(result, len(self._dataset.classes))}, "
             f"loss {scores['validation_loss']:.4f}"
         )
         self._losses.restart_clock()

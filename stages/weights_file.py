@@ -14,7 +14,7 @@ from net.layers import Shape
 from net.weights import caffe, tensors
 from net.weights.errors import WeightsError
 from net.weights.layout import check_shapes, from_torch, torch_shapes
-from pipeline.checkpoint import Arrays, load_checkpoint
+from pipeline.checkpoint import Arrays, Checkpoint, load_checkpoint
 from pipeline.config import Config, load_config
 from pipeline.config_values import from_dict
 from stages.setup import MEAN, input_shape, network_layers, parameters_of, shapes
@@ -24,6 +24,7 @@ CHECKPOINT_SUFFIX: Final = ".ckpt"
 MOST_CLASSES: Final = 100_000
 FORMS: Final = f"safetensors, {CHECKPOINT_SUFFIX} and {CAFFE_SUFFIX} files"  # for messages
 
+_CAFFE: Final = "caffe"  # the recipe of every caffemodel that can be read
 _OTHER_CLASSES: Final = "its list of classes does not fit its last layer"
 
 # From the configuration that a file names, None where it names none, to that of the network to read
@@ -61,10 +62,42 @@ def read_weights(file: Path, choose: Choose) -> Weights:
     return _read_safetensors(file, choose)
 
 
-def _read_checkpoint(file: Path, choose: Choose) -> Weights:
-    saved = load_checkpoint(file, "choose another file")
+def read_config(file: Path) -> Config | None:
+    """The configuration of the network in a file; None where it names none.
+
+    Raises
+    ------
+    WeightsError
+        It is damaged.
+    PipelineError
+        It is a checkpoint, and damaged; its configuration cannot be used.
+    OSError
+    """
+    if file.suffix == CAFFE_SUFFIX:
+        file.stat()  # nothing else here would notice that it is missing
+        return load_config(_CAFFE)
+    if file.suffix == CHECKPOINT_SUFFIX:
+        return _config_of_checkpoint(_load(file))
+    return _config(tensors.read_header(file).metadata, file)
+
+
+def _load(file: Path) -> Checkpoint:
+    return load_checkpoint(file, "choose another file")
+
+
+def _config_of_checkpoint(saved: Checkpoint) -> Config | None:
     values = saved.header.get("config")
-    config = choose(from_dict(values, str(file)) if isinstance(values, dict) else None)
+    return from_dict(values, str(saved.path)) if isinstance(values, dict) else None
+
+
+def _config(metadata: dict[str, str], file: Path) -> Config | None:
+    text = metadata.get("config")
+    return None if text is None else from_dict(_json(text, dict), str(file))
+
+
+def _read_checkpoint(file: Path, choose: Choose) -> Weights:
+    saved = _load(file)
+    config = choose(_config_of_checkpoint(saved))
     parameters = parameters_of(saved.arrays)
     found = {name: array.shape for name, array in parameters.items()}
     layers = network_layers(config, _classes(found, "fc8.b"))
@@ -81,7 +114,7 @@ def _read_checkpoint(file: Path, choose: Choose) -> Weights:
 
 
 def _read_caffemodel(file: Path, choose: Choose) -> Weights:
-    config = choose(load_config("caffe"))
+    config = choose(load_config(_CAFFE))
     blobs = caffe.read_blobs(file)
     layers = network_layers(config, _classes({name: blob.shape for name, blob in blobs.items()}, "fc8.bias"))
     shape = input_shape(config)
@@ -92,8 +125,7 @@ def _read_caffemodel(file: Path, choose: Choose) -> Weights:
 def _read_safetensors(file: Path, choose: Choose) -> Weights:
     """Both layouts; the names tell which it is."""
     header = tensors.read_header(file)
-    text = header.metadata.get("config")
-    config = choose(None if text is None else from_dict(_json(text, dict), str(file)))
+    config = choose(_config(header.metadata, file))
     foreign = "fc8.bias" in header.shapes
     layers = network_layers(config, _classes(header.shapes, "fc8.bias" if foreign else "fc8.b"))
     shape = input_shape(config)

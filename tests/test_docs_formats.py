@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -79,6 +80,9 @@ def test_the_worst_mistakes_and_the_names_of_their_pictures(
     """The names are those that pictures have in the source: their folder is their class."""
     run = tmp_path / "runs" / "default"
     shutil.copytree(trained_run / "preprocess", run / "preprocess")
+    with h5py.File(next((run / "preprocess").glob("val-*.h5")), "r+") as file:
+        for row, name in enumerate(file["source"][()]):
+            file["source"][row] = name.replace(b".png", b"\xff.")  # no UTF-8; of a name that is as long as before
     labels = np.load(trained_run / "eval" / "predictions.npz")["labels"]
     wrong = np.arange(0, len(labels), 2)  # of 13 pictures in two shards
     top, loss = labels.copy(), np.linspace(1, 4, len(labels))
@@ -93,3 +97,4 @@ def test_the_worst_mistakes_and_the_names_of_their_pictures(
     for (_, name, true, *_, said), row in zip(lines, wrong[::-1], strict=True):
         assert (true, said) == (classes[labels[row]], classes[top[row]])
         assert name.startswith(f"{true}/")
+    assert any(r"\xff" in name for _, name, *_ in lines)

@@ -296,6 +296,10 @@ def test_one_setting_sets_one_key() -> None:
     ("setting", "pattern"),
     [
         ("train.plateau_steps=0", "train.plateau_steps must be at least 1"),
+        ("input.scale=0", "input.scale must be a positive number that float32 can hold"),
+        ("input.scale=-1", "input.scale must be a positive number"),
+        ("input.scale=1e-50", "input.scale must be a positive number"),  # 0 in float32
+        ("input.jitter=1e30", "input.jitter must lie between 0 and 10"),
         ("input.jitter_epochs=-1", "input.jitter_epochs must not be negative"),
         ("network.lrn_size=1000000", "network.lrn_size must lie between 0 and 512"),  # a step would take minutes
     ],

@@ -121,6 +121,36 @@ def test_flags_that_matter_to_no_stage_are_named(prepared: Path, capsys: pytest.
     assert "note: --stage watch makes no use of --jobs, --set\n" in capsys.readouterr().err
 
 
+def test_the_default_recipe_is_told_once_to_those_who_name_none(
+    tmp_path: Path, small_source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    told = "preprocess: note: no --recipe is named, so it is seed, which learns worse than original or caffe"
+    arguments = ("--stage", "preprocess", "--source", small_source, "--jobs", 1, *settings("preprocess.size=224"))
+    (tmp_path / "threads.toml").write_text("loader.threads = 2\n")
+    (tmp_path / "network.toml").write_text("[network]\nfinal_relu = false\n")
+    first = pipeline(*arguments, "--run", tmp_path / "run", "--config", tmp_path / "threads.toml").done().out
+    assert first.count(told) == 1
+    assert "add --recipe original" in first
+    shutil.rmtree(tmp_path / "run" / "preprocess")
+    assert told not in pipeline(*arguments, "--run", tmp_path / "run").done().out
+
+    monkeypatch.setattr(preprocess, "run", lambda *_, **__: None)
+    for number, (named, is_told) in enumerate(
+        (
+            (("--recipe", "seed"), False),
+            (("--recipe", "caffe", "--set", "input.crop=224"), False),
+            (("--config", str(tmp_path / "network.toml")), False),
+            (("--set", "train.epochs=2"), True),
+        )
+    ):
+        assert run_pipeline.main([*map(str, arguments), "--run", str(tmp_path / str(number)), *named]) == 0
+        assert (told in capsys.readouterr().out) == is_told, named
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ILSVRC2012_ROOT", raising=False)
+    assert run_pipeline.main(["--stage", "preprocess", "--run", "demo"]) == 0
+    assert told not in capsys.readouterr().out
+
+
 def test_preprocess_leaves_the_weights_to_begin_with_to_train(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert run_pipeline.main(["--stage", "preprocess", "--run", str(run), "--weights", "none.ckpt"]) == 0
     assert "note: --stage preprocess makes no use of --weights\n" in capsys.readouterr().err
@@ -376,14 +406,21 @@ def test_all_stages_in_one_go_on_the_demo_set(tmp_path: Path) -> None:
     pipeline("--run", run).refused(r"add --resume .*--restart")
 
 
-@pytest.mark.parametrize(("compared", "page"), [(False, "index.html"), (True, "compare.html")])
+@pytest.mark.parametrize(
+    ("compared", "page", "classes"), [(False, "index.html", 5), (True, "compare.html", 5), (False, "index.html", 6)]
+)
 def test_the_last_words_name_the_page_that_was_made(
-    compared: bool, page: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    compared: bool, page: str, classes: int, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    (tmp_path / "preprocess").mkdir()
+    (tmp_path / "preprocess" / "classes.json").write_text(json.dumps({"classes": [{}] * classes}))
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "metrics.json").write_text('{"views": 1, "step": 2, "images": 3, "top1": 0.5, "top5": 1}')
     run_pipeline._summary(RunDir(tmp_path), "demo", compared=compared)
-    assert f"report/      {page}, " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"report/      {page}, " in said
+    assert "names 50.0% correctly (top-1, centre view)" in said
+    assert ("among its first five for 100.0%" in said) == (classes > 5)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -274,10 +275,25 @@ def test_settings_of_the_network_that_eval_cannot_change_are_named(trained: Path
         "--stage", "eval", "--run", trained, "--set", "network.lrn_k=1", "--set", "eval.batch_size=5"
     ).done()
     assert "checkpoint's own; not used: network.lrn_k (2.0 there, 1.0 here)\n" in said.out
-    said = pipeline("--stage", "eval", "--run", trained, "--recipe", "caffe").done()
-    assert "not used: recipe (seed there, caffe here); input.crop" in said.out
+    said = pipeline("--stage", "eval", "--run", trained, "--recipe", "caffe", "--seed", 3).done()
+    assert "checkpoint's own; not used: --recipe caffe; seed (0 there, 3 here)\n" in said.out
+    many = settings("network.lrn_k=1", "network.lrn_beta=1", "network.map_norm=true", "train.epochs=1", "seed=3")
+    said = pipeline("--stage", "eval", "--run", trained, *many).done()
+    assert "not used: seed (0 there, 3 here); network.lrn_k (2.0 there, 1.0 here); network.lrn_beta " in said.out
+    assert "(0.75 there, 1.0 here); 2 other settings\n" in said.out
     said = pipeline("--stage", "eval", "--run", trained, "--set", "train.batch_size=2").done()
     assert "checkpoint's own; not used: train.batch_size (4 there, 2 here)\n" in said.out  # eval.batch_size was meant
     # A recipe's "auto", which training has settled, asks for nothing else than the checkpoint has.
     used = settings("eval.batch_size=5", "train.order=auto")
     assert "not used" not in pipeline("--stage", "eval", "--run", trained, *used).done().out
+
+
+def test_of_five_classes_or_fewer_the_first_five_are_not_told(trained: Path) -> None:
+    """They are all classes; files have the figure, as scripts expect it."""
+    said = pipeline("--stage", "eval", "--run", trained).done().out
+    assert re.search(r": top-1 \d+\.\d+%, loss ", said), said
+    assert json.loads((trained / "eval" / "metrics.json").read_text())["top5"] == 1
+    right = np.zeros(4, np.int32)
+    result = evaluation.Evaluation(right, np.array([[1, 2, 3, 4, 0]] * 4), np.zeros((4, 5)), np.zeros(4), 1.0)
+    assert evaluation.accuracy(result, classes=5) == "top-1 0.00%"
+    assert evaluation.accuracy(result, classes=6) == "top-1 0.00%, top-5 100.00%"

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 import run_pipeline
-from pipeline.checkpoint import Checkpoint, checkpoints, load_checkpoint
-from pipeline.run_dir import RunDir, hash_file
+from pipeline.checkpoint import Checkpoint, checkpoints, load_checkpoint, save_checkpoint
+from pipeline.command_line import STAGES
+from pipeline.config import CAFFE
+from pipeline.config_values import as_text, flatten, to_dict
+from pipeline.run_dir import RunDir, hash_file, read_sealed
 from stages import export
 from stages.trained import load_trained
 from tests import pictures
-from tests.command_line import QUICK, pipeline, settings
+from tests.command_line import QUICK, ROOT, Result, pipeline, settings
 
 STILL = (
     "train.lr=[[0,0.0]]",
@@ -121,6 +124,116 @@ def test_resuming_goes_on_to_the_same_weights(
     ).done()
     assert newest(run).seal == newest(straight).seal
     assert newest(run).header["pretrained"]["file"] == "begin.ckpt"
+
+
+@pytest.fixture(scope="module")
+def by_default(tmp_path_factory: pytest.TempPathFactory, small_source: Path) -> Path:
+    """A run preprocessed as one does who names nothing."""
+    run = tmp_path_factory.mktemp("default") / "run"
+    pipeline("--stage", "preprocess", "--source", small_source, "--run", run, "--jobs", 1).done()
+    return run
+
+
+@pytest.fixture
+def foreign(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint of another recipe's network, with few units."""
+    saved, caffe = load_checkpoint(checkpoint), to_dict(CAFFE)
+    config = caffe | {
+        "preprocess": saved.header["config"]["preprocess"],
+        "input": caffe["input"] | {"crop": 67},
+        "network": caffe["network"] | {"fc_units": 250},
+    }
+    return save_checkpoint(tmp_path / "foreign", 7, {**saved.header, "config": config}, saved.arrays)
+
+
+def fine_tune(run: Path, *arguments: object) -> Result:
+    return pipeline("--stage", "train", "--run", run, "--steps", 1, "--set", "train.lr=0.001", *arguments)
+
+
+def test_where_no_recipe_is_named_the_network_is_the_files(by_default: Path, foreign: Path, tmp_path: Path) -> None:
+    """And from then on the run's: it resumes, to the weights of a run whose settings were all named."""
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    for copy in (run, straight):
+        shutil.copytree(by_default, copy)
+    before = read_sealed(run / "config.json", "")
+    own = ("--weights", foreign, *settings("train.batch_size=4", "network.dropout_keep=0.75", "network.lrn_k=1"))
+    said = fine_tune(run, *own).done().out
+    (line,) = [line for line in said.splitlines() if line.startswith("as no --recipe is named")]
+    assert f"the network is that of {foreign} (recipe caffe), with its input.crop, input.border, " in line
+    assert line.endswith("network.fc_units, network.final_relu, network.dropout_scale_in_training")
+    after, theirs = read_sealed(run / "config.json", ""), load_checkpoint(foreign).header["config"]
+    for part, name, value in (
+        *(("input", name, value) for name, value in theirs["input"].items() if name != "jitter"),
+        *(("input", name, before["input"][name]) for name in ("jitter", "jitter_epochs")),
+        *(("network", name, before["network"][name]) for name in ("weight_std", "bias")),
+        ("network", "dropout_keep", 0.75),
+        ("network", "fc_units", 250),
+        ("network", "lrn_alpha_over_n", True),
+    ):
+        assert after[part][name] == value, (part, name)
+    assert (after["recipe"], after["preprocess"]) == (before["recipe"], before["preprocess"])
+    assert newest(run).header["config"] == after
+
+    again = fine_tune(run, "--resume").done().out
+    assert "as no --recipe is named" not in again
+    flat = dict(flatten(after))
+    named = [f"{key}={as_text(value)}" for key, value in flat.items() if key.startswith(("input.", "network."))]
+    command = ("--stage", "train", "--run", straight, "--steps", 2, "--recipe", "seed", "--weights", foreign)
+    pipeline(*command, *settings(*named, "train.batch_size=4", "train.lr=0.001")).done()
+    assert newest(run).seal == newest(straight).seal
+    # A network that has been trained stays what it is, until it begins anew.
+    fine_tune(run, "--resume", *settings("network.lrn_k=2")).refused("was trained with other settings")
+    straight_recipe = fine_tune(straight, "--restart", "--weights", foreign, "--set", "network.lrn_k=2")
+    straight_recipe.refused(r"network.lrn_k \(1.0 there, 2.0 here\)\. .*change these with --set or leave them out")
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch"])
+def test_an_export_brings_its_network(format: str, by_default: Path, checkpoint: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(by_default, run)
+    file = export.run(RunDir(checkpoint.parents[1]), None, checkpoint="latest", format=format)
+    said = fine_tune(run, "--weights", file).done().out
+    file.unlink()
+    assert f"the network is that of {file} (recipe seed), with its input.crop, input.border, network.fc_units," in said
+    assert f"beginning with the weights of {file}\n" in said
+
+
+def test_a_caffemodel_is_of_the_recipe_caffe(by_default: Path, run: Path, tmp_path: Path) -> None:
+    file, default = tmp_path / "none.caffemodel", tmp_path / "default"
+    shutil.copytree(by_default, default)
+    fine_tune(default, "--weights", file).refused(f"cannot read {file}.*choose another file with --weights")
+    file.write_bytes(b"no weights")
+    result = fine_tune(default, "--weights", file)
+    result.refused(f"cannot begin with {file}")
+    assert f"the network is that of {file} (recipe caffe), with its input.crop, " in result.out
+    fine_tune(run, "--weights", file).refused(
+        f"the network in {file} takes crops of 227 pixels, and the pictures of this run are stored with 72; "
+        "choose another file with --weights.* --set preprocess.size=256"
+    )
+    fine_tune(run, "--weights", file, "--recipe", "seed", *settings(*QUICK)).refused("begin with --recipe caffe")
+
+
+def test_the_readmes_commands_fine_tune(small_source: Path, foreign: Path, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("**Fine-tuning.**")[2]
+    commands = text.split("```")[1].splitlines()[1:]
+    assert len(commands) == 2
+    for command in commands:
+        words = {"pictures": small_source, "FILE": foreign, "runs/mine": tmp_path / "run"}
+        said = pipeline(*(words.get(word, word) for word in command.split()[2:])).done().out
+    assert "trained to step 5;" in said
+    example = next(words for words, _ in STAGES["train"].examples if "--weights" in words)
+    assert example.split()[-4:] == commands[1].split()[-4:]
+
+
+def test_all_stages_in_one_go_begin_with_a_files_network(small_source: Path, foreign: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = pipeline(
+        *("--source", small_source, "--run", run, "--jobs", 1, "--weights", foreign, "--steps", 1),
+        *settings("train.lr=0.001", "train.batch_size=4"),
+    ).done()
+    assert result.out.count("as no --recipe is named") == 1
+    assert "learns worse" not in result.out  # the network is not the default one
+    assert read_sealed(run / "config.json", "")["network"]["fc_units"] == 250
 
 
 def test_what_cannot_be_begun_with_is_refused_and_nothing_is_written(

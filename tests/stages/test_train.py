@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -102,7 +103,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Ite
     """Nine steps at once: one epoch with its validation and a half."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     shutil.copytree(prepared, run)
-    train(run, "--steps", 9).done()
+    said = train(run, "--steps", 9).done().err
+    assert re.search(r"validation top-1 \d+\.\d+%, loss ", said), said  # of five classes, top-5 says nothing
     yield run
     shutil.rmtree(run)
 
