@@ -1,7 +1,7 @@
 """Where the pictures come from: which form each split has, which classes there are, and a fingerprint of it all.
 
 A source holds the three official archives, or folders ``train/`` and ``val/`` with a tar or a folder a class; each
-split may have its own form.
+split may have its own form. The validation pictures may also lie flat in ``val/``, beside the devkit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Source:
     classes: tuple[ClassEntry, ...]
     splits: dict[str, Listing]
     rejects: tuple[Reject, ...]  # what could not be listed
-    unread: tuple[str, ...]  # sentences on files and folders where no pictures are looked for
+    notes: tuple[str, ...]  # sentences on what is there and not read, and on what is not there
 
     def fingerprint(self) -> str:
         """A hash of every picture's name, size and class; where the source lies does not matter."""
@@ -56,6 +56,7 @@ def read_source(root: Path) -> Source:
         Nothing usable is there, something is missing, damaged or cut short, or the parts do not belong together.
     """
     forms = _forms(root)
+    flat = _labels_of_flat(root, forms["val"])
     devkit = ilsvrc.read_devkit(root / ilsvrc.DEVKIT) if (root / ilsvrc.DEVKIT).exists() else None
     if forms["train"].is_file() and devkit is not None:
         names = sorted(devkit.ids)
@@ -63,24 +64,28 @@ def read_source(root: Path) -> Source:
         names = list(folders.class_containers(forms["train"]))
     splits: dict[str, Listing] = {}
     rejects: list[Reject] = []
-    unread: dict[str, str] = {}
+    notes: dict[str, str] = {}
     for split, path in forms.items():
-        if path.is_dir():
+        if split == "val" and flat is not None:
+            assert devkit is not None  # _labels_of_flat refuses the folder without it
+            splits[split], left_out = _index_by_devkit(path, split, devkit, names, forms["train"])
+            note = _shortfall(path, len(splits[split]), len(devkit.ground_truth), flat)
+        elif path.is_dir():
             splits[split], left_out, note = folders.index(path, split, names)
         else:
             assert devkit is not None  # _forms refuses an official archive without it
-            splits[split], left_out = _index_archive(path, split, devkit, names, forms["train"])
+            splits[split], left_out = _index_by_devkit(path, split, devkit, names, forms["train"])
             shadowed = (root / split).is_dir()
             note = f"the folder {split}/ is not read, because {path.name} is there" if shadowed else None
-        if note is not None:
-            unread[split] = note
-        rejects += left_out
         if len(splits[split]) == 0:
-            raise PipelineError(f"{path} holds no pictures{_hint(unread, split)}")
+            raise PipelineError(f"{path} holds no pictures{_hint(note, left_out)}")
+        if note is not None:
+            notes[split] = note
+        rejects += left_out
     if forms["train"].is_dir():
-        _refuse_empty_class(forms["train"], names, splits["train"], _hint(unread, "train"))
+        _refuse_empty_class(forms["train"], names, splits["train"], _hint(notes.get("train"), []))
     return Source(
-        root, tuple(_class_entry(name, devkit) for name in names), splits, tuple(rejects), tuple(unread.values())
+        root, tuple(_class_entry(name, devkit) for name in names), splits, tuple(rejects), tuple(notes.values())
     )
 
 
@@ -91,8 +96,11 @@ def stamp(root: Path, rejected: Iterable[str] = ()) -> list[list[object]]:
     that listing. ``rejected`` names files below ``root`` that are looked at all the same, if they are there.
     """
     paths: list[Path] = []
-    for path in _forms(root).values():
-        paths += [path] if path.is_file() else list(folders.class_containers(path).values())
+    forms = _forms(root)
+    flat = _labels_of_flat(root, forms["val"]) is not None
+    for split, path in forms.items():
+        whole = path.is_file() or (split == "val" and flat)
+        paths += [path] if whole else list(folders.class_containers(path).values())
     if (root / ilsvrc.DEVKIT).exists():
         paths.append(root / ilsvrc.DEVKIT)
     status = [(path, path.stat()) for path in paths]
@@ -135,12 +143,37 @@ def _forms(root: Path) -> dict[str, Path]:
     return forms
 
 
-def _index_archive(
+def _labels_of_flat(root: Path, val: Path) -> Path | None:
+    """The file that says what the pictures in a flat ``val/`` show; None where the split has another form."""
+    if not val.is_dir() or not folders.lies_flat(val):
+        return None
+    if (root / ilsvrc.DEVKIT).exists():
+        return root / ilsvrc.DEVKIT
+    raise PipelineError(
+        f"the files in {val} are sorted into no classes, and nothing says what they show; put {ilsvrc.DEVKIT} into "
+        f"{root}, or sort the pictures into val/<class>/"
+    )
+
+
+def _shortfall(path: Path, found: int, labelled: int, labels: Path) -> str | None:
+    if found >= labelled:
+        return None
+    return f"{path} holds {found} of the {labelled} pictures that {labels.name} has labels for"
+
+
+def _index_by_devkit(
     path: Path, split: str, devkit: ilsvrc.Devkit, names: list[str], train: Path
 ) -> tuple[Listing, list[Reject]]:
-    """List an official archive; labels index ``names``, the classes of the training pictures in ``train``."""
-    index = ilsvrc.index_train if split == "train" else ilsvrc.index_val
-    listing, rejects = index(path, devkit)
+    """List what the devkit labels, an official archive or a flat ``val/``.
+
+    Labels index ``names``, the classes of the training pictures in ``train``.
+    """
+    if split == "train":
+        listing, rejects = ilsvrc.index_train(path, devkit)
+    elif path.is_file():
+        listing, rejects = ilsvrc.index_val(path, devkit)
+    else:
+        listing, rejects = folders.index_flat(path, split, ilsvrc.val_labels(devkit, path))
     by_devkit, number = sorted(devkit.ids), {name: i for i, name in enumerate(names)}
     for label in np.unique(listing.label).tolist():
         if by_devkit[label] not in number:
@@ -151,9 +184,10 @@ def _index_archive(
     return relabelled(listing, np.array([number.get(name, -1) for name in by_devkit])), rejects
 
 
-def _hint(unread: dict[str, str], split: str) -> str:
-    """Where pictures are missing, they often lie a folder too deep."""
-    return f" ({unread[split]})" if split in unread else ""
+def _hint(note: str | None, rejects: list[Reject]) -> str:
+    """Why pictures are missing: they often lie a folder too deep, or cannot be given a class."""
+    said = [f"{reject.name}: {reject.reason}" for reject in rejects[:1]] + ([note] if note else [])
+    return f" ({said[0]})" if said else ""
 
 
 def _refuse_empty_class(folder: Path, names: list[str], listing: Listing, hint: str) -> None:

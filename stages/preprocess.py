@@ -78,7 +78,7 @@ def run(config: Config, run_dir: RunDir, *, source: Path | None, jobs: int, sche
     root = source if source is not None else _draw_demo(run_dir)
     start = time.perf_counter()
     listed = read_source(root)
-    for note in (*listed.unread, *published.shortfalls(listed)):
+    for note in (*listed.notes, *published.shortfalls(listed)):
         print(f"preprocess: note: {note}")
     if len(listed.classes) == 1:
         print(

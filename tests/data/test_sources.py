@@ -25,7 +25,7 @@ def rows(listing: Listing) -> list[tuple[str, int]]:
 def content(listing: Listing, row: int) -> bytes:
     container = listing.containers[int(listing.container[row])]
     if listing.offset[row] < 0:
-        return (container / listing.name[row].decode().partition("/")[2]).read_bytes()
+        return (container / listing.name[row].decode().rpartition("/")[2]).read_bytes()
     start = int(listing.offset[row])
     return container.read_bytes()[start : start + int(listing.size[row])]
 
@@ -69,7 +69,7 @@ def test_an_archive_is_read_and_a_folder_of_the_same_split_beside_it_is_told(off
     unpack_train(official, official, as_tars=True)
     source = read_source(official)
     assert source.fingerprint() == before.fingerprint()
-    assert source.unread == (f"the folder train/ is not read, because {ilsvrc.TRAIN} is there",)
+    assert source.notes == (f"the folder train/ is not read, because {ilsvrc.TRAIN} is there",)
 
 
 def test_a_class_may_have_a_name_that_is_no_utf8(tmp_path: Path):
@@ -99,6 +99,88 @@ def test_validation_pictures_whose_names_tell_no_class_are_rejected(official: Pa
     ]
     (official / ilsvrc.VAL).write_bytes(packed({"ILSVRC2012_val_00000000.JPEG": b"x"}))
     assert "holds ILSVRC2012_val_00000000.JPEG, but the ground truth in" in refused(official)
+
+
+def unpack_val(source: Path, folder: Path) -> None:
+    """The official validation archive as files in a folder."""
+    folder.mkdir(parents=True)
+    with tarfile.open(source / ilsvrc.VAL) as archive:
+        for member in archive:
+            (folder / member.name).write_bytes(archive.extractfile(member).read())
+
+
+@pytest.fixture
+def unpacked(official: Path, tmp_path: Path) -> Path:
+    """The archives of ``official`` unpacked, with the devkit: ``train/<wnid>/*`` and ``val/*``."""
+    folder = tmp_path / "unpacked"
+    unpack_train(official, folder, as_tars=False)
+    unpack_val(official, folder / "val")
+    (folder / ilsvrc.DEVKIT).write_bytes((official / ilsvrc.DEVKIT).read_bytes())
+    return folder
+
+
+def test_a_flat_val_is_labelled_by_the_devkit(official: Path, unpacked: Path):
+    expected, found = read_source(official), read_source(unpacked)
+    assert found.fingerprint() == expected.fingerprint()
+    assert found.classes == expected.classes
+    assert rows(found.splits["val"]) == rows(expected.splits["val"])
+    assert [content(found.splits["val"], r) for r in range(4)] == [jpeg(100 + n) for n in (1, 2, 3, 4)]
+    assert (found.rejects, found.notes) == ((), ())
+    before = stamp(unpacked)
+    assert stamp(unpacked) == before
+    (unpacked / "val" / "ILSVRC2012_val_00000003.JPEG").unlink()
+    assert stamp(unpacked) != before
+
+
+def test_a_flat_val_beside_the_training_archive(official: Path):
+    before = read_source(official)
+    unpack_val(official, official / "val")
+    (official / ilsvrc.VAL).unlink()
+    assert read_source(official).fingerprint() == before.fingerprint()
+
+
+def test_in_a_flat_val_what_has_no_label_is_rejected_and_what_is_missing_is_told(unpacked: Path):
+    val = unpacked / "val"
+    for number in (2, 3):
+        (val / f"ILSVRC2012_val_{number:08d}.JPEG").unlink()
+    (val / "readme.txt").write_bytes(b"text")
+    (val / ".DS_Store").write_bytes(b"x")
+    (val / "ILSVRC2012_val_00000002.JPEG").symlink_to(val / "nowhere")
+    os.mkfifo(val / "ILSVRC2012_val_00000003.JPEG")
+    source = read_source(unpacked)
+    assert rows(source.splits["val"]) == [(f"ILSVRC2012_val_{n:08d}.JPEG", label) for n, label in ((1, 2), (4, 0))]
+    assert sorted((r.split, r.name, r.reason) for r in source.rejects) == [
+        ("val", "ILSVRC2012_val_00000002.JPEG", "its file cannot be reached (No such file or directory)"),
+        ("val", "ILSVRC2012_val_00000003.JPEG", "it is no regular file"),
+        ("val", "readme.txt", "its name has no number that would tell its class"),
+    ]
+    assert source.notes == (f"{val} holds 2 of the 4 pictures that {ilsvrc.DEVKIT} has labels for",)
+
+
+def test_a_flat_val_of_other_pictures_is_refused(unpacked: Path):
+    val = unpacked / "val"
+    (val / "ILSVRC2012_val_00000005.JPEG").write_bytes(b"x")
+    assert "holds ILSVRC2012_val_00000005.JPEG, but the ground truth in" in refused(unpacked)
+    for path in val.iterdir():
+        path.unlink()
+    (val / "cat.jpg").write_bytes(b"x")
+    assert refused(unpacked).endswith("holds no pictures (cat.jpg: its name has no number that would tell its class)")
+
+
+def test_a_flat_val_with_a_class_that_is_not_trained_is_refused(unpacked: Path):
+    for path in (unpacked / "train" / "n02").iterdir():
+        path.unlink()
+    (unpacked / "train" / "n02").rmdir()
+    assert "val holds pictures of the class n02, of which" in refused(unpacked)
+
+
+def test_a_flat_val_without_labels_is_told_what_to_put_where(unpacked: Path):
+    (unpacked / ilsvrc.DEVKIT).unlink()
+    with pytest.raises(PipelineError, match="are sorted into no classes, and nothing says what they show"):
+        stamp(unpacked)
+    sentence = refused(unpacked)
+    assert f"put {ilsvrc.DEVKIT}" in sentence
+    assert f"into {unpacked}, or sort the pictures into val/<class>/" in sentence
 
 
 @pytest.mark.parametrize("as_tars", [True, False])
@@ -190,10 +272,10 @@ def test_what_lies_where_no_pictures_are_looked_for_is_told(tmp_path: Path):
         (tmp_path / split / ".DS_Store").write_bytes(b"x")
         (tmp_path / split / "n01" / ".cache").mkdir()
     before = read_source(tmp_path)
-    assert before.unread == ()
+    assert before.notes == ()
     train = tmp_path / "train"
     (train / "x.jpg").write_bytes(b"x")
-    assert read_source(tmp_path).unread == ("train/ holds 1 loose file, such as x.jpg: it is not read",)
+    assert read_source(tmp_path).notes == ("train/ holds 1 loose file, such as x.jpg: it is not read",)
     for name in ("readme.txt", os.fsdecode(b"p\xff")):
         (train / name).write_bytes(b"x")
     os.mkfifo(train / "queue.tar")
@@ -202,7 +284,7 @@ def test_what_lies_where_no_pictures_are_looked_for_is_told(tmp_path: Path):
         (train / "n01" / name / "x.jpg").write_bytes(b"x")
     (tmp_path / "val" / "n01" / "sub").mkdir()
     source = read_source(tmp_path)
-    assert source.unread == (
+    assert source.notes == (
         r"train/ holds 4 loose files, such as p\xff, and 2 folders inside class folders, such as n01/other: "
         "they are not read",
         "val/ holds 1 folder inside a class folder, such as n01/sub: it is not read",
