@@ -156,8 +156,9 @@ def _refuse_among_pictures(run: RunDir, source: Path) -> None:
     """Refuse a run whose folders would be taken for classes, or whose train/ is the pictures': --restart moves that."""
     from data.ilsvrc import TRAIN
     from data.listing import SPLITS
+    from data.sources import split_folders
 
-    root, folders = run.root.resolve(), [(source / split).resolve() for split in SPLITS]
+    root, folders = run.root.resolve(), [path.resolve() for split in SPLITS for path in split_folders(source, split)]
     shared = run.train.resolve() in folders and run.train.is_dir() and not (source / TRAIN).exists()
     if shared or any(root.is_relative_to(folder) for folder in folders):
         raise PipelineError(

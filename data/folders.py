@@ -1,6 +1,7 @@
 """Pictures sorted into classes by folder or tar: ``train/<class>/*`` or ``train/<class>.tar``, the same for ``val/``.
 
 The class's name is the folder's or the tar's, a WNID where the pictures are ImageNet's. A split may mix both forms.
+ImageNet's validation pictures often lie flat in ``val/``; then something else says what they show.
 Hidden files (``.DS_Store``, ``._x``) are left out. So are files beside the classes and folders inside a class's folder,
 but a note tells of those.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data import tar
@@ -63,6 +65,24 @@ def index(folder: Path, split: str, classes: list[str]) -> tuple[Listing, list[R
     return rows.listing(), rows.rejects, _unread(split, loose, inner)
 
 
+def lies_flat(folder: Path) -> bool:
+    """Whether a split's folder has files, but no class."""
+    entries = _entries(folder)
+    return bool(entries) and all(_class_name(entry) is None for entry in entries)
+
+
+def index_flat(folder: Path, split: str, label: Callable[[bytes], int | str]) -> tuple[Listing, list[Reject]]:
+    """List a folder that ``lies_flat``; ``label`` gives a picture's label by its name, or says why it has none."""
+    rows = Rows(split, containers=[folder])
+    for name, status in _statuses(rows, folder, ""):
+        shown = label(os.fsencode(name))
+        if isinstance(shown, str):
+            rows.reject(os.fsencode(name), shown)
+        else:
+            rows.add(os.fsencode(name), shown, status.st_size)
+    return rows.listing(), rows.rejects
+
+
 def add_class_tar(rows: Rows, read: tar.Read, start: int, stop: int, where: str, class_name: str, label: int) -> None:
     """Add the pictures of a class's tar, which lies between bytes ``start`` and ``stop`` of the last container."""
     for member in tar.members(read, start, stop, where):
@@ -80,20 +100,27 @@ def _index_folder(rows: Rows, folder: Path, class_name: str, label: int) -> list
     """Add the pictures of a class's folder; returns the folders inside it, as ``<class>/<folder>``."""
     rows.containers.append(folder)
     inner = []
+    for name, status in _statuses(rows, folder, f"{class_name}/"):
+        if stat.S_ISDIR(status.st_mode):
+            inner.append(name)
+        else:
+            rows.add(os.fsencode(name), label, status.st_size)
+    return inner
+
+
+def _statuses(rows: Rows, folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    """The files and folders in a folder, named with ``prefix``; what is neither is rejected."""
     for entry in _entries(folder):
-        name = os.fsencode(f"{class_name}/{entry.name}")
+        name = prefix + entry.name
         try:
             status = entry.stat()
         except OSError as error:
-            rows.reject(name, f"its file cannot be reached ({error.strerror})")
+            rows.reject(os.fsencode(name), f"its file cannot be reached ({error.strerror})")
             continue
-        if stat.S_ISREG(status.st_mode):
-            rows.add(name, label, status.st_size)
-        elif stat.S_ISDIR(status.st_mode):
-            inner.append(f"{class_name}/{entry.name}")
+        if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+            yield name, status
         else:
-            rows.reject(name, "it is no regular file")
-    return inner
+            rows.reject(os.fsencode(name), "it is no regular file")
 
 
 def _unread(split: str, loose: list[str], inner: list[str]) -> str | None:

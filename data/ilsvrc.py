@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +20,7 @@ import numpy as np
 
 from data import tar
 from data.folders import add_class_tar
-from data.listing import Listing, Reject, Rows, relabelled, text
+from data.listing import Listing, Reject, Rows, text
 from data.matfile import read_structures
 from pipeline.errors import PipelineError
 
@@ -120,28 +121,47 @@ def index_train(path: Path, devkit: Devkit) -> tuple[Listing, list[Reject]]:
 
 
 def index_val(path: Path, devkit: Devkit) -> tuple[Listing, list[Reject]]:
-    """List the validation archive; labels index the devkit's sorted WNIDs, by the number in each picture's name."""
-    of_id = np.zeros(max(devkit.ids.values()) + 1, dtype=np.int32)
-    for label, wnid in enumerate(sorted(devkit.ids)):
-        of_id[devkit.ids[wnid]] = label
-    rows = Rows("val", containers=[path])
+    """List the validation archive; labels index the devkit's sorted WNIDs."""
+    rows, label = Rows("val", containers=[path]), val_labels(devkit, path)
     with tar.opened(path) as (read, stop):
         for member in tar.members(read, 0, stop, str(path)):
             name = member.name.rpartition(b"/")[2]
-            number = _NUMBER.search(name)
             if name.startswith(b"."):
                 continue
             if member.kind != "file":
                 rows.reject(name, f"it is {member.kind}")
-            elif number is None:
-                rows.reject(name, "its name has no number that would tell its class")
-            elif not 1 <= int(number[1]) <= len(devkit.ground_truth):
-                raise PipelineError(
-                    f"{path} holds {text(name)}, but the ground truth in {devkit.path} has "
-                    f"{len(devkit.ground_truth)} lines; they do not belong together: put the devkit of ILSVRC-2012 "
-                    "(task 1 and 2) beside the archives"
-                )
+                continue
+            shown = label(name)
+            if isinstance(shown, str):
+                rows.reject(name, shown)
             else:
-                rows.add(name, int(number[1]) - 1, member.size, member.offset)
-    listing = rows.listing()
-    return relabelled(listing, of_id[devkit.ground_truth]), rows.rejects
+                rows.add(name, shown, member.size, member.offset)
+    return rows.listing(), rows.rejects
+
+
+def val_labels(devkit: Devkit, where: Path) -> Callable[[bytes], int | str]:
+    """What gives a validation picture in ``where`` its label by the number in its name, or says why it has none.
+
+    Labels index the devkit's sorted WNIDs. A number that the ground truth does not have raises a PipelineError.
+    """
+    of_id = {devkit.ids[wnid]: label for label, wnid in enumerate(sorted(devkit.ids))}
+    labels = [of_id[identity] for identity in devkit.ground_truth.tolist()]
+
+    def label(name: bytes) -> int | str:
+        number = numbered(name)
+        if number is None:
+            return "its name has no number that would tell its class"
+        if not 1 <= number <= len(labels):
+            raise PipelineError(
+                f"{where} holds {text(name)}, but the ground truth in {devkit.path} has {len(labels)} lines; "
+                "they do not belong together: put the devkit of ILSVRC-2012 (task 1 and 2) there"
+            )
+        return labels[number - 1]
+
+    return label
+
+
+def numbered(name: bytes) -> int | None:
+    """The number in the name of a validation picture."""
+    found = _NUMBER.search(name)
+    return int(found[1]) if found else None

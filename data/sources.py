@@ -1,7 +1,8 @@
 """Where the pictures come from: which form each split has, which classes there are, and a fingerprint of it all.
 
 A source holds the three official archives, or folders ``train/`` and ``val/`` with a tar or a folder a class; each
-split may have its own form.
+split may have its own form. The validation pictures may also lie flat in ``val/``, beside the devkit or Kaggle's list
+of what they show; and both folders as deep as Kaggle has them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from data import folders, ilsvrc
+from data import folders, ilsvrc, kaggle
 from data.listing import SPLITS, Listing, Reject, digest, relabelled, text
 from pipeline.errors import PipelineError
 from pipeline.run_dir import fingerprint
@@ -40,7 +41,7 @@ class Source:
     classes: tuple[ClassEntry, ...]
     splits: dict[str, Listing]
     rejects: tuple[Reject, ...]  # what could not be listed
-    unread: tuple[str, ...]  # sentences on files and folders where no pictures are looked for
+    notes: tuple[str, ...]  # sentences on what is there and not read, and on what is not there
 
     def fingerprint(self) -> str:
         """A hash of every picture's name, size and class; where the source lies does not matter."""
@@ -56,32 +57,39 @@ def read_source(root: Path) -> Source:
         Nothing usable is there, something is missing, damaged or cut short, or the parts do not belong together.
     """
     forms = _forms(root)
+    flat = _labels_of_flat(root, forms["val"])
+    listed = kaggle.read_labels(flat) if flat is not None and flat.name == kaggle.LABELS else None
     devkit = ilsvrc.read_devkit(root / ilsvrc.DEVKIT) if (root / ilsvrc.DEVKIT).exists() else None
     if forms["train"].is_file() and devkit is not None:
         names = sorted(devkit.ids)
     else:
         names = list(folders.class_containers(forms["train"]))
+    classes = _class_entries(root, names, devkit)
     splits: dict[str, Listing] = {}
     rejects: list[Reject] = []
-    unread: dict[str, str] = {}
+    notes = _shadowed(root, forms, flat)
     for split, path in forms.items():
-        if path.is_dir():
+        note = None
+        if path.is_dir() and (split == "train" or flat is None):
             splits[split], left_out, note = folders.index(path, split, names)
+        elif split == "val" and listed is not None:
+            label = kaggle.val_labels(listed, path, names, forms["train"])
+            splits[split], left_out = folders.index_flat(path, split, label)
         else:
-            assert devkit is not None  # _forms refuses an official archive without it
-            splits[split], left_out = _index_archive(path, split, devkit, names, forms["train"])
-            shadowed = (root / split).is_dir()
-            note = f"the folder {split}/ is not read, because {path.name} is there" if shadowed else None
-        if note is not None:
-            unread[split] = note
-        rejects += left_out
+            assert devkit is not None  # _forms refuses an official archive without it, _labels_of_flat such a folder
+            splits[split], left_out = _index_by_devkit(path, split, devkit, names, forms["train"])
         if len(splits[split]) == 0:
-            raise PipelineError(f"{path} holds no pictures{_hint(unread, split)}")
-    if forms["train"].is_dir():
-        _refuse_empty_class(forms["train"], names, splits["train"], _hint(unread, "train"))
-    return Source(
-        root, tuple(_class_entry(name, devkit) for name in names), splits, tuple(rejects), tuple(unread.values())
-    )
+            raise PipelineError(f"{path} holds no pictures{_hint(note, left_out)}")
+        if split == "train" and path.is_dir():
+            _refuse_empty_class(path, names, splits[split], _hint(note, []))
+        notes += [note] if note is not None else []
+        rejects += left_out
+    if flat is not None:
+        labelled = len(listed.wnids) if listed is not None else len(devkit.ground_truth) if devkit is not None else 0
+        if len(splits["val"]) < labelled:
+            held = f"{forms['val']} holds {len(splits['val'])} of the {labelled} pictures"
+            notes.append(f"{held} that {flat.name} has labels for")
+    return Source(root, classes, splits, tuple(rejects), tuple(notes))
 
 
 def stamp(root: Path, rejected: Iterable[str] = ()) -> list[list[object]]:
@@ -91,14 +99,21 @@ def stamp(root: Path, rejected: Iterable[str] = ()) -> list[list[object]]:
     that listing. ``rejected`` names files below ``root`` that are looked at all the same, if they are there.
     """
     paths: list[Path] = []
-    for path in _forms(root).values():
-        paths += [path] if path.is_file() else list(folders.class_containers(path).values())
+    forms = _forms(root)
+    flat = _labels_of_flat(root, forms["val"])
+    for split, path in forms.items():
+        whole = path.is_file() or (split == "val" and flat is not None)
+        paths += [path] if whole else list(folders.class_containers(path).values())
+    if flat is not None and flat.name == kaggle.LABELS:
+        paths.append(flat)
     if (root / ilsvrc.DEVKIT).exists():
         paths.append(root / ilsvrc.DEVKIT)
     status = [(path, path.stat()) for path in paths]
     for name in rejected:
         with contextlib.suppress(OSError, ValueError):  # it lies in an archive, is a broken link, or no name at all
-            status.append((root / name, (root / name).stat()))
+            split, _, inside = name.partition("/")
+            path = forms[split].parent / split / inside if split in forms else root / name
+            status.append((path, path.stat()))
     return [[str(path.relative_to(root)), s.st_size, s.st_mtime_ns] for path, s in status]
 
 
@@ -111,16 +126,19 @@ def _forms(root: Path) -> dict[str, Path]:
     for split in SPLITS:
         if _ARCHIVE[split] in archives:
             forms[split] = root / _ARCHIVE[split]
-        elif (root / split).is_dir():
-            forms[split] = root / split
+        else:
+            found = [folder for folder in split_folders(root, split) if folder.is_dir()]
+            forms |= {split: found[0]} if found else {}
     missing = [split for split in SPLITS if split not in forms]
     if len(missing) == 2 and not archives:
-        # Pictures of one's own often lie in a folder a class, without splits.
-        classes = any(root.glob("[!.]*/"))
+        instead = "check --source"
+        if (top := _kaggle_top(root)) is not None:
+            instead = f"name {top} with --source, where Kaggle's tree begins"
+        elif any(root.glob("[!.]*/")):  # pictures of one's own often lie in a folder a class, without splits
+            instead += ", or sort the pictures of its folders into train/<class>/ and val/<class>/"
         raise PipelineError(
             f"{root} holds neither the ILSVRC-2012 archives ({ilsvrc.TRAIN}, {ilsvrc.VAL}, {ilsvrc.DEVKIT}) nor "
-            "folders train/ and val/ with a folder or a tar for each class; check --source"
-            + (", or sort the pictures of its folders into train/<class>/ and val/<class>/" if classes else "")
+            f"folders train/ and val/ with a folder or a tar for each class; {instead}"
         )
     if any(path.is_file() for path in forms.values()) or (missing and archives):
         wanted = [_ARCHIVE[split] for split in missing]
@@ -131,16 +149,66 @@ def _forms(root: Path) -> dict[str, Path]:
             have = ", ".join(archives)
             raise PipelineError(f"{root} has {have} but not {' and '.join(wanted)}; put it beside them{instead}")
     if missing:
-        raise PipelineError(f"{root} has a folder {SPLITS[1 - SPLITS.index(missing[0])]}/ but no {missing[0]}/; add it")
+        there = next(iter(forms.values())).relative_to(root)
+        raise PipelineError(f"{root} has a folder {there}/ but no {there.with_name(missing[0])}/; add it")
     return forms
 
 
-def _index_archive(
+def split_folders(root: Path, split: str) -> tuple[Path, Path]:
+    """Where a split's pictures may lie in folders; the first that is there is read."""
+    return root / split, root / kaggle.FOLDER / split
+
+
+def _shadowed(root: Path, forms: dict[str, Path], labels: Path | None) -> list[str]:
+    """Sentences on folders, and on Kaggle's list, in whose place something else is read."""
+    notes = []
+    for split, path in forms.items():
+        for folder in split_folders(root, split):
+            if folder.is_dir() and not folder.samefile(path):
+                here, read = folder.relative_to(root), path.relative_to(root)
+                notes.append(f"the folder {here}/ is not read, because {read}{'/' * path.is_dir()} is there")
+    if labels is not None and labels.name != kaggle.LABELS and (root / kaggle.LABELS).exists():
+        notes.append(f"{kaggle.LABELS} is not read, because {labels.name} is there")
+    return notes
+
+
+def _kaggle_top(root: Path) -> Path | None:
+    """The folder that holds Kaggle's tree, where ``root`` is a folder inside that."""
+    here = root.resolve()
+    tops = [top for top in here.parents if (top / kaggle.FOLDER).is_dir()]
+    return next((top for top in tops if here.is_relative_to(top / kaggle.FOLDER.parts[0])), None)
+
+
+def _labels_of_flat(root: Path, val: Path) -> Path | None:
+    """The file that says what the pictures in a flat ``val/`` show; None where the split has another form."""
+    if not val.is_dir() or not folders.lies_flat(val):
+        return None
+    for name in (ilsvrc.DEVKIT, kaggle.LABELS):
+        if (root / name).exists():
+            return root / name
+    top = _kaggle_top(root)
+    above = (
+        "" if top is None or not (top / kaggle.LABELS).exists() else f"name {top} with --source, which has that file, "
+    )
+    raise PipelineError(
+        f"the files in {val} are sorted into no classes, and nothing says what they show; put {ilsvrc.DEVKIT} or "
+        f"Kaggle's {kaggle.LABELS} into {root}, {above}or sort the pictures into val/<class>/"
+    )
+
+
+def _index_by_devkit(
     path: Path, split: str, devkit: ilsvrc.Devkit, names: list[str], train: Path
 ) -> tuple[Listing, list[Reject]]:
-    """List an official archive; labels index ``names``, the classes of the training pictures in ``train``."""
-    index = ilsvrc.index_train if split == "train" else ilsvrc.index_val
-    listing, rejects = index(path, devkit)
+    """List what the devkit labels, an official archive or a flat ``val/``.
+
+    Labels index ``names``, the classes of the training pictures in ``train``.
+    """
+    if split == "train":
+        listing, rejects = ilsvrc.index_train(path, devkit)
+    elif path.is_file():
+        listing, rejects = ilsvrc.index_val(path, devkit)
+    else:
+        listing, rejects = folders.index_flat(path, split, ilsvrc.val_labels(devkit, path))
     by_devkit, number = sorted(devkit.ids), {name: i for i, name in enumerate(names)}
     for label in np.unique(listing.label).tolist():
         if by_devkit[label] not in number:
@@ -151,9 +219,10 @@ def _index_archive(
     return relabelled(listing, np.array([number.get(name, -1) for name in by_devkit])), rejects
 
 
-def _hint(unread: dict[str, str], split: str) -> str:
-    """Where pictures are missing, they often lie a folder too deep."""
-    return f" ({unread[split]})" if split in unread else ""
+def _hint(note: str | None, rejects: list[Reject]) -> str:
+    """Why pictures are missing: they often lie a folder too deep, or cannot be given a class."""
+    said = [f"{reject.name}: {reject.reason}" for reject in rejects[:1]] + ([note] if note else [])
+    return f" ({said[0]})" if said else ""
 
 
 def _refuse_empty_class(folder: Path, names: list[str], listing: Listing, hint: str) -> None:
@@ -163,7 +232,9 @@ def _refuse_empty_class(folder: Path, names: list[str], listing: Listing, hint: 
             raise PipelineError(f"the class {name} in {folder} holds no pictures; add some or remove it{hint}")
 
 
-def _class_entry(name: str, devkit: ilsvrc.Devkit | None) -> ClassEntry:
-    if devkit is None or name not in devkit.ids:
-        return ClassEntry(text(os.fsencode(name)), None, None)  # a folder's name may be any bytes
-    return ClassEntry(name, devkit.words[name], devkit.ids[name])
+def _class_entries(root: Path, names: list[str], devkit: ilsvrc.Devkit | None) -> tuple[ClassEntry, ...]:
+    ids, words = ({}, {}) if devkit is None else (devkit.ids, devkit.words)
+    if not all(name in words for name in names) and (root / kaggle.WORDS).exists():
+        words = kaggle.read_words(root / kaggle.WORDS) | words
+    # A folder's name may be any bytes.
+    return tuple(ClassEntry(text(os.fsencode(name)), words.get(name), ids.get(name)) for name in names)

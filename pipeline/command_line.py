@@ -31,8 +31,9 @@ IN_ORDER: Final = ("preprocess", "train", "eval", "report")
 STAGES: Final[dict[str, Stage]] = {
     "preprocess": Stage(
         "pictures -> shards",
-        "Read the pictures where they are (official archives, a tar a class, or a folder a class), resize each to "
-        "256x256 and write HDF5 shards, colour statistics and the list of rejected pictures to <run>/preprocess/. "
+        "Read the pictures where they are (official archives, a tar or a folder a class, validation pictures in one "
+        "folder, or Kaggle's tree; see docs/data.md), resize each to 256x256 and write HDF5 shards, colour statistics "
+        "and the list of rejected pictures to <run>/preprocess/. "
         "Without any source the built-in demo set is drawn and used.",
         (
             ("--stage preprocess", "the demo set, or datasets/ilsvrc2012 where that exists"),
@@ -174,7 +175,7 @@ _FLAGS: Final = (
     _Flag(
         "--source",
         ("preprocess",),
-        "ILSVRC archives or class folders (default $ILSVRC2012_ROOT, else datasets/ilsvrc2012, else the demo set)",
+        "archives, folders or Kaggle's tree (default $ILSVRC2012_ROOT, else datasets/ilsvrc2012, else the demo set)",
         {"type": _name, "metavar": "DIR"},
     ),
     _Flag("--jobs", ("preprocess",), "processes (default: one a core)", {"type": at_least_one, "metavar": "N"}),

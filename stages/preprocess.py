@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import joblib
+import numpy as np
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.backend import resource_tracker
 from joblib.externals.loky.process_executor import TerminatedWorkerError
@@ -34,7 +35,7 @@ from data.manifest import defects, forget_damage, is_damage_noted, sound_manifes
 from data.origin import made_from
 from data.plan import Plan, make_plan, settings, settings_fingerprint, shard_tasks
 from data.shards import read_layout, shard_bytes, shard_name
-from data.sources import read_source, stamp
+from data.sources import Source, read_source, stamp
 from data.tally import Tally
 from pipeline.config import Config
 from pipeline.config_values import difference, with_values
@@ -55,7 +56,7 @@ def run(config: Config, run_dir: RunDir, *, source: Path | None, jobs: int, sche
     Parameters
     ----------
     source : Path or None
-        Folder with the official archives or class folders; None draws the built-in demo set into ``<run>/demo``.
+        Folder with pictures in a form that ``data/sources.py`` knows; None draws the demo set into ``<run>/demo``.
     jobs : int
         Worker processes; 1 works in this process.
     scheduler : str or None
@@ -78,7 +79,7 @@ def run(config: Config, run_dir: RunDir, *, source: Path | None, jobs: int, sche
     root = source if source is not None else _draw_demo(run_dir)
     start = time.perf_counter()
     listed = read_source(root)
-    for note in (*listed.unread, *published.shortfalls(listed)):
+    for note in (*listed.notes, *published.shortfalls(listed), *_unmeasured(listed)):
         print(f"preprocess: note: {note}")
     if len(listed.classes) == 1:
         print(
@@ -104,6 +105,20 @@ def run(config: Config, run_dir: RunDir, *, source: Path | None, jobs: int, sche
         log.write(_last_record(tally, {"scheduler": scheduler} if scheduler else {"jobs": jobs}, root, folder, start))
     _summary(tally, manifest, folder, time.perf_counter() - start)
     return stop.signum
+
+
+def _unmeasured(listed: Source) -> list[str]:
+    """A sentence on the classes that are trained and have no validation picture, if there are any."""
+    shown = {split: set(np.unique(listing.label).tolist()) for split, listing in listed.splits.items()}
+    lacking = sorted(shown["train"] - shown["val"])
+    if not lacking:
+        return []
+    what = "has no validation picture" if len(lacking) == 1 else "have no validation pictures"
+    example = listed.classes[lacking[0]].wnid
+    return [
+        f"{len(lacking)} of the {len(shown['train'])} classes with training pictures {what}, such as {example}: "
+        f"{'its' if len(lacking) == 1 else 'their'} accuracy is never measured"
+    ]
 
 
 def check_archives(source: Path | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import ilsvrc
+from data import ilsvrc, kaggle
 from data.listing import Listing
 from data.sources import ClassEntry, read_source, stamp
 from pipeline.errors import PipelineError
@@ -25,7 +25,7 @@ def rows(listing: Listing) -> list[tuple[str, int]]:
 def content(listing: Listing, row: int) -> bytes:
     container = listing.containers[int(listing.container[row])]
     if listing.offset[row] < 0:
-        return (container / listing.name[row].decode().partition("/")[2]).read_bytes()
+        return (container / listing.name[row].decode().rpartition("/")[2]).read_bytes()
     start = int(listing.offset[row])
     return container.read_bytes()[start : start + int(listing.size[row])]
 
@@ -69,7 +69,7 @@ def test_an_archive_is_read_and_a_folder_of_the_same_split_beside_it_is_told(off
     unpack_train(official, official, as_tars=True)
     source = read_source(official)
     assert source.fingerprint() == before.fingerprint()
-    assert source.unread == (f"the folder train/ is not read, because {ilsvrc.TRAIN} is there",)
+    assert source.notes == (f"the folder train/ is not read, because {ilsvrc.TRAIN} is there",)
 
 
 def test_a_class_may_have_a_name_that_is_no_utf8(tmp_path: Path):
@@ -99,6 +99,225 @@ def test_validation_pictures_whose_names_tell_no_class_are_rejected(official: Pa
     ]
     (official / ilsvrc.VAL).write_bytes(packed({"ILSVRC2012_val_00000000.JPEG": b"x"}))
     assert "holds ILSVRC2012_val_00000000.JPEG, but the ground truth in" in refused(official)
+
+
+def unpack_val(source: Path, folder: Path) -> None:
+    """The official validation archive as files in a folder."""
+    folder.mkdir(parents=True)
+    with tarfile.open(source / ilsvrc.VAL) as archive:
+        for member in archive:
+            (folder / member.name).write_bytes(archive.extractfile(member).read())
+
+
+@pytest.fixture
+def unpacked(official: Path, tmp_path: Path) -> Path:
+    """The archives of ``official`` unpacked, with the devkit: ``train/<wnid>/*`` and ``val/*``."""
+    folder = tmp_path / "unpacked"
+    unpack_train(official, folder, as_tars=False)
+    unpack_val(official, folder / "val")
+    (folder / ilsvrc.DEVKIT).write_bytes((official / ilsvrc.DEVKIT).read_bytes())
+    return folder
+
+
+def test_a_flat_val_is_labelled_by_the_devkit(official: Path, unpacked: Path):
+    expected, found = read_source(official), read_source(unpacked)
+    assert found.fingerprint() == expected.fingerprint()
+    assert found.classes == expected.classes
+    assert rows(found.splits["val"]) == rows(expected.splits["val"])
+    assert [content(found.splits["val"], r) for r in range(4)] == [jpeg(100 + n) for n in (1, 2, 3, 4)]
+    assert (found.rejects, found.notes) == ((), ())
+    before = stamp(unpacked)
+    assert stamp(unpacked) == before
+    (unpacked / "val" / "ILSVRC2012_val_00000003.JPEG").unlink()
+    assert stamp(unpacked) != before
+
+
+def test_a_flat_val_beside_the_training_archive(official: Path):
+    before = read_source(official)
+    unpack_val(official, official / "val")
+    (official / ilsvrc.VAL).unlink()
+    assert read_source(official).fingerprint() == before.fingerprint()
+
+
+def test_in_a_flat_val_what_has_no_label_is_rejected_and_what_is_missing_is_told(unpacked: Path):
+    val = unpacked / "val"
+    for number in (2, 3):
+        (val / f"ILSVRC2012_val_{number:08d}.JPEG").unlink()
+    (val / "readme.txt").write_bytes(b"text")
+    (val / ".DS_Store").write_bytes(b"x")
+    (val / "ILSVRC2012_val_00000002.JPEG").symlink_to(val / "nowhere")
+    os.mkfifo(val / "ILSVRC2012_val_00000003.JPEG")
+    source = read_source(unpacked)
+    assert rows(source.splits["val"]) == [(f"ILSVRC2012_val_{n:08d}.JPEG", label) for n, label in ((1, 2), (4, 0))]
+    assert sorted((r.split, r.name, r.reason) for r in source.rejects) == [
+        ("val", "ILSVRC2012_val_00000002.JPEG", "its file cannot be reached (No such file or directory)"),
+        ("val", "ILSVRC2012_val_00000003.JPEG", "it is no regular file"),
+        ("val", "readme.txt", "its name has no number that would tell its class"),
+    ]
+    assert source.notes == (f"{val} holds 2 of the 4 pictures that {ilsvrc.DEVKIT} has labels for",)
+
+
+def test_a_flat_val_of_other_pictures_is_refused(unpacked: Path):
+    val = unpacked / "val"
+    (val / "ILSVRC2012_val_00000005.JPEG").write_bytes(b"x")
+    assert "holds ILSVRC2012_val_00000005.JPEG, but the ground truth in" in refused(unpacked)
+    for path in val.iterdir():
+        path.unlink()
+    (val / "cat.jpg").write_bytes(b"x")
+    assert refused(unpacked).endswith("holds no pictures (cat.jpg: its name has no number that would tell its class)")
+
+
+def test_a_flat_val_with_a_class_that_is_not_trained_is_refused(unpacked: Path):
+    for path in (unpacked / "train" / "n02").iterdir():
+        path.unlink()
+    (unpacked / "train" / "n02").rmdir()
+    assert "val holds pictures of the class n02, of which" in refused(unpacked)
+
+
+def test_a_flat_val_without_labels_is_told_what_to_put_where(unpacked: Path):
+    (unpacked / ilsvrc.DEVKIT).unlink()
+    with pytest.raises(PipelineError, match="are sorted into no classes, and nothing says what they show"):
+        stamp(unpacked)
+    sentence = refused(unpacked)
+    wanted = f"put {ilsvrc.DEVKIT} or Kaggle's {kaggle.LABELS} into {unpacked}, or sort the pictures into val/<class>/"
+    assert wanted in sentence
+
+
+LABELS = "".join(
+    f"ILSVRC2012_val_{number:08d},{shown}\n"
+    for number, shown in ((4, "n01 85 1 499 272 "), (1, "n03 1 2 3 4 n03 5 6 7 8"), (3, "n02"), (2, "n01 0 0 9 9 "))
+)
+
+
+@pytest.fixture
+def kaggles(unpacked: Path, tmp_path: Path) -> Path:
+    """The same pictures as Kaggle hands them out."""
+    top = tmp_path / "kaggle"
+    (top / kaggle.FOLDER.parent).mkdir(parents=True)
+    (unpacked / ilsvrc.DEVKIT).unlink()
+    unpacked.rename(top / kaggle.FOLDER)
+    (top / kaggle.LABELS).write_text(f"ImageId,PredictionString\n{LABELS}")
+    (top / kaggle.WORDS).write_text("n00 an ancestor\nn01 tench, Tinca tinca\nn02 goldfish\nn03 great white shark\n")
+    return top
+
+
+def test_the_tree_of_kaggle_lists_the_same_pictures(official: Path, kaggles: Path):
+    expected, found = read_source(official), read_source(kaggles)
+    assert found.fingerprint() == expected.fingerprint()
+    assert rows(found.splits["val"]) == rows(expected.splits["val"])
+    words = ("tench, Tinca tinca", "goldfish", "great white shark")
+    assert found.classes == tuple(ClassEntry(w, said, None) for w, said in zip(IDS, words, strict=True))
+    assert (found.rejects, found.notes) == ((), ())
+    before = stamp(kaggles)
+    assert stamp(kaggles) == before
+    (kaggles / kaggle.LABELS).write_text(f"ImageId,PredictionString\n{LABELS}\n")
+    assert stamp(kaggles) != before
+    assert read_source(kaggles).fingerprint() == expected.fingerprint()
+
+
+def test_a_rejected_picture_of_kaggles_tree_is_looked_at_where_it_lies(kaggles: Path):
+    name = "train/n01/n01_0.JPEG"
+    before = stamp(kaggles, [name])
+    (kaggles / kaggle.FOLDER / name).write_bytes(b"longer than before, or shorter")
+    assert stamp(kaggles) == stamp(kaggles, ["train/n01/nothing"])
+    assert stamp(kaggles, [name]) != before
+
+
+def test_kaggles_list_labels_a_flat_val_beside_folders_or_tars(official: Path, kaggles: Path, tmp_path: Path):
+    source = tmp_path / "tars"
+    unpack_train(official, source, as_tars=True)
+    (source / "val").symlink_to(kaggles / kaggle.FOLDER / "val")
+    (source / kaggle.LABELS).write_bytes(
+        b"\xef\xbb\xbf" + (kaggles / kaggle.LABELS).read_bytes().replace(b"\n", b"\r\n")
+    )
+    found = read_source(source)
+    assert found.fingerprint() == read_source(official).fingerprint()
+    assert {entry.words for entry in found.classes} == {None}
+
+
+def test_words_come_from_kaggles_list_only_where_the_devkit_has_none(official: Path, tmp_path: Path):
+    (official / kaggle.WORDS).write_bytes(b"\xff")
+    assert [entry.words for entry in read_source(official).classes] == [f"words of {w}" for w in IDS]
+    for split in ("train", "val"):
+        (tmp_path / "own" / split / "n01").mkdir(parents=True)
+        (tmp_path / "own" / split / "n01" / "a.JPEG").write_bytes(b"a")
+    (tmp_path / "own" / kaggle.WORDS).write_text("n01  tench \n\nn02 goldfish")
+    assert read_source(tmp_path / "own").classes == (ClassEntry("n01", "tench", None),)
+    (tmp_path / "own" / kaggle.WORDS).write_text("n01 tench\nn02\n")
+    assert f"line 2 of {tmp_path / 'own' / kaggle.WORDS} is not a WNID, a space" in refused(tmp_path / "own")
+    (tmp_path / "own" / kaggle.WORDS).write_bytes(b"n01 \xff")
+    assert "is damaged: its byte 5 is no text; get it again" in refused(tmp_path / "own")
+
+
+def test_the_devkit_goes_before_kaggles_list_and_folders_at_the_top_before_kaggles(official: Path, kaggles: Path):
+    (kaggles / ilsvrc.DEVKIT).write_bytes((official / ilsvrc.DEVKIT).read_bytes())
+    (kaggles / kaggle.LABELS).write_text("damaged")
+    source = read_source(kaggles)
+    assert source.notes == (f"{kaggle.LABELS} is not read, because {ilsvrc.DEVKIT} is there",)
+    assert source.fingerprint() == read_source(official).fingerprint()
+    (kaggles / "train").symlink_to(kaggles / kaggle.FOLDER / "train")
+    assert read_source(kaggles).notes == source.notes
+    unpack_val(official, kaggles / "val")
+    told = f"the folder {kaggle.FOLDER}/val/ is not read, because val/ is there"
+    assert read_source(kaggles).notes == (told, *source.notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "does not begin with the line ImageId,PredictionString; get it again"),
+        (b"id,label\n1,n01\n", "does not begin with the line"),
+        (b"ImageId,PredictionString\nILSVRC2012_val_00000001,\n", "is not a picture's name, a comma and"),
+        (b"ImageId,PredictionString\nILSVRC2012_val_00000001\n", "is not a picture's name, a comma and"),
+        (b"ImageId,PredictionString\n,n01\n", "is not a picture's name, a comma and"),
+        (b"ImageId,PredictionString\na,n01,n02\n", "is not a picture's name, a comma and"),
+        (b"ImageId,PredictionString\na,n01\na,n01\n", "names a a second time; get it again"),
+        (b'ImageId,PredictionString\na,"n01\n', "is damaged (unexpected end of data); get it again"),
+        (b"ImageId,PredictionString\na," + b"n" * 200_000, "is damaged (field larger than field limit (131072))"),
+        (b"ImageId,PredictionString\na,n01\n\xff", "is damaged: its byte 32 is no text; get it again"),
+        (bytes(65 << 20), "has more than 64 MiB and cannot be LOC_val_solution.csv; get it again"),
+    ],
+)
+def test_a_damaged_list_of_kaggle_is_refused(kaggles: Path, content: bytes, said: str):
+    (kaggles / kaggle.LABELS).write_bytes(content)
+    sentence = refused(kaggles)
+    assert str(kaggles / kaggle.LABELS) in sentence
+    assert said in sentence
+
+
+def test_a_list_of_kaggle_that_cannot_be_read_is_refused(kaggles: Path):
+    (kaggles / kaggle.LABELS).unlink()
+    (kaggles / kaggle.LABELS).mkdir()
+    assert refused(kaggles) == f"cannot read {kaggles / kaggle.LABELS}: Is a directory"
+
+
+def test_pictures_and_lines_that_do_not_fit_together(kaggles: Path):
+    path, val = kaggles / kaggle.LABELS, kaggles / kaggle.FOLDER / "val"
+    whole = path.read_text()
+    (val / "readme.txt").write_bytes(b"text")
+    path.write_text(f"{whole}ILSVRC2012_val_00000009,n04 1 2 3 4\n")  # of a class that nothing shows
+    source = read_source(kaggles)
+    assert len(source.splits["val"]) == 4
+    assert [(r.split, r.name, r.reason) for r in source.rejects] == [
+        ("val", "readme.txt", f"{kaggle.LABELS} has no line for it")
+    ]
+    assert source.notes == (f"{val} holds 4 of the 5 pictures that {kaggle.LABELS} has labels for",)
+    path.write_text(whole.replace("00000001,n03", "00000001,n04"))
+    assert f"says that ILSVRC2012_val_00000001.JPEG in {val} shows the class n04, of which" in refused(kaggles)
+    path.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    assert "has no line for it; it is cut short or another one: get it again" in refused(kaggles)
+
+
+def test_a_folder_inside_kaggles_tree_is_told_where_it_begins(kaggles: Path):
+    inside = kaggles / kaggle.FOLDER
+    sentence = refused(inside)
+    assert f"{kaggle.LABELS} into {inside}, name {kaggles} with --source, which has that file, or sort" in sentence
+    for folder in inside.parents[:2]:
+        assert refused(folder).endswith(f"; name {kaggles} with --source, where Kaggle's tree begins")
+    (inside / kaggle.LABELS).write_bytes((kaggles / kaggle.LABELS).read_bytes())
+    assert read_source(inside).fingerprint() == read_source(kaggles).fingerprint()
+    (inside / "train").rename(inside / "elsewhere")
+    assert f"has a folder {kaggle.FOLDER}/val/ but no {kaggle.FOLDER}/train/; add it" in refused(kaggles)
 
 
 @pytest.mark.parametrize("as_tars", [True, False])
@@ -190,10 +409,10 @@ def test_what_lies_where_no_pictures_are_looked_for_is_told(tmp_path: Path):
         (tmp_path / split / ".DS_Store").write_bytes(b"x")
         (tmp_path / split / "n01" / ".cache").mkdir()
     before = read_source(tmp_path)
-    assert before.unread == ()
+    assert before.notes == ()
     train = tmp_path / "train"
     (train / "x.jpg").write_bytes(b"x")
-    assert read_source(tmp_path).unread == ("train/ holds 1 loose file, such as x.jpg: it is not read",)
+    assert read_source(tmp_path).notes == ("train/ holds 1 loose file, such as x.jpg: it is not read",)
     for name in ("readme.txt", os.fsdecode(b"p\xff")):
         (train / name).write_bytes(b"x")
     os.mkfifo(train / "queue.tar")
@@ -202,7 +421,7 @@ def test_what_lies_where_no_pictures_are_looked_for_is_told(tmp_path: Path):
         (train / "n01" / name / "x.jpg").write_bytes(b"x")
     (tmp_path / "val" / "n01" / "sub").mkdir()
     source = read_source(tmp_path)
-    assert source.unread == (
+    assert source.notes == (
         r"train/ holds 4 loose files, such as p\xff, and 2 folders inside class folders, such as n01/other: "
         "they are not read",
         "val/ holds 1 folder inside a class folder, such as n01/sub: it is not read",

@@ -87,6 +87,12 @@ def test_a_run_among_the_pictures(tmp_path: Path, small_source: Path) -> None:
     assert sorted(source.rglob("*")) == before
     preprocess(source / "runs" / "mine", source).done()
     preprocess(source / "runs" / "mine", source).done()
+    kaggle = tmp_path / "kaggle" / "ILSVRC" / "Data" / "CLS-LOC"
+    shutil.copytree(small_source, kaggle)
+    for run in (kaggle, kaggle / "train" / "run"):
+        preprocess(run, tmp_path / "kaggle").refused(
+            "would lie among the pictures of .*/kaggle, and its folders would mix"
+        )
 
 
 def test_only_one_of_three_archives(tmp_path: Path, ilsvrc_mini: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 from joblib.externals.loky import get_reusable_executor
 from PIL import Image
 
-from data import convert, demo, ilsvrc
+from data import convert, demo, ilsvrc, kaggle
 from data import plan as plan_module
 from data.convert import ShardResult, ShardTask, make_shard
 from data.images import read_square
@@ -40,7 +40,7 @@ from stages import preprocess
 from tests import pictures
 from tests.conftest import ROOT
 from tests.data.archives import jpeg, packed, small_official
-from tests.data.test_sources import content
+from tests.data.test_sources import content, unpack_train, unpack_val
 from tests.pictures import sources
 
 CONFIG = dataclasses.replace(DEMO, preprocess=Preprocess(size=32, shard_images=16))
@@ -669,6 +669,61 @@ def test_a_single_class_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
         root = pictures.draw(tmp_path / str(classes), {"train": (2,) * classes, "val": (1,) * classes})
         preprocess.run(CONFIG, RunDir(tmp_path / f"run{classes}"), source=root, jobs=1)
         assert (f"{root} has one class only, class0: there is nothing to tell apart" in capsys.readouterr().out) == said
+
+
+def test_classes_without_a_validation_picture_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = pictures.draw(tmp_path / "source", {"train": (2, 2, 2), "val": (1, 1, 1)})
+    again(RunDir(tmp_path / "all"), root)
+    assert "never measured" not in capsys.readouterr().out
+    (root / "val" / "class1" / "val0.png").unlink()
+    again(RunDir(tmp_path / "two"), root)
+    assert (
+        "preprocess: note: 1 of the 3 classes with training pictures has no validation picture, such as class1: "
+        "its accuracy is never measured\n"
+    ) in capsys.readouterr().out
+    shutil.rmtree(root / "val" / "class2")
+    again(RunDir(tmp_path / "one"), root)
+    assert (
+        "preprocess: note: 2 of the 3 classes with training pictures have no validation pictures, such as class1: "
+        "their accuracy is never measured\n"
+    ) in capsys.readouterr().out
+
+
+def test_kaggles_tree_becomes_the_same_shards_and_is_mended_from_its_own_form(tmp_path: Path, capsys) -> None:
+    """Shards differ from the archives' in the devkit's IDs alone, which Kaggle's files do not tell."""
+    source, top = small_official(tmp_path / "source"), tmp_path / "kaggle"
+    unpack_train(source, top / kaggle.FOLDER, as_tars=False)
+    unpack_val(source, top / kaggle.FOLDER / "val")
+    shown = {4: "n01", 2: "n01", 1: "n03", 3: "n02"}
+    lines = [f"ILSVRC2012_val_{number:08d},{wnid} 1 2 3 4 " for number, wnid in shown.items()]
+    (top / kaggle.LABELS).write_text("\n".join(["ImageId,PredictionString", *lines, ""]))
+    (top / kaggle.FOLDER / "train" / "n01" / "broken.JPEG").write_bytes(b"no picture")
+    archives, run = RunDir(tmp_path / "archives"), RunDir(tmp_path / "run")
+    again(archives, source)
+    again(run, top)
+    assert read_manifest(run)["splits"]["train"]["rejects"] == 1
+    for ours, theirs in zip(splits(run), splits(archives), strict=True):
+        rows = [dict(zip(sources(one).tolist(), range(len(one)), strict=True)) for one in (ours, theirs)]
+        assert rows[0].keys() == rows[1].keys()
+        for name, row in rows[0].items():
+            assert ours.labels[row] == theirs.labels[rows[1][name]]
+            np.testing.assert_array_equal(ours.row(row), theirs.row(rows[1][name]))
+    before = made(run)
+    capsys.readouterr()
+    again(run, top)
+    assert "nothing to do" in capsys.readouterr().out
+    (run.preprocess / "val-00000.h5").unlink()
+    again(run, shutil.move(top, tmp_path / "moved"))
+    assert made(run) == before
+    (tmp_path / "moved" / kaggle.LABELS).write_text(
+        "\n".join(["ImageId,PredictionString", *lines[:3], lines[3].replace("n02", "n03")])
+    )
+    with pytest.raises(PipelineError, match=r"from other pictures than .*moved holds"):
+        again(run, tmp_path / "moved")
+    (tmp_path / "moved" / kaggle.FOLDER / "train" / "n01" / "broken.JPEG").write_bytes(b"another")
+    (tmp_path / "moved" / kaggle.LABELS).write_text("\n".join(["ImageId,PredictionString", *lines, ""]))
+    with pytest.raises(PipelineError, match=r"from other pictures than .*moved holds"):
+        again(run, tmp_path / "moved")
 
 
 def test_files_and_folders_that_are_not_read_are_told_and_change_nothing(
