@@ -10,8 +10,8 @@ likewise. A number that enters several outputs collects a derivative from each (
     dx[i] = sum_j dy[j] ∂y[j]/∂x[i]
 
 All functions compute in the precision they are given: float32 in, float32 out, and float64 for checks. "Keep x" in a
-docstring says what the backward pass will ask for. Nothing here looks for wrong arguments: shapes that do not fit
-mostly fail in NumPy, with its message. docs/alexnet.md shows how to check a gradient yourself.
+docstring says what the backward pass will ask for. But for labels, nothing here looks for wrong arguments: shapes
+that do not fit mostly fail in NumPy, with its message. docs/alexnet.md shows how to check a gradient yourself.
 """
 
 from net.reference.arrays import asarray, empty, host_empty, synchronize, to_host, upload

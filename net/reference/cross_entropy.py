@@ -1,8 +1,8 @@
 """Softmax and cross-entropy, the loss (paper, section 3.5: multinomial logistic regression).
 
 Shapes
-    z, dz (N, classes) and loss (N,) float32, or float64 in checks; labels (N,) integers 0 .. classes - 1, which nobody
-    checks here (NumPy takes -1 for the last class)
+    z, dz (N, classes) and loss (N,) float32, or float64 in checks; labels (N,) integers 0 .. classes - 1, others
+    are refused with a ValueError
 
 Forward
     With p = softmax(z), the loss of image n is the negative log-probability of its label t::
