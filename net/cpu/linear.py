@@ -24,8 +24,8 @@ import numpy as np
 
 from net.cpu.jit import kernel, prange
 from net.cpu.memory import contiguous, empty
-from net.cpu.product import add_rows_times_panel
-from net.cpu.simd import BLOCK, PANEL, copy, prefetch
+from net.cpu.product import add_times_panels
+from net.cpu.simd import BLOCK, PANEL, copy, lines, prefetch
 from net.cpu.weight_gradient import ROWS, SHIFT, WeightGradient
 from net.shapes import require_shape
 
@@ -112,10 +112,12 @@ def _products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, width: in
         first = strip * width
         columns = min(width, maps - first)
         panels = (columns + PANEL - 1) // PANEL
-        products = panels * ((images + BLOCK - 1) // BLOCK)
+        products = (panels + 1) // 2 * ((images + BLOCK - 1) // BLOCK)
         ahead = (_PACKED + products - 1) // products
-        packed = np.zeros(panels * _PACKED * PANEL, np.float32)
-        sums = np.zeros(panels * images * PANEL, np.float32)
+        packed, sums = lines(panels * _PACKED * PANEL), lines(panels * images * PANEL)
+        packed[:] = 0
+        sums[:] = 0
+        part = lines(2 * BLOCK * PANEL)
         for start in range(0, depth, _PACKED):
             now = min(_PACKED, depth - start)
             for k in range(now):
@@ -127,23 +129,28 @@ def _products(x: np.ndarray, w: np.ndarray, b: np.ndarray, relu: bool, width: in
             # The next rows of w are far apart in memory, where no hardware expects them: they are asked for a few at
             # a time between the products, so that packing finds them in the cache.
             following = start + _PACKED
-            for panel in range(panels):
+            for panel in range(0, panels, 2):
                 for i in range(0, images, BLOCK):
                     for k in range(following, min(following + ahead, depth)):
                         for o in range(0, columns, SHIFT):
                             prefetch(flat, k * maps + first + o)
                     following += ahead
-                    add_rows_times_panel(
+                    add_times_panels(
                         x,
                         i * row + start,
                         row,
+                        1,
                         packed,
                         panel * _PACKED * PANEL,
+                        _PACKED * PANEL,
                         sums,
                         (panel * images + i) * PANEL,
                         PANEL,
+                        images * PANEL,
                         min(BLOCK, images - i),
+                        min(2, panels - panel),
                         now,
+                        part,
                     )
         for n in range(images):
             for panel in range(panels):
@@ -219,23 +226,28 @@ def _inputs(w: np.ndarray, dy: np.ndarray, maps: int, dx: np.ndarray) -> None:
     for block in prange((depth + ROWS - 1) // ROWS):
         first = block * ROWS
         rows = min(ROWS, depth - first)
-        sums = np.zeros(panels * ROWS * PANEL, np.float32)
+        sums, part = lines(panels * ROWS * PANEL), lines(2 * BLOCK * PANEL)
+        sums[:] = 0
         for start in range(0, maps, _DEPTH):
             now = min(_DEPTH, maps - start)
             for i in range(0, rows, BLOCK):
-                for panel in range(panels):
-                    add_rows_times_panel(
-                        w,
-                        (first + i) * maps + start,
-                        maps,
-                        dy,
-                        (panel * maps + start) * PANEL,
-                        sums,
-                        (panel * ROWS + i) * PANEL,
-                        PANEL,
-                        min(BLOCK, rows - i),
-                        now,
-                    )
+                add_times_panels(
+                    w,
+                    (first + i) * maps + start,
+                    maps,
+                    1,
+                    dy,
+                    start * PANEL,
+                    maps * PANEL,
+                    sums,
+                    i * PANEL,
+                    PANEL,
+                    ROWS * PANEL,
+                    min(BLOCK, rows - i),
+                    panels,
+                    now,
+                    part,
+                )
         for n in range(images):
             for i in range(rows):
                 dx[n, first + i] = sums[(n // PANEL * ROWS + i) * PANEL + n % PANEL]

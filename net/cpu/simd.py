@@ -19,16 +19,18 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Final
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from net.cpu.cook_toom import TRANSFORMS
-from net.cpu.jit import processor
+from net.cpu.jit import inner, processor
 
 LANES: Final = 16 if "+avx512f" in processor()[1].split(",") else 8  # floats in a vector register
 PANEL: Final = 2 * LANES  # columns of a product that the micro-kernel computes at a time
 BLOCK: Final = 6  # rows at a time: 6 x 2 sums, 2 vectors of b and one of a fill the 16 registers of AVX2
+WIDE: Final = LANES == 16  # whether there are 32 registers, enough for two panels at a time
 PIECE: Final = 16  # terms of a product that are added up by themselves before they join the sum
 
 _FLOAT: Final = ir.FloatType()
@@ -36,6 +38,17 @@ _VECTOR: Final = ir.VectorType(_FLOAT, LANES)
 _WIDE: Final = ir.VectorType(ir.DoubleType(), LANES)
 _INT: Final = ir.IntType(64)
 _FUSE: Final = ("contract",)  # a multiplication and the addition after it may become one instruction
+
+
+@inner
+def lines(count: int) -> np.ndarray:
+    """``count`` numbers of a task's own, from the start of a cache line on.
+
+    Numba's arrays begin in the middle of a line as often as not, and a vector that lies across two takes two loads.
+    """
+    room = np.empty(count + 15, np.float32)
+    first = -(room.ctypes.data // 4) % 16
+    return room[first : first + count]
 
 
 @intrinsic(prefer_literal=True)
@@ -85,46 +98,23 @@ def multiply_block(
 
         before = builder.block
         piece = builder.append_basic_block("piece")
-        loop = builder.append_basic_block("depth")
-        add_piece = builder.append_basic_block("add_piece")
-        after = builder.append_basic_block("sums")
-        zero = ir.Constant(_VECTOR, None)
         builder.branch(piece)
 
         builder.position_at_end(piece)
         first = builder.phi(_INT)
         first.add_incoming(_INT(0), before)
         totals = [[builder.phi(_VECTOR) for _ in halves] for _ in range(count)]
-        end = builder.add(first, _INT(PIECE))
-        end = builder.select(builder.icmp_signed("<", end, depth), end, depth)
-        builder.branch(loop)
-
-        builder.position_at_end(loop)
-        k = builder.phi(_INT)
-        k.add_incoming(first, piece)
-        sums = [[builder.phi(_VECTOR) for _ in halves] for _ in range(count)]
-        b_row = builder.gep(b_start, [builder.mul(k, _INT(PANEL))])
-        b_vectors = [_load(builder, builder.gep(b_row, [_INT(half)])) for half in halves]
-        a_column = builder.mul(k, a_step)
-        for i in range(count):
-            element = _spread(builder, builder.load(builder.gep(a_rows[i], [a_column])))
-            for j in range(len(halves)):
-                total = _multiply_add(builder, element, b_vectors[j], sums[i][j])
-                sums[i][j].add_incoming(zero, piece)
-                sums[i][j].add_incoming(total, loop)
-                sums[i][j] = total
-        following = builder.add(k, _INT(1))
-        k.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed("<", following, end), loop, add_piece)
-
-        builder.position_at_end(add_piece)
+        end = _end_of_piece(builder, first, depth)
+        starts = [builder.gep(b_start, [_INT(half)]) for half in halves]
+        sums = _sums_of_piece(builder, first, end, a_rows, a_step, starts)
         for i in range(count):
             for j in range(len(halves)):
                 total = builder.fadd(totals[i][j], sums[i][j])
-                totals[i][j].add_incoming(zero, before)
-                totals[i][j].add_incoming(total, add_piece)
+                totals[i][j].add_incoming(ir.Constant(_VECTOR, None), before)
+                totals[i][j].add_incoming(total, builder.block)
                 sums[i][j] = total
-        first.add_incoming(end, add_piece)
+        first.add_incoming(end, builder.block)
+        after = builder.append_basic_block("sums")
         builder.cbranch(builder.icmp_signed("<", end, depth), piece, after)
 
         builder.position_at_end(after)
@@ -133,6 +123,93 @@ def multiply_block(
                 to = builder.gep(c_start, [builder.add(builder.mul(c_row, _INT(i)), _INT(half))])
                 value = builder.fadd(sums[i][j], _load(builder, to)) if accumulate else sums[i][j]
                 _store(builder, value, to)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def multiply_wide_block(
+    typing: Any,
+    rows: Any,
+    vectors: Any,
+    add: Any,
+    a: Any,
+    a_at: Any,
+    a_row: Any,
+    a_step: Any,
+    b: Any,
+    b_at: Any,
+    b_panel: Any,
+    c: Any,
+    c_at: Any,
+    c_row: Any,
+    c_panel: Any,
+    depth: Any,
+    part: Any,
+) -> Any:
+    """``c = a b`` or ``c += a b`` for three or four (``vectors``, a literal) vectors of columns of two panels, which
+    begin ``b_panel`` apart in b and ``c_panel`` in c; the rest as in :func:`multiply_block`, and the same to the last
+    bit.
+
+    For processors with 32 vector registers, 24 of which hold sums here. Ten vectors are loaded for 24 multiplications,
+    where a block of one panel loads eight for twelve: an Ice Lake loads one vector in a cycle and multiplies two. The
+    totals of the pieces are kept in memory: in c, and in ``part`` (2 BLOCK PANEL) where c is added to.
+    """
+    count, accumulate = rows.literal_value, add.literal_value
+    places = ((0, 0), (0, LANES), (1, 0), (1, LANES))[: vectors.literal_value]
+    n = types.intp
+    signature = types.void(rows, vectors, add, a, n, n, n, b, n, n, c, n, n, n, n, part)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        _, _, _, a, a_at, a_row, a_step, b, b_at, b_panel, c, c_at, c_row, c_panel, depth, part = args
+        a_start = builder.gep(_data(context, builder, signature.args[3], a), [a_at])
+        b_start = builder.gep(_data(context, builder, signature.args[7], b), [b_at])
+        c_start = builder.gep(_data(context, builder, signature.args[10], c), [c_at])
+        part_start = _data(context, builder, signature.args[15], part)
+        a_rows = [builder.gep(a_start, [builder.mul(a_row, _INT(i))]) for i in range(count)]
+        b_starts = [
+            builder.gep(b_start, [builder.add(builder.mul(b_panel, _INT(panel)), _INT(half))]) for panel, half in places
+        ]
+
+        def result(i: int, j: int) -> Any:
+            panel, half = places[j]
+            row = builder.gep(c_start, [builder.mul(c_row, _INT(i))])
+            return builder.gep(row, [builder.add(builder.mul(c_panel, _INT(panel)), _INT(half))])
+
+        cells = [(i, j) for i in range(count) for j in range(len(places))]
+        totals = {
+            (i, j): builder.gep(part_start, [_INT((4 * i + j) * LANES)]) if accumulate else result(i, j)
+            for i, j in cells
+        }
+        if accumulate:
+            for cell in cells:
+                _prefetch(builder, result(*cell))
+
+        before = builder.block
+        piece = builder.append_basic_block("piece")
+        builder.branch(piece)
+
+        builder.position_at_end(piece)
+        first = builder.phi(_INT)
+        first.add_incoming(_INT(0), before)
+        end = _end_of_piece(builder, first, depth)
+        sums = _sums_of_piece(builder, first, end, a_rows, a_step, b_starts)
+        with builder.if_else(builder.icmp_signed("==", first, _INT(0))) as (at_first, later):
+            for begun, block in ((False, at_first), (True, later)):
+                with block:
+                    for i, j in cells:
+                        value, to = sums[i][j], totals[i, j]
+                        _store(builder, builder.fadd(_load(builder, to), value) if begun else value, to)
+        after = builder.append_basic_block("sums")
+        first.add_incoming(end, builder.block)
+        builder.cbranch(builder.icmp_signed("<", end, depth), piece, after)
+
+        builder.position_at_end(after)
+        if accumulate:
+            for cell in cells:
+                to = result(*cell)
+                _store(builder, builder.fadd(_load(builder, totals[cell]), _load(builder, to)), to)
         return context.get_dummy_value()
 
     return signature, generate
@@ -231,6 +308,43 @@ def prefetch(typing: Any, array: Any, at: Any) -> Any:
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _end_of_piece(builder: ir.IRBuilder, first: Any, depth: Any) -> Any:
+    """Where the piece from ``first`` on ends; the last one takes up to half a piece more, rather than leave it over."""
+    end = builder.add(first, _INT(PIECE))
+    return builder.select(builder.icmp_signed("<", builder.add(end, _INT(PIECE // 2)), depth), end, depth)
+
+
+def _sums_of_piece(
+    builder: ir.IRBuilder, first: Any, end: Any, a_rows: list[Any], a_step: Any, b_starts: list[Any]
+) -> list[list[Any]]:
+    """The terms from ``first`` to ``end`` of rows of a times vectors of b. What is built next comes after the loop."""
+    before = builder.block
+    loop = builder.append_basic_block("depth")
+    after = builder.append_basic_block("piece_end")
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
+    k = builder.phi(_INT)
+    k.add_incoming(first, before)
+    sums = [[builder.phi(_VECTOR) for _ in b_starts] for _ in a_rows]
+    b_row = builder.mul(k, _INT(PANEL))
+    b_vectors = [_load(builder, builder.gep(start, [b_row])) for start in b_starts]
+    a_column = builder.mul(k, a_step)
+    for i, row in enumerate(a_rows):
+        element = _spread(builder, builder.load(builder.gep(row, [a_column])))
+        for j, vector in enumerate(b_vectors):
+            total = _multiply_add(builder, element, vector, sums[i][j])
+            sums[i][j].add_incoming(ir.Constant(_VECTOR, None), before)
+            sums[i][j].add_incoming(total, loop)
+            sums[i][j] = total
+    following = builder.add(k, _INT(1))
+    k.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+
+    builder.position_at_end(after)
+    return sums
 
 
 def _prefetch(builder: ir.IRBuilder, address: Any) -> None:

@@ -21,8 +21,8 @@ from numpy.typing import DTypeLike
 
 from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import empty
-from net.cpu.product import rows_times_panel
-from net.cpu.simd import BLOCK, PANEL
+from net.cpu.product import times_panels
+from net.cpu.simd import BLOCK, PANEL, lines
 
 ROWS: Final = 8 * BLOCK  # rows of w or dw at a time
 SHIFT: Final = 16  # floats in a cache line: keeps rows of a power of two apart in the cache
@@ -60,7 +60,7 @@ def _compute(x: np.ndarray, dy: np.ndarray, images: int, dw: np.ndarray, maps: i
     for block in prange((depth + ROWS - 1) // ROWS):
         first = block * ROWS
         rows = min(ROWS, depth - first)
-        some = np.empty(ROWS * wide, np.float32)
+        some = lines(ROWS * wide)
         _rows(x, dy, images, wide, first, rows, some)
         for i in range(rows):
             at = (first + i) * maps
@@ -84,7 +84,7 @@ def _descend(
     for block in prange((depth + ROWS - 1) // ROWS):
         first = block * ROWS
         rows = min(ROWS, depth - first)
-        dw = np.empty(ROWS * wide, np.float32)
+        dw = lines(ROWS * wide)
         _rows(x, dy, images, wide, first, rows, dw)
         for i in range(rows):
             at = (first + i) * maps
@@ -101,16 +101,18 @@ def _rows(x: np.ndarray, dy: np.ndarray, images: int, wide: int, first: int, row
     panels = wide // PANEL
     for group in range(0, panels, _GROUP):
         for i in range(0, rows, BLOCK):
-            for panel in range(group, min(group + _GROUP, panels)):
-                rows_times_panel(
-                    x,
-                    (first + i) * row,
-                    row,
-                    dy,
-                    panel * images * PANEL,
-                    dw,
-                    i * wide + panel * PANEL,
-                    wide,
-                    min(BLOCK, rows - i),
-                    images,
-                )
+            times_panels(
+                x,
+                (first + i) * row,
+                row,
+                dy,
+                group * images * PANEL,
+                images * PANEL,
+                dw,
+                i * wide + group * PANEL,
+                wide,
+                PANEL,
+                min(BLOCK, rows - i),
+                2 * min(_GROUP, panels - group),
+                images,
+            )

@@ -43,8 +43,8 @@ import numpy as np
 
 from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import empty
-from net.cpu.product import rows_times_half_panel, rows_times_panel
-from net.cpu.simd import BLOCK, LANES, PANEL, copy, transform
+from net.cpu.product import times_panels
+from net.cpu.simd import BLOCK, LANES, PANEL, WIDE, copy, lines, transform
 
 SHIFT: Final = 16  # floats in a cache line: the distance that places are put further apart
 _NEAR: Final = 352 << 10  # bytes of transformed tiles that stay in a second-level cache, beside the rest
@@ -143,7 +143,7 @@ def shape(
     if fitting >= 4 * BLOCK:
         # Few channels: the transformed tiles stay in the second-level cache while one panel after another uses them.
         pieces = -(-block // fitting)
-        block, strip = min(block, _up(-(-block // pieces), BLOCK)), 1
+        block, strip = min(block, _up(-(-block // pieces), BLOCK)), 2 if WIDE else 1
     return Shape(
         m=m,
         n=m + taps - 1,
@@ -227,7 +227,7 @@ def convolve(
     canvas, tiles, products = work.canvas[task], work.tiles[task], work.products[task]
     places, panels = s.n * s.n, s.maps_padded // PANEL
     tiles_step, products_step = s.block * s.depth_padded + SHIFT, s.block * s.strip * PANEL + SHIFT
-    scratch = np.empty(8 * 8 * LANES, np.float32)
+    scratch = lines(8 * 8 * LANES)
     fill_canvas(x, first, s, canvas)
     for first_tile in range(0, s.tile_rows * s.tile_columns, s.block):
         count = min(s.block, s.tile_rows * s.tile_columns - first_tile)
@@ -251,19 +251,23 @@ def convolve(
             )
             for first_panel in range(from_panel, to_panel, s.strip):
                 now = min(s.strip, to_panel - first_panel)
-                whole = min(now, (s.maps + LANES - 1) // PANEL - first_panel)
+                vectors = min(2 * now, (s.maps + LANES - 1) // LANES - 2 * first_panel)
                 for place in range(places):
-                    a_at = place * tiles_step
-                    b_at = ((place * s.groups + group) * panels + first_panel) * s.depth * PANEL
-                    c_at = place * products_step
-                    for _ in range(whole):
-                        rows_times_panel(tiles, a_at, s.depth_padded, u, b_at, products, c_at, PANEL, count, s.depth)
-                        b_at += s.depth * PANEL
-                        c_at += count * PANEL
-                    if whole < now:
-                        rows_times_half_panel(
-                            tiles, a_at, s.depth_padded, u, b_at, products, c_at, PANEL, count, s.depth
-                        )
+                    times_panels(
+                        tiles,
+                        place * tiles_step,
+                        s.depth_padded,
+                        u,
+                        ((place * s.groups + group) * panels + first_panel) * s.depth * PANEL,
+                        s.depth * PANEL,
+                        products,
+                        place * products_step,
+                        PANEL,
+                        count * PANEL,
+                        count,
+                        vectors,
+                        s.depth,
+                    )
                 map_ = group * s.maps_padded + first_panel * PANEL
                 _transform_outputs(products, products_step, first_tile, count, now, map_, s, outputs, scratch)
 

@@ -26,8 +26,8 @@ import numpy as np
 
 from net.cpu.jit import inner, kernel, prange
 from net.cpu.memory import empty
-from net.cpu.product import add_columns_times_panel
-from net.cpu.simd import LANES, PANEL, fence, stream, transform
+from net.cpu.product import add_times_panels
+from net.cpu.simd import BLOCK, LANES, PANEL, fence, lines, stream, transform
 from net.cpu.winograd import SHIFT, Shape, fill_canvas, transform_inputs
 
 _SLAB: Final = 24 << 20  # bytes of transformed tiles in the gradient of the weights
@@ -100,11 +100,11 @@ def _sum_parts(
     panels, pieces = s.maps_padded // PANEL, (each + block - 1) // block
     tiles_step, products_step = block * s.depth_padded + SHIFT, block * s.maps_padded + SHIFT
     for task in prange(tasks):
-        scratch = np.empty(8 * 8 * LANES, np.float32)
-        for part in range(task, parts, tasks):
-            sums = du[part]
+        scratch, part = lines(8 * 8 * LANES), lines(2 * BLOCK * PANEL)
+        for number in range(task, parts, tasks):
+            sums = du[number]
             sums[:] = 0
-            for first in range(part * images, x.shape[0], parts * images):
+            for first in range(number * images, x.shape[0], parts * images):
                 fill_canvas(x, first, s, canvas[task])
                 _fill_outputs(dy, first, s, outputs[task])
                 for piece in range(s.groups * pieces):
@@ -138,19 +138,23 @@ def _sum_parts(
                         scratch,
                     )
                     for place in range(s.n * s.n):
-                        for panel in range(panels):
-                            add_columns_times_panel(
-                                tiles[task],
-                                place * tiles_step,
-                                s.depth_padded,
-                                products[task],
-                                place * products_step + panel * block * PANEL,
-                                sums,
-                                (place * s.groups + group) * s.depth * s.maps_padded + panel * PANEL,
-                                s.maps_padded,
-                                s.depth,
-                                count,
-                            )
+                        add_times_panels(
+                            tiles[task],
+                            place * tiles_step,
+                            1,
+                            s.depth_padded,
+                            products[task],
+                            place * products_step,
+                            block * PANEL,
+                            sums,
+                            (place * s.groups + group) * s.depth * s.maps_padded,
+                            s.maps_padded,
+                            PANEL,
+                            s.depth,
+                            panels,
+                            count,
+                            part,
+                        )
 
 
 @kernel
@@ -187,7 +191,7 @@ def _transform_both(
     products_step = count * s.groups * s.maps_padded + SHIFT
     tasks = canvas.shape[0]
     for task in prange(tasks):
-        scratch, made = np.empty(8 * 8 * LANES, np.float32), np.empty(8 * 8 * LANES, np.float32)
+        scratch, made = lines(8 * 8 * LANES), lines(8 * 8 * LANES)
         for mosaic in range(task, mosaics, tasks):
             image = first + mosaic * s.mosaic_rows * s.mosaic_columns
             fill_canvas(x, image, s, canvas[task])
@@ -297,19 +301,23 @@ def _multiply_all(tiles: np.ndarray, products: np.ndarray, du: np.ndarray, used:
     products_step = count * s.groups * s.maps_padded + SHIFT
     for task in prange(s.n * s.n * s.groups):
         place, group = task // s.groups, task % s.groups
-        for panel in range(panels):
-            add_columns_times_panel(
-                tiles,
-                place * tiles_step + group * s.depth_padded,
-                row,
-                products,
-                place * products_step + (group * panels + panel) * count * PANEL,
-                du,
-                task * s.depth * s.maps_padded + panel * PANEL,
-                s.maps_padded,
-                s.depth,
-                used,
-            )
+        add_times_panels(
+            tiles,
+            place * tiles_step + group * s.depth_padded,
+            1,
+            row,
+            products,
+            place * products_step + group * panels * count * PANEL,
+            count * PANEL,
+            du,
+            task * s.depth * s.maps_padded,
+            s.maps_padded,
+            PANEL,
+            s.depth,
+            panels,
+            used,
+            lines(2 * BLOCK * PANEL),
+        )
 
 
 @kernel
