@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bench import command
 from bench.cpu_sides import CLASSES
 from net.alexnet import alexnet, table
 from pipeline.command_line import at_least_one
@@ -251,9 +252,7 @@ def folder_for(path: Path | None) -> Iterator[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command("cpu", __doc__)
     parser.add_argument("--batch", type=at_least_one, default=128)
     parser.add_argument("--rounds", type=at_least_one, default=3)
     parser.add_argument("--steps", type=at_least_one, default=3, help="steps a process is timed over")

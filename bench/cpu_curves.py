@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import command
 from bench.hand import begin
 from data.dataset import Dataset, open_dataset
 from data.loader import load
@@ -166,9 +167,7 @@ def report(curves: dict[str, list[float]]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cpu_curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command("cpu_curves", __doc__)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a preprocessed run directory")
     parser.add_argument("--recipe", choices=list(RECIPES), help="default: the run's own configuration")
     parser.add_argument("--steps", type=at_least_one, default=200)

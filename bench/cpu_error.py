@@ -7,13 +7,12 @@ PyTorch's where Winograd's transforms are used, twice elsewhere.
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 import torch
 from torch.nn import functional
 
 import net.cpu
+from bench import command
 from pipeline.command_line import at_least_one
 
 #  name: picture's side, channels in, channels out, kernel, stride, pad, groups
@@ -101,9 +100,7 @@ def lrn(images: int) -> dict[str, tuple[float, float]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cpu_error", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command("cpu_error", __doc__)
     parser.add_argument("--images", type=at_least_one, default=8)
     options = parser.parse_args()
     rows = {name: convolution(name, options.images) for name in CONVOLUTIONS}

@@ -1,13 +1,11 @@
 """Where a training step on the CPU spends its time, operation by operation: ``python -m bench.cpu_layers``.
 
 Runs the step of the ``seed`` recipe (1000 classes) on random crops with every operation of ``net.cpu`` timed, and
-prints the median of each with its share of the step and, for convolutions and fully connected layers, the rate of a
-*direct* computation that would take as long: GFLOP/s above the machine's GEMM ceiling are what Winograd saves.
+prints the median of each with its share of the step.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import net.cpu
+from bench import command
 from bench.cpu_sides import sides
 from net.backend import FUSED_OPERATIONS, OPERATIONS
 from pipeline.command_line import at_least_one
@@ -43,9 +42,7 @@ def timed_backend(times: dict[str, list[float]]) -> SimpleNamespace:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cpu_layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command("cpu_layers", __doc__)
     parser.add_argument("--batch", type=at_least_one, default=128)
     parser.add_argument("--rounds", type=at_least_one, default=5)
     options = parser.parse_args()

@@ -9,7 +9,6 @@ with 1000 classes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import command
 from bench.blotches import batches
 from bench.hand import begin
 from net.network import initial_parameters, prediction
@@ -70,9 +70,7 @@ def torch_side(mode: str, kind: str) -> Callable[[Host], Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cpu_sides", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command("cpu_sides", __doc__)
     parser.add_argument("side", choices=("hand", "eager", "compile"))
     parser.add_argument("kind", choices=("train", "forward"))
     parser.add_argument("--steps", type=at_least_one, default=3)

@@ -5,7 +5,6 @@ They are a hundredth of a training step together. Prints a table: the best time 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from types import ModuleType
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import command
 from net import reference
 from pipeline.command_line import at_least_one
 
@@ -41,9 +41,7 @@ def operations(ops: ModuleType) -> dict[str, Callable[[], Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cpu_small", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command("cpu_small", __doc__)
     parser.add_argument("--rounds", type=at_least_one, default=15, help="turns each side takes")
     rounds = parser.parse_args().rounds
     import net.cpu

@@ -3,11 +3,13 @@
 preprocess
     One core: decode, resize, crop and write of the source's training pictures. The plain Pillow way (open, convert,
     resize the whole, crop, append to a file), this project's with either decoder, and OpenCV's (whose bicubic filter
-    does not smooth when it shrinks: other pixels). Then whole shards with colour sums, checksums and hashes, and the
-    stage's rate with one and two jobs.
+    does not smooth when it shrinks: other pixels; where the package cv2 is installed). Then whole shards with colour
+    sums, checksums and hashes.
+scaling
+    The preprocessing stage's rate with one and with two jobs, on the source's pictures eight times over.
 loader
-    Crops of 2,000 stored pictures in memory into batches of 128: this loader with one thread beside a PyTorch
-    DataLoader over the same memory map with two workers.
+    Crops of 2,000 stored pictures in memory into batches of 128: this loader with one and with two threads beside a
+    PyTorch DataLoader over the same memory map with two workers.
 memory
     What the loader holds while it goes through 1,000 short epochs of the source: memory of the process that is not
     mapped from files, beside the size of the ring.
@@ -18,17 +20,15 @@ blocks
     A set written for the purpose and dropped from the page cache before each turn: crops in uniform and in block-wise
     order beside ``dd``; and how well the block-wise order mixes. ``--gigabytes 30`` is more than many machines' memory.
 
-torchvision's transforms are missing here where no build of it fits the installed PyTorch.
+The source is a folder as ``--stage preprocess`` takes it; loader and blocks make pictures of their own.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import gc
 import io
-import json
 import math
 import os
 import shutil
@@ -39,14 +39,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from bench import command
 from data import convert, loader
 from data.dataset import open_dataset
 from data.images import read_square, resized
@@ -54,7 +53,6 @@ from data.plan import make_plan, shard_tasks
 from data.readahead import reading_ahead
 from data.sampling import (
     BLOCK,
-    OPEN_BLOCKS,
     Augmentation,
     Crops,
     block_groups,
@@ -110,7 +108,7 @@ def by_opencv(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(image[top : top + SIZE, left : left + SIZE])
 
 
-def preprocessing(source: Path, folder: Path, rounds: int) -> dict[str, Any]:
+def preprocessing(source: Path, folder: Path, rounds: int) -> None:
     listed = read_source(source)
     files = [data for _, data in convert.read_files(listed.splits["train"])]
     ways: dict[str, Callable[[bytes], np.ndarray]] = {
@@ -151,16 +149,16 @@ def preprocessing(source: Path, folder: Path, rounds: int) -> dict[str, Any]:
             difference = np.abs(way(data) - expected)
             differences[name].append(int(difference.max()))
             means[name].append(float(difference.mean()))
-    result: dict[str, Any] = {}
     for name, rate in rates.items():
-        result[name] = {"images_per_second": round(rate, 1), "times_plain": round(rate / rates["plain Pillow"], 3)}
+        told = f"{rate:8.1f} images/s, {rate / rates['plain Pillow']:.2f} times plain"
         if name in ways:
-            result[name] |= {"mean_difference": statistics.mean(means[name]), "largest": max(differences[name])}
-        print(f"{name:28} {result[name]}", flush=True)
-    return result
+            told += (
+                f", difference {statistics.mean(means[name]):.2g} levels in the mean, {max(differences[name])} at most"
+            )
+        print(f"{name:24} {told}", flush=True)
 
 
-def scaling(source: Path, folder: Path, rounds: int) -> dict[str, Any]:
+def scaling(source: Path, folder: Path, rounds: int) -> None:
     """Images a second from the first finished shard to the last, with one and two jobs; starting is left out."""
     big = folder / "source"
     for split in ("train", "val"):
@@ -186,7 +184,6 @@ def scaling(source: Path, folder: Path, rounds: int) -> dict[str, Any]:
             shutil.rmtree(run.root)
     one, two = statistics.median(rates[1]), statistics.median(rates[2])
     print(f"stage: {one:.1f} images/s with one job, {two:.1f} with two: {two / one:.3f} times", flush=True)
-    return {"one_job": one, "two_jobs": two, "times": two / one}
 
 
 class Stored:
@@ -229,7 +226,7 @@ def consumed(stored: Stored, plan: Callable[[int], Crops], batches: int, threads
     return sum(len(batch.arrays["labels"]) for batch in ready)
 
 
-def loading(folder: Path, rounds: int) -> dict[str, Any]:
+def loading(folder: Path, rounds: int) -> None:
     write_pictures(folder / "pictures", 2000)
     stored = Stored(folder / "pictures", 2000)
     order = np.concatenate([epoch_order(2000, 0, epoch) for epoch in range(16)])
@@ -245,7 +242,6 @@ def loading(folder: Path, rounds: int) -> dict[str, Any]:
     peer = rates["PyTorch DataLoader, 2 workers"]
     for name, rate in rates.items():
         print(f"{name:32} {rate:9.0f} crops/s, {rate / peer:.2f} times the DataLoader", flush=True)
-    return {name: {"crops_per_second": rate, "times_dataloader": rate / peer} for name, rate in rates.items()}
 
 
 def preprocessed(source: Path, run: RunDir) -> None:
@@ -260,7 +256,7 @@ def anonymous() -> int:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))) * 1024
 
 
-def memory(source: Path, folder: Path, epochs: int = 1000) -> dict[str, Any]:
+def memory(source: Path, folder: Path, epochs: int = 1000) -> None:
     run = RunDir(folder / "run")
     preprocessed(source, run)
     dataset = open_dataset(run)
@@ -269,21 +265,20 @@ def memory(source: Path, folder: Path, epochs: int = 1000) -> dict[str, Any]:
     for _ in loader.load(dataset.train, plan, range(2), crop=CROP, largest=BATCH, slots=4, threads=2):
         pass  # compiles, opens and allocates what is needed once
     gc.collect()
-    before, found = anonymous(), {}
+    before = anonymous()
     batches = range(epochs * plan.steps_per_epoch)
     start = time.perf_counter()
     for batch in loader.load(dataset.train, plan, batches, crop=CROP, largest=BATCH, slots=4, threads=2):
         epoch, place = divmod(batch.number + 1, plan.steps_per_epoch)
         if not place and epoch in (1, 10, 100, 300, epochs):
-            found[epoch] = round((anonymous() - before) / 1e6, 2)
-            print(f"after epoch {epoch:5}: {found[epoch]:8.2f} MB more than before the loader", flush=True)
+            more = (anonymous() - before) / 1e6
+            print(f"after epoch {epoch:5}: {more:8.2f} MB more than before the loader", flush=True)
     seconds, ring = time.perf_counter() - start, 4 * BATCH * (CROP * CROP * 3 + 8 + 1 + 12 + 4) / 1e6
     crops = epochs * len(dataset.train)
     print(f"the ring of 4 batches has {ring:.2f} MB; {crops} crops in {seconds:.1f} s", flush=True)
-    return {"megabytes_after_epoch": found, "ring_megabytes": ring, "crops": crops, "seconds": seconds}
 
 
-def waiting(source: Path, folder: Path, steps: int) -> dict[str, Any]:
+def waiting(source: Path, folder: Path, steps: int) -> None:
     run = RunDir(folder / "run")
     preprocessed(source, run)
     command = [sys.executable, "run_pipeline.py", "--stage", "train", "--run", str(run.root), "--device", "cpu"]
@@ -300,10 +295,9 @@ def waiting(source: Path, folder: Path, steps: int) -> dict[str, Any]:
         f"for data, at most {largest:.3%} in a step; {lines[0]['data_wait']:.2%} in the first step",
         flush=True,
     )
-    return {"images_per_second": rate, "data_wait": share, "largest": largest, "first": lines[0]["data_wait"]}
 
 
-def blocks(folder: Path, rounds: int, gigabytes: float) -> dict[str, Any]:
+def blocks(folder: Path, rounds: int, gigabytes: float) -> None:
     path, count = folder / "pictures", int(gigabytes * 1e9) // (SIZE * SIZE * 3)
     write_pictures(path, count)
     picture = SIZE * SIZE * 3
@@ -348,13 +342,13 @@ def blocks(folder: Path, rounds: int, gigabytes: float) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, rate in medians.items():
         print(f"{name:12} {rate:8.0f} MB/s, {rate / medians['dd']:.2f} of dd", flush=True)
-    return {"gigabytes": gigabytes, "MB_per_second": medians, "mixing": mixing()}
+    mixing()
 
 
-def mixing() -> dict[str, float]:
+def mixing() -> None:
     """Mean entropy, in bits, of the classes in a batch of 128: of the stored (shuffled) set, and of one stored class
     by class, which is what a block-wise order could do the most harm to."""
-    count, found = 1_281_167, {}
+    count = 1_281_167
     sorted_labels = np.arange(count) * 1000 // count
     shuffled_labels = np.random.default_rng(0).permutation(sorted_labels)
     for stored, labels in (("shuffled", shuffled_labels), ("class by class", sorted_labels)):
@@ -364,17 +358,12 @@ def mixing() -> dict[str, float]:
                 share = np.bincount(labels[order[first : first + BATCH]])
                 share = share[share > 0] / BATCH
                 entropies.append(-float(np.sum(share * np.log2(share))))
-            found[f"{stored}, {name}"] = statistics.mean(entropies)
-            print(
-                f"stored {stored}, {name}: {found[f'{stored}, {name}']:.4f} of {math.log2(BATCH):.0f} bits", flush=True
-            )
-    return found
+            mean = statistics.mean(entropies)
+            print(f"stored {stored}, {name}: {mean:.4f} of {math.log2(BATCH):.0f} bits", flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command("data", __doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--source", type=Path, help="folder with the pictures; loader and blocks make their own")
     parser.add_argument("--folder", type=Path, help="where to write; default: the temporary folder")
@@ -383,7 +372,6 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=at_least_one, default=35, help="training steps for wait, the first five not counted"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     if options.part not in ("loader", "blocks") and options.source is None:
         parser.error(f"{options.part} needs --source")
@@ -397,12 +385,9 @@ def main() -> int:
             "wait": lambda: waiting(options.source, folder, options.steps),
             "blocks": lambda: blocks(folder, options.rounds, options.gigabytes),
         }
-        found = parts[options.part]()
+        parts[options.part]()
     finally:
         shutil.rmtree(folder)
-    if options.json:
-        facts = {"date": date.today().isoformat(), "open_blocks": OPEN_BLOCKS, "block": BLOCK, options.part: found}
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
     return 0
 
 

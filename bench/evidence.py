@@ -43,6 +43,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from bench import command
 from bench.evidence_plan import BASE, LOG_EVERY, How, Planned, configured, folder_of, planned
 from bench.evidence_tables import markdown, picture
 from data.manifest import read_manifest
@@ -305,7 +306,7 @@ def few_threads(jobs: int) -> dict[str, str]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options, refused where they name unknown runs or leave out what is needed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.evidence", description=__doc__.partition("\n")[0])
+    parser = command("evidence", __doc__)
     parser.add_argument("--source", type=Path, help="the pictures; not needed once they are preprocessed")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="default %(default)s")
     parser.add_argument("--epochs", type=at_least_one, default=20, help="of every run (default %(default)s)")

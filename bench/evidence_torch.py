@@ -11,7 +11,6 @@ autocast. Checkpoints and metrics are written as ``--stage train`` writes them, 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bench import parity
+from bench import command, parity
 from data.dataset import Dataset, open_dataset
 from data.loader import load
 from data.manifest import data_fingerprint
@@ -232,7 +231,7 @@ def _save(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.evidence_torch", description=__doc__.partition("\n")[0])
+    parser = command("evidence_torch", __doc__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")

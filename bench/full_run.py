@@ -9,28 +9,30 @@ predictions of ``bench.gpu_model``; prices are assumptions.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from typing import Final
 
-from bench.gpu_model import CROP, EPOCH, H100, H200, LAYERS, RTX4090, SHAPE, Card, Setting, prediction, training_step
+from bench import command
+from bench.gpu_model import (
+    A100,
+    CROP,
+    EPOCH,
+    H100,
+    H200,
+    LAYERS,
+    RTX4090,
+    SHAPE,
+    Card,
+    Setting,
+    prediction,
+    training_step,
+)
 
 EPOCHS: Final = 90
 VALIDATION: Final = 50_000  # pictures, once an epoch
 STORED: Final = 256 * 256 * 3  # bytes of a picture in a shard
 BATCH: Final = 128
 
-# The second-level cache's rate, 4.5e12, is a guess between the data sheet's peak and what others measure of Hopper's.
-A100: Final = Card(
-    "A100 SXM 80 GB",
-    2.039e12,
-    {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
-    108,
-    1.41e9,
-    80 * 2**30,
-    4.5e12,
-    164 * 1024,
-)
 # Euros an hour, assumed: rented by the hour in 2026, towards the cheaper end of what is asked.
 PRICES: Final = ((H200, 3.5), (H100, 2.7), (A100, 1.3), (RTX4090, 0.4))
 # Images/s of training steps fed by the loader from memory, by card, precision and batch: python -m bench.gpu --fed,
@@ -85,7 +87,7 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.full_run", description=__doc__.partition("\n")[0])
+    parser = command("full_run", __doc__)
     parser.add_argument("--rate", type=float, help="training images/s that were measured")
     rate = parser.parse_args().rate
     if rate is None:

@@ -9,11 +9,9 @@ manifest, which is read again and its shards opened as training does. Everything
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import io
-import json
 import os
 import resource
 import shutil
@@ -29,6 +27,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
+from bench import command
 from data import ilsvrc, shards
 from data.convert import ShardResult, ShardTask
 from data.dataset import open_dataset
@@ -179,23 +178,19 @@ def rehearse(folder: Path, train: int, val: int, timed: Timed) -> tuple[int, int
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.full_size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command("full_size", __doc__)
     parser.add_argument("--folder", type=Path, help="where to make all of it (4 GB); default: the temporary folder")
     parser.add_argument("--train", type=at_least_one, default=TRAIN)
     parser.add_argument("--val", type=at_least_one, default=VAL)
     parser.add_argument("--rate", type=float, help="pictures a second and core, for the projected hours")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    seconds: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         result = work()
-        seconds[name] = round(time.perf_counter() - start, 2)
+        seconds = time.perf_counter() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(f"{name:40} {seconds[name]:8.2f} s, {memory:.2f} GB at most so far", flush=True)
+        print(f"{name:40} {seconds:8.2f} s, {memory:.2f} GB at most so far", flush=True)
         return result
 
     folder = Path(tempfile.mkdtemp(dir=options.folder))
@@ -205,14 +200,10 @@ def main() -> int:
         shutil.rmtree(folder)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{count} shards, {disk / 1e9:.1f} GB of disk; peak memory {memory / 1e6:.2f} GB")
-    pictures = options.train + options.val
-    facts = {"members": pictures, "seconds": seconds, "peak_memory_bytes": memory * 1024}
-    facts |= {"shards": count, "disk_bytes": disk}
     if options.rate:
-        facts["hours"] = {cores: round(pictures / options.rate / cores / 3600, 2) for cores in (2, 16, 64)}
-        print(f"decoding at {options.rate} pictures a second and core: hours by cores {facts['hours']}")
-    if options.json:
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        hours = (options.train + options.val) / options.rate / 3600
+        told = ", ".join(f"{hours / cores:.2f} on {cores} cores" for cores in (2, 16, 64))
+        print(f"decoding at {options.rate:g} pictures a second and core: hours {told}")
     return 0
 
 

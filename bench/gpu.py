@@ -6,7 +6,6 @@
     python -m bench.gpu --curve 500 --precision fp32 loss curves of both from the same weights on the same batches
     python -m bench.gpu --resume                     stop, save, go on: the same bits as without stopping
     python -m bench.gpu --fed                        the rate with the loader's threads feeding it, pictures in memory
-    python -m bench.gpu --loader RUN                 the same through the command line, from RUN's shards
     python -m bench.gpu --sanitize                   the kernels under compute-sanitizer: memory, races, barriers
     python -m bench.gpu --dry-run                    on any machine: the same code on the CPU, in small
 
@@ -35,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import gpu_checks, gpu_model
+from bench import command, gpu_checks, gpu_model
 from bench.gpu_checks import BORDER, SCALE, SEED, Host, batches, ours
 from net.alexnet import alexnet
 from net.backend import BackendUnavailableError, load
@@ -261,9 +260,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     dry = options.dry_run
     precisions = options.precision or ["bf16", "tf32", "fp32"]
-    if options.loader:
-        gpu_checks.loader_rate(options.loader, 400, precisions[0], dry)
-        return
     if options.sanitize:
         gpu_checks.sanitize(dry)
         return
@@ -311,7 +307,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for figures in races(ops, host, classes, precision, crop, options, effort):
                 keep(figures)
         if dry:
-            gpu_checks.loader_rate("RUN", 400, precisions[0], dry)
             gpu_checks.sanitize(dry)
         elif measured:
             print(summary(measured))
@@ -321,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n")[0])
+    parser = command("gpu", __doc__)
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, in small, without a GPU")
     parser.add_argument("--precision", nargs="+", choices=("bf16", "tf32", "fp32"), default=None)
     parser.add_argument("--batch", nargs="+", type=at_least_one, default=None)
@@ -333,7 +328,6 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--curve", type=at_least_one, default=0, metavar="STEPS", help="compare loss curves instead")
     parser.add_argument("--resume", action="store_true", help="check that resuming gives the same bits instead")
     parser.add_argument("--fed", action="store_true", help="measure the rate with the loader's threads instead")
-    parser.add_argument("--loader", metavar="RUN", help="measure the rate with RUN's shards instead")
     parser.add_argument("--sanitize", action="store_true", help="run the kernels under compute-sanitizer instead")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args(arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -15,7 +14,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 from unittest import mock
@@ -307,26 +305,6 @@ def fed(
         flush=True,
     )
     return {"threads": threads, "images_per_second": rate, "data_wait": waited / seconds}
-
-
-def loader_rate(run: str, steps: int, precision: str, dry: bool) -> None:
-    """The pipeline's own training, whose metrics.jsonl then has the rate and the share of time waiting for data."""
-    command = [
-        *(sys.executable, "run_pipeline.py", "--stage", "train", "--run", run, "--resume"),
-        *("--device", "gpu", "--precision", precision, "--steps", str(steps)),
-    ]
-    if dry:
-        print("would run:", " ".join(command))
-        return
-    subprocess.run(command, check=True)
-    lines = [json.loads(line) for line in (Path(run) / "train" / "metrics.jsonl").read_text().splitlines()]
-    # RUN may have been trained before, on whatever: of these steps alone, and without the first line, which recorded.
-    own = [line for line in lines if line["step"] > lines[-1]["step"] - steps]
-    rates = [line["images_per_second"] for line in own if "images_per_second" in line][1:]
-    waits = [line["data_wait"] for line in own if "data_wait" in line][1:]
-    rate = statistics.median(rates)
-    print(f"fed by the loader: {rate:,.0f} images/s, {statistics.median(waits):.1%} of the time waiting for data")
-    print(f"90 epochs of ILSVRC at this rate: {90 * EPOCH / rate / 60:,.0f} minutes")
 
 
 # --- compute-sanitizer ---------------------------------------------------------------------------------------------

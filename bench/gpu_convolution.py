@@ -11,7 +11,6 @@ last and ``benchmark`` on. Results are compared with those of columns and cuBLAS
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 
+from bench import command
 from net.alexnet import alexnet
 from net.backend import BackendUnavailableError, load
 from net.gpu import convolution, implicit
@@ -134,7 +134,7 @@ def _elapsed(begin: Any, end: Any) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_convolution", description=(__doc__ or "").split("\n")[0])
+    parser = command("gpu_convolution", __doc__)
     parser.add_argument("--batch", nargs="+", type=at_least_one, default=[128, 1024])
     parser.add_argument("--rounds", type=at_least_one, default=15)
     parser.add_argument("--tune", action="store_true", help="every tile and number of stages")

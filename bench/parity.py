@@ -25,7 +25,6 @@ nothing else.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bench import command
 from bench.blotches import batches
 from bench.hand import begin
 from net import backend
@@ -307,7 +307,7 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.parity", description=__doc__.partition("\n")[0])
+    parser = command("parity", __doc__)
     parser.add_argument("--device", choices=backend.DEVICES, default="cpu")
     parser.add_argument("--precision", choices=["float32", "float64"], default="float32")
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=["paper", "caffe"])

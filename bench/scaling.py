@@ -29,6 +29,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from bench import command
 from pipeline.command_line import at_least_one
 
 CLASSES: Final = 1000
@@ -243,9 +244,7 @@ def predicted() -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command("scaling", __doc__)
     parser.add_argument("--batch", type=at_least_one, default=64)
     parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--model", action="store_true", help="print the prediction, measure nothing")

@@ -7,8 +7,7 @@ short on purpose and stands in the files of this folder; the last step of each i
 
 from __future__ import annotations
 
-import argparse
-
+from bench import command
 from bench.kernels import convolution, finish, linear, pool, update
 from bench.kernels.exhibit import show
 from pipeline.command_line import at_least_one
@@ -24,9 +23,7 @@ EXHIBITS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command("kernels", __doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(EXHIBITS)}; default all")
     parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--scale", type=at_least_one, default=1, help="divide the sizes by this")
