@@ -313,5 +313,10 @@ def _summary(tally: Tally, manifest: dict[str, Any], folder: Path, seconds: floa
         f"preprocess: {rejects} rejected{where}; "
         f"{tally.made / seconds:.0f} images/s, {seconds:.1f} s, peak memory {volume(tally.peak_memory)} a process"
     )
+    if tally.turned and not tally.plan.config.preprocess.upright:
+        print(
+            f"preprocess: note: EXIF orientation (in {tally.turned} of {tally.made} pictures) is ignored, as by "
+            "ImageNet's baselines; --set preprocess.upright=true in a new run (--run) turns photographs of your own"
+        )
     for kind, count in manifest["decoder_warnings"].items():
         print(f"preprocess: the decoder warned {count} times: {kind}")
