@@ -22,7 +22,7 @@ from data.split import Split
 from net.backend import DEVICES
 from pipeline.config_values import as_text
 from pipeline.run_dir import RunDir, make_folder, write_bytes
-from stages.eval import evaluate
+from stages.eval import TOP, evaluate
 from stages.report import charts, facts, pictures
 from stages.report.facts import Facts
 from stages.trained import Trained, load_trained
@@ -231,7 +231,8 @@ def _tiles(known: Facts, trained: Trained) -> list[dict[str, str]]:
     if known.evaluation is not None:
         views = known.evaluation["views"]
         note = f"{known.evaluation['images']:,} validation pictures, {_views(views)}"
-        for name in ("top1", "top5"):
+        names = ("top1", "top5") if len(trained.classes) > TOP else ("top1",)
+        for name in names:
             tiles.append({"title": f"Top-{name[-1]} accuracy", "value": f"{known.evaluation[name]:.1%}", "note": note})
         loss = f"{known.evaluation['loss']:.3f}"
         tiles.append({"title": "Validation loss", "value": loss, "note": f"nats, {_views(views)}"})

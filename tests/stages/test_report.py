@@ -181,7 +181,8 @@ def test_norms_are_means_of_absolute_values(trained_run: Path) -> None:
 
 
 def test_curves(known: Facts) -> None:
-    loss, accuracy, speed, wait = charts.charts([known], sampled=0.75)
+    six = replace(known, classes=[*CLASSES, *CLASSES[:2]])
+    loss, accuracy, speed, wait = charts.charts([six], sampled=0.75)
     assert loss.log
     training, validation = loss.series
     assert training.points[0] == (pytest.approx(1 / 7), 9.0)
@@ -385,6 +386,13 @@ def test_page_of_a_run_whose_name_is_no_utf8(trained_run: Path, tmp_path: Path) 
     result = pipeline("--stage", "report", "--run", run, PYTHONIOENCODING="utf-8:strict").done()
     assert r"run\udcff/report/index.html" in result.out
     assert r"run\udcff" in (run / "report" / "index.html").read_text("utf-8")
+
+
+def test_the_first_five_of_five_classes_are_not_counted(page: Path) -> None:
+    text = page.read_text()
+    assert "Top-1" in text
+    assert "validation top-1" in text
+    assert "top-5" not in text.lower()
 
 
 def test_pictures_lie_beside_the_page(page: Path) -> None:
