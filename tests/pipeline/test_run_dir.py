@@ -66,12 +66,16 @@ def test_lock_of_a_killed_process_is_free(tmp_path: Path, holder: subprocess.Pop
 
 
 def test_a_new_directory_is_removed_after_an_error_where_nothing_is_in_it(tmp_path: Path) -> None:
-    def fail(run: r.RunDir, made: str) -> None:
-        with pytest.raises(ValueError, match="told"), r.locked(run):
+    def hold(run: r.RunDir, made: str) -> None:
+        with r.locked(run):
             r.make_folder(run.preprocess)
             if made:
                 (run.root / made).write_text("kept")
             raise ValueError("told")
+
+    def fail(run: r.RunDir, made: str) -> None:
+        with pytest.raises(ValueError, match="told"):
+            hold(run, made)
 
     fail(r.RunDir(tmp_path / "new"), "")
     assert not (tmp_path / "new").exists()
