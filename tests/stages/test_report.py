@@ -395,6 +395,10 @@ def test_the_first_five_of_five_classes_are_not_counted(page: Path) -> None:
     assert "top-5" not in text.lower()
 
 
+def test_an_order_that_the_recipe_leaves_open_is_named(page: Path) -> None:
+    assert "The recipe leaves train.order open (auto); here it was uniform." in page.read_text()
+
+
 def test_pictures_lie_beside_the_page(page: Path) -> None:
     names = sorted(path.name for path in page.parent.glob("*.png"))
     assert {"curves.png", "filters.png", "jitter.png", "activations-1.png", "confident-wrong.png"} <= set(names)
