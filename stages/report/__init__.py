@@ -168,7 +168,13 @@ def _layer(maps: pictures.Maps) -> dict[str, str]:
 def _sheet(split: Split, photos: list[dict[str, Any]], *, right: bool) -> Image.Image:
     """Photographs with what the network says of them, and where that is wrong with what they are."""
     # The figure first: it is the name that is cut short where both are too long for a picture's width.
-    captions = [[f"{p['probability']:.1%} {p['said']}", *([] if right else [f"is {p['true']}"])] for p in photos]
+    captions = [
+        [
+            f"{p['probability']:.1%} {pictures.drawable(p['said'], p['said_class'])}",
+            *([] if right else [f"is {pictures.drawable(p['true'], p['true_class'])}"]),
+        ]
+        for p in photos
+    ]
     return pictures.sheet([split.row(p["index"]) for p in photos], captions)
 
 
@@ -181,7 +187,9 @@ def _photo(known: Facts, split: Split, index: int) -> dict[str, Any]:
         "index": index,
         "image": pictures.photo(split.row(index)),
         "true": known.label(true),
+        "true_class": true,
         "said": names[0],
+        "said_class": int(top[0]),
         "probability": float(probability[0]),
         "top": [
             {"name": name, "probability": float(p), "right": int(number) == true}

@@ -315,6 +315,13 @@ def test_captions_have_more_letters_than_ascii() -> None:
     assert len({sheet.tobytes() for sheet in sheets}) == len(sheets), "a box for each"
 
 
+def test_a_name_whose_letters_cannot_be_drawn_is_the_classs_number() -> None:
+    for name in ("tabby cat", "äéß, жΩ", ""):
+        assert pictures.drawable(name, 7) == name
+    for name in ("\u732b", "cat \u732b", "\u0939\u093f\u0928\u094d\u0926\u0940"):
+        assert pictures.drawable(name, 7) == "class 7"
+
+
 def test_captions_fit_below_their_pictures() -> None:
     draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), pictures._font(12)
     fitted = pictures._fitted(draw, "W" * 60, font, 192)
@@ -338,9 +345,18 @@ def test_the_tile_says_how_far_training_went(known: Facts) -> None:
 def test_a_long_class_name_does_not_hide_the_probability() -> None:
     split = SimpleNamespace(row=lambda index: np.zeros((8, 8, 3), np.uint8))
     name = "a class with a name longer than a picture is wide"
-    shown = [{"index": 0, "said": name, "true": name, "probability": p} for p in (0.512, 0.998)]
-    one, other = (report._sheet(split, [photo], right=False).tobytes() for photo in shown)
+    classes = {"said": name, "said_class": 1, "true": name, "true_class": 2}
+    one, other = (
+        report._sheet(split, [{"index": 0, **classes, "probability": p}], right=False).tobytes() for p in (0.512, 0.998)
+    )
     assert one != other
+
+
+def test_classes_whose_names_cannot_be_drawn_are_told_apart() -> None:
+    split = SimpleNamespace(row=lambda index: np.zeros((8, 8, 3), np.uint8))
+    cat, dog = {"said": "\u732b", "said_class": 1}, {"said": "\u72ac", "said_class": 2}
+    one, other = (report._sheet(split, [{"index": 0, **p, "probability": 0.5}], right=True) for p in (cat, dog))
+    assert one.tobytes() != other.tobytes()
 
 
 @pytest.fixture(scope="module")
