@@ -323,6 +323,25 @@ def test_colour_statistics_and_mean_picture_are_those_of_the_training_pictures(u
     np.testing.assert_allclose(mean, pictures.mean(axis=0), rtol=1e-5)
 
 
+def test_shards_are_not_mended_with_other_devkit_ids(tmp_path: Path):
+    official, source, run = small_official(tmp_path / "official"), tmp_path / "source", tmp_path / "run"
+    unpack_train(official, source, as_tars=False)
+    shutil.copytree(source / "train", source / "val")
+    devkit = source / ilsvrc.DEVKIT
+    shutil.copyfile(official / ilsvrc.DEVKIT, devkit)
+    command = ("--stage", "preprocess", "--source", source, "--run", run, "--jobs", 1)
+    pipeline(*command, *asked(*QUICK)).done()
+    whole = made(RunDir(run))
+    (run / "preprocess" / "val-00000.h5").unlink()
+    devkit.rename(tmp_path / "devkit")
+    pipeline(*command).refused(f"{source} gives the classes other words or devkit IDs than .*classes.json has")
+    (tmp_path / "devkit").rename(devkit)
+    pipeline(*command).done()
+    assert made(RunDir(run)) == whole
+    devkit.unlink()  # nothing is to be made
+    assert "nothing to do" in pipeline(*command).done().out
+
+
 def test_the_classes_have_wnid_words_and_devkit_id(undisturbed: RunDir):
     classes = json.loads((undisturbed.preprocess / "classes.json").read_text())["classes"]
     assert classes == [
