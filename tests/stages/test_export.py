@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +91,25 @@ def test_import_brings_back_every_bit_and_predicts_the_same(
     assert [entry["probability"] for entry in first] == [entry["probability"] for entry in second]
     assert [entry["words"] for entry in first] == [entry["words"] for entry in second]
     checkpoints(run / "train")[0].unlink()  # 80 MB
+
+
+def test_imported_weights_are_evaluated_where_there_are_validation_pictures_alone(
+    trained_run: Path, exported: Path, small_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, run = tmp_path / "pictures of mine", tmp_path / "run"
+    shutil.copytree(small_source / "val", source / "val")
+    assert pipeline("--stage", "import", exported / "alexnet.safetensors", "--run", run) == 0
+    command = ("--stage", "preprocess", "--source", source, "--run", run, "--jobs", 1)
+    assert pipeline(*command) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "has a folder val/ but no train/; add it, or to evaluate only a link in its place: ln -s val " in said
+    subprocess.run(said.partition("in its place: ")[2], shell=True, check=True)
+    assert pipeline(*command) == 0
+    assert pipeline("--stage", "eval", "--run", run, "--views", 10) == 0
+    theirs, own = (json.loads((folder / "eval" / "metrics.json").read_text()) for folder in (trained_run, run))
+    assert own["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert (own["images"], own["top1"]) == (theirs["images"], theirs["top1"])
+    shutil.rmtree(run)
 
 
 def test_the_recipe_named_comes_before_what_the_file_says(exported: Path, tmp_path: Path) -> None:
