@@ -24,7 +24,7 @@ from typing import Final
 import numpy as np
 
 from data.color import ColorSum
-from data.images import UnreadableError, decoder, read_square
+from data.images import TURNED, UnreadableError, decoder, read_square
 from data.listing import Listing, text
 from data.shards import Content, Layout, checksum, read_shard, shard_name, write_shard
 from pipeline.errors import PipelineError
@@ -38,8 +38,9 @@ class ShardTask:
     """A slice of the shuffled split, to become shard ``index`` in ``folder``.
 
     ``devkit_ids`` int32 holds each class's devkit ID, -1 where not known. ``known`` is the SHA-256 of the finished
-    shard where one was written before. ``decoder`` is what the plan was made with. ``parent`` is the process that gave
-    the task, None where it came from a cluster's scheduler.
+    shard where one was written before. ``decoder`` is what the plan was made with, ``upright`` whether pictures are
+    turned as their EXIF data say. ``parent`` is the process that gave the task, None where it came from a cluster's
+    scheduler.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class ShardTask:
     devkit_ids: np.ndarray
     known: str | None
     decoder: dict[str, str]
+    upright: bool
     parent: int | None
 
 
@@ -64,6 +66,7 @@ class ShardResult:
     content: Content  # without the pictures
     seconds: float
     peak_memory: int  # bytes, of the process
+    turned: int = 0  # pictures read now whose EXIF data say that they are to be turned
 
 
 def make_shard(task: ShardTask) -> ShardResult:
@@ -89,14 +92,14 @@ def make_shard(task: ShardTask) -> ShardResult:
     path = task.folder / shard_name(task.layout.split, task.index)
     content = _kept(task, path)
     if content is not None and task.known is not None:
-        return _result(task, path, None, task.known, content, start)
+        return _result(task, path, None, task.known, content, 0, start)
     # Named after machine and process: a worker that outlives a killed parent, or that a scheduler has given up, must
     # not touch its successor's file.
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
-        content = _convert(task)
+        content, turned = _convert(task)
         sha256 = write_shard(temporary, task.layout, task.index, content)
-        return _result(task, path, temporary, sha256, content, start)
+        return _result(task, path, temporary, sha256, content, turned, start)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -130,15 +133,17 @@ def _kept(task: ShardTask, path: Path) -> Content | None:
         return None  # whatever is wrong with it, it is made again
 
 
-def _convert(task: ShardTask) -> Content:
+def _convert(task: ShardTask) -> tuple[Content, int]:
+    """The shard's content, and how many pictures' EXIF data say that they are to be turned."""
     pictures, size = task.pictures, task.layout.size
     images = np.empty((len(pictures), size, size, 3), dtype=np.uint8)
     rejects: dict[int, str] = {}
     noted: Counter[str] = Counter()
+    decoded_by = task.decoder["name"].lower()
     color, crc = ColorSum(size), np.empty(len(pictures), dtype=np.uint32)
     for row, data in read_files(pictures):
         try:
-            images[row] = read_square(data, size, task.layout.filter, noted, decoder=task.decoder["name"].lower())
+            images[row] = read_square(data, size, task.layout.filter, noted, decoder=decoded_by, upright=task.upright)
         except UnreadableError as error:
             rejects[row] = str(error)
         else:  # at once: the picture is still in the cache
@@ -148,7 +153,8 @@ def _convert(task: ShardTask) -> Content:
     for place, row in enumerate(rows.tolist()):  # close the gaps in place: a copy would double the memory
         if place != row:
             images[place] = images[row]
-    return Content(
+    turned = noted.pop(TURNED, 0)  # no warning, and a shard's bytes are what they were
+    content = Content(
         images=images[: len(rows)],
         labels=pictures.label[rows],
         devkit_id=task.devkit_ids[pictures.label[rows]],
@@ -159,6 +165,7 @@ def _convert(task: ShardTask) -> Content:
         rejects=[(text(pictures.name[row]), rejects[row]) for row in sorted(rejects)],
         warnings=dict(noted),
     )
+    return content, turned
 
 
 def read_files(pictures: Listing) -> Iterator[tuple[int, bytes]]:
@@ -193,7 +200,7 @@ def read_files(pictures: Listing) -> Iterator[tuple[int, bytes]]:
 
 
 def _result(
-    task: ShardTask, path: Path, temporary: Path | None, sha256: str, content: Content, start: float
+    task: ShardTask, path: Path, temporary: Path | None, sha256: str, content: Content, turned: int, start: float
 ) -> ShardResult:
     return ShardResult(
         file=path.name,
@@ -202,6 +209,7 @@ def _result(
         sha256=sha256,
         bytes=(temporary or path).stat().st_size,
         content=replace(content, images=None),
+        turned=turned,
         seconds=time.perf_counter() - start,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT,
     )

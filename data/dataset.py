@@ -47,6 +47,7 @@ def require_stored(config: Config, dataset: Dataset, run: RunDir) -> None:
     """Refuse settings of ``preprocess`` other than those that the stored pictures were made with."""
     manifest = dataset.manifest
     made = {
+        "upright": False,  # before there was this choice
         **manifest.get("made_with", {}).get("preprocess", {}),
         "size": manifest["size"],
         "filter": manifest["filter"],

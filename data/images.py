@@ -1,9 +1,9 @@
 """One picture: from its file's bytes to the stored square.
 
 Files are judged by their content, never by their name: ILSVRC holds a PNG and CMYK files named .JPEG. EXIF orientation
-is ignored, as every ImageNet baseline does. The square is torchvision's ``Resize(size)`` and ``CenterCrop(size)`` to
-the last bit: the short side becomes ``size``, the long side ``int(size * long / short)``, and the middle is kept. Only
-the kept middle is computed, by Pillow's own arithmetic (data/kernels.py).
+is ignored unless one asks for it, as every ImageNet baseline does. The square is torchvision's ``Resize(size)`` and
+``CenterCrop(size)`` to the last bit: the short side becomes ``size``, the long side ``int(size * long / short)``, and
+the middle is kept. Only the kept middle is computed, by Pillow's own arithmetic (data/kernels.py).
 
 Pillow opens and judges every file. Where ``decoder`` is "simplejpeg", that package (the same libjpeg-turbo without
 Pillow's detour through a stream and four bytes a pixel) decodes the JPEGs it finds nothing wrong with; the others stay
@@ -63,6 +63,10 @@ _DAMAGE: Final = (
     zlib.error,
     Image.DecompressionBombError,
 )
+TURNED: Final = "EXIF orientation"  # a kind of its own among what is noted of pictures
+_ORIENTATION: Final = 0x0112  # its tag
+# Steps along the rows and columns, after rows and columns have changed places for 5 to 8 (EXIF 2.32, section 4.6.4).
+_STEPS: Final = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
 _MOST_KINDS: Final = 100  # kinds of decoder warnings kept apart; the rest counts as "others"
 
 
@@ -97,6 +101,7 @@ def read_square(
     noted: Counter[str],
     formats: tuple[str, ...] = FORMATS,
     decoder: str = "pillow",
+    upright: bool = False,
 ) -> np.ndarray:
     """Decode a picture and make its square, uint8 (size, size, 3), RGB.
 
@@ -109,11 +114,14 @@ def read_square(
     resample : str
         Resampling filter, a key of ``FILTERS``.
     noted : Counter
-        Counts the decoder's warnings by kind; they are never printed.
+        Counts the decoder's warnings by kind, and under ``TURNED`` the pictures whose EXIF data say that they are to be
+        turned; they are never printed.
     formats : tuple of str
         Pillow's names of the formats to accept.
     decoder : str
         "pillow" or "simplejpeg".
+    upright : bool
+        Turn and mirror the picture as its EXIF data say; without it they are counted only.
 
     Raises
     ------
@@ -123,7 +131,11 @@ def read_square(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            return square(decode(data, formats, decoder), size, resample)
+            pixels, orientation = _decoded(data, formats, decoder)
+            if orientation in _STEPS:
+                noted[TURNED] += 1
+                pixels = _turned(pixels, orientation) if upright else pixels
+            return square(pixels, size, resample)
         finally:
             for warning in caught:
                 _note(noted, warning)
@@ -137,17 +149,24 @@ def decode(data: bytes, formats: tuple[str, ...] = FORMATS, decoder: str = "pill
     CMYK and palettes are converted, an alpha channel is dropped, 16-bit grey is scaled to 8 bits (Pillow's own
     conversion would clip it).
     """
+    return _decoded(data, formats, decoder)[0]
+
+
+def _decoded(data: bytes, formats: tuple[str, ...], decoder: str) -> tuple[np.ndarray, int]:
+    """The picture as :func:`decode` gives it, and its EXIF orientation."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             _check_size(*image.size)
             if decoder == "simplejpeg" and image.format == "JPEG" and image.mode in ("RGB", "L"):
                 pixels = _by_simplejpeg(data)
                 if pixels is not None and pixels.shape == (image.height, image.width, 4):
-                    return pixels
+                    return pixels, _orientation(image)
             if image.mode.startswith("I"):
                 grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-                return ((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None].repeat(4, axis=2)
-            return rgbx(image)
+                pixels = ((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None].repeat(4, axis=2)
+            else:
+                pixels = rgbx(image)
+            return pixels, _orientation(image)  # now that it is loaded: of a TIFF Pillow has turned it then
     except PIL.UnidentifiedImageError as error:
         raise UnreadableError("not a picture in a known format") from error
     except _DAMAGE as error:
@@ -164,6 +183,25 @@ def _by_simplejpeg(data: bytes) -> np.ndarray | None:
         return simplejpeg.decode_jpeg(data, "RGBX")
     except (ValueError, MemoryError):
         return None
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, as it is, where nothing says so that can be read: damage there harms no pixel."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is noted stands in the shards, whose bytes this must not change
+        try:
+            orientation = image.getexif().get(_ORIENTATION)
+        except _DAMAGE:
+            return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """What :func:`decode` gave as it is to be looked at."""
+    whole = pixels.view(np.uint32)
+    rows, columns = _STEPS[orientation]
+    turned = (whole.swapaxes(0, 1) if orientation >= 5 else whole)[::rows, ::columns]
+    return np.ascontiguousarray(turned).view(np.uint8)
 
 
 def rgbx(image: Image.Image) -> np.ndarray:

@@ -51,7 +51,10 @@ def settings(config: Config) -> dict[str, Any]:
 
 def settings_fingerprint(config: Config) -> str:
     """A hash of these settings."""
-    return fingerprint([dataclasses.asdict(config.preprocess), config.seed])
+    how = dataclasses.asdict(config.preprocess)
+    if not how["upright"]:
+        del how["upright"]  # shards made before there was this choice are the same
+    return fingerprint([how, config.seed])
 
 
 def shard_tasks(plan: Plan, folder: Path, parent: int | None) -> list[ShardTask]:
@@ -66,7 +69,7 @@ def shard_tasks(plan: Plan, folder: Path, parent: int | None) -> list[ShardTask]
         for index, first in enumerate(range(0, len(order), how.shard_images)):
             pictures = listing.take(order[first : first + how.shard_images])
             hashed = known.get(shard_name(split, index))
-            tasks.append(ShardTask(folder, layout, index, pictures, ids, hashed, plan.decoder, parent))
+            tasks.append(ShardTask(folder, layout, index, pictures, ids, hashed, plan.decoder, how.upright, parent))
     return tasks
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,8 +150,15 @@ def _forms(root: Path) -> dict[str, Path]:
             have = ", ".join(archives)
             raise PipelineError(f"{root} has {have} but not {' and '.join(wanted)}; put it beside them{instead}")
     if missing:
-        there = next(iter(forms.values())).relative_to(root)
-        raise PipelineError(f"{root} has a folder {there}/ but no {there.with_name(missing[0])}/; add it")
+        path = next(iter(forms.values()))
+        there = path.relative_to(root)
+        # What was measured on pictures to train on is not asked for where only weights from elsewhere are evaluated.
+        instead = (
+            ""
+            if missing != ["train"] or folders.lies_flat(path)
+            else (f", or to evaluate only a link in its place: ln -s val {shlex.quote(str(path.with_name('train')))}")
+        )
+        raise PipelineError(f"{root} has a folder {there}/ but no {there.with_name(missing[0])}/; add it{instead}")
     return forms
 
 

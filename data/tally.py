@@ -40,6 +40,7 @@ class Tally:
     images: int = 0
     made: int = 0  # images decoded now, not kept from before
     kept: int = 0  # shards kept from before
+    turned: int = 0  # pictures decoded now whose EXIF data say that they are to be turned
     peak_memory: int = 0
     _moments: np.ndarray = field(default_factory=lambda: np.zeros((4, 4), dtype=np.int64))
     _total: np.ndarray = field(init=False)
@@ -66,6 +67,7 @@ class Tally:
         self.images += count
         self.made += count if result.temporary is not None else 0
         self.kept += result.temporary is None
+        self.turned += result.turned
         self.peak_memory = max(self.peak_memory, result.peak_memory)
         self._readable[split] += np.bincount(content.labels, minlength=len(self.plan.source.classes))
         if split == "train":

@@ -81,8 +81,9 @@ STAGES: Final[dict[str, Stage]] = {
     ),
     "predict": Stage(
         "pictures of your own -> the five most probable classes",
-        "Name the five most probable classes of pictures, in any format that Pillow reads. Folders are searched with "
-        "their subfolders, - is standard input. Pictures that cannot be read are reported, the others still shown, and "
+        "Name the five most probable classes of pictures, in any format that Pillow reads, turned upright as their "
+        "EXIF data say. Folders are searched with their subfolders, - is standard input. Pictures that cannot be read "
+        "are reported, the others still shown, and "
         "the exit status is then 1.",
         (
             ("--stage predict cat.jpg holiday/", "bars in the terminal"),

@@ -26,6 +26,7 @@ class Preprocess:
     size: int = 256  # side of the stored square: short side resized to it, centre cropped (paper, section 2)
     filter: str = "bicubic"  # resampling filter of the resize
     decoder: str = "pillow"  # pillow | simplejpeg (an extra): who decodes the JPEGs
+    upright: bool = False  # turn pictures as their EXIF data say; ImageNet's baselines do not
     shard_images: int = 1024  # pictures a shard; 1024 x 192 KiB = 192 MiB, and so much memory a job
 
 

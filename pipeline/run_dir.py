@@ -71,14 +71,14 @@ def locked(run: RunDir) -> Iterator[None]:
     """Hold the run directory's lock: one writer at a time.
 
     The lock is the kernel's (``flock``), so a process that dies releases it; the file's text only tells others who
-    holds it.
+    holds it. A directory that is made here is removed again where an error ends what holds it with nothing in it.
 
     Raises
     ------
     PipelineError
         Another process holds it, or the directory cannot be written.
     """
-    path = make_folder(run.root) / "lock"
+    new, path = not run.root.exists(), make_folder(run.root) / "lock"
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, "a+", encoding="utf-8"))
@@ -97,12 +97,30 @@ def locked(run: RunDir) -> Iterator[None]:
                 f"{path} cannot be locked ({error.strerror}): its file system has no locks. Mount it with them "
                 "(Lustre: the option flock; NFS: with a lock daemon), or choose a directory elsewhere with --run"
             ) from error
+        if os.fstat(file.fileno()).st_nlink == 0:  # whoever held it has just removed it
+            raise PipelineError(f"{run.root} has just been removed by another process; run the same command again")
         os.ftruncate(file.fileno(), 0)
         try:
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
             raise write_error(path, error) from error
-        yield
+        try:
+            yield
+        except BaseException:
+            if new:
+                _remove_unused(run.root, path)
+            raise
+
+
+def _remove_unused(root: Path, lock: Path) -> None:
+    """Remove a run directory with nothing but its lock, which this process holds, and empty folders."""
+    with contextlib.suppress(OSError):  # what failed before is what is told
+        folders = [path for path in root.iterdir() if path != lock]
+        if all(path.is_dir() and not any(path.iterdir()) for path in folders):
+            for folder in folders:
+                folder.rmdir()
+            lock.unlink()
+            root.rmdir()
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -14,6 +14,7 @@ from data.manifest import read_manifest
 from data.split import open_split
 from net.layers import Run, fuse
 from net.network import forward, prepare
+from net.weights.errors import WeightsError
 from net.weights.layout import to_torch
 from net.weights.tensors import to_bytes
 from pipeline.config_values import to_dict
@@ -37,7 +38,8 @@ def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str, format: str) -> Pa
     Raises
     ------
     PipelineError
-        No usable checkpoint; a package is missing; an ONNX model does not give this network's scores.
+        No usable checkpoint; a package is missing; the format has no form for a layer; an ONNX model does not give this
+        network's scores.
     """
     trained = load_trained(run_dir, checkpoint)
     metadata = {
@@ -46,13 +48,18 @@ def run(run_dir: RunDir, ops: ModuleType, *, checkpoint: str, format: str) -> Pa
         "classes": json.dumps([{key: entry.get(key) or "" for key in ("wnid", "words")} for entry in trained.classes]),
     }
     note = ""
-    if format == "onnx":
-        data, note = _onnx(trained, run_dir, ops, metadata)
-    elif format == "torch":
-        data = to_bytes(_torch(trained), metadata)
-    else:
-        mean = {} if trained.mean is None else {MEAN: trained.mean}
-        data = to_bytes({**trained.parameters, **mean}, metadata)
+    try:
+        if format == "onnx":
+            data, note = _onnx(trained, run_dir, ops, metadata)
+        elif format == "torch":
+            data = to_bytes(_torch(trained), metadata)
+        else:
+            mean = {} if trained.mean is None else {MEAN: trained.mean}
+            data = to_bytes({**trained.parameters, **mean}, metadata)
+    except WeightsError as error:  # a network that somebody has changed
+        raise PipelineError(
+            f"cannot export {trained.path} with --format {format}: {error} (--format safetensors takes any layer)"
+        ) from error
     path = make_folder(run_dir.root / "export") / FILES[format]
     write_bytes(path, data)
     print(f"exported {trained.path.name} to {path} ({len(data) / 1e6:.0f} MB){note}")

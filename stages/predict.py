@@ -1,7 +1,8 @@
 """Prediction: the five most probable classes of one's own pictures.
 
 Pictures go the way of the shards (``data.images``): decoded to RGB, short side to 256, centre square, and from that
-the views of the evaluation.
+the views of the evaluation. Only that they are always turned as their EXIF data say: those of a phone often lie on
+their side.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _read(name: str, config: Config) -> np.ndarray | str:
     """A picture's square as preprocessing would store it, uint8 (size, size, 3), or why there is none."""
     how = config.preprocess
     try:
-        return read_square(_contents(name), how.size, how.filter, Counter(), formats=_formats())
+        return read_square(_contents(name), how.size, how.filter, Counter(), formats=_formats(), upright=True)
     except (UnreadableError, OSError) as error:
         return getattr(error, "strerror", None) or str(error)
 

@@ -10,6 +10,7 @@ The manifest is written last.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing.resource_tracker
 import os
 import shlex
@@ -30,6 +31,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from data import demo, published
 from data.cluster import on_cluster
 from data.convert import ShardResult, ShardTask, make_shard
+from data.dataset import read_classes
 from data.listing import SPLITS
 from data.manifest import defects, forget_damage, is_damage_noted, sound_manifest
 from data.origin import made_from
@@ -89,6 +91,7 @@ def run(config: Config, run_dir: RunDir, *, source: Path | None, jobs: int, sche
     plan = make_plan(config, listed)
     tasks = shard_tasks(plan, folder, None if scheduler else os.getpid())
     _check_place(plan, folder, tasks)
+    _require_same_classes(folder, listed)
     tally = Tally(plan)
     with StopRequest() as stop, MetricsLog(folder / "metrics.jsonl") as log:
         with Progress("preprocess", sum(len(task.pictures) for task in tasks), "images") as progress:
@@ -217,6 +220,20 @@ def _check_place(plan: Plan, folder: Path, tasks: list[ShardTask]) -> None:
         print(f"preprocess: the shards need {volume(needed)} in {folder}; {volume(free)} are free")
 
 
+def _require_same_classes(folder: Path, listed: Source) -> None:
+    """Refuse to mend shards where other files say what the classes are: it would make the rest another's, unnoticed."""
+    manifest, name = sound_manifest(folder), "classes.json"
+    if manifest is None or name in defects(folder, manifest):
+        return  # nothing sound to compare with
+    before = read_classes(folder / name, None, "")
+    if before != [dataclasses.asdict(entry) for entry in listed.classes]:
+        raise PipelineError(
+            f"{listed.root} gives the classes other words or devkit IDs than {folder / name} has, and what is mended "
+            "would not fit the rest: put the devkit (or Kaggle's list) there as it was, take it away where there was "
+            f"none, or remove {folder} to make all anew"
+        )
+
+
 def _other_plan(folder: Path, how: str) -> PipelineError:
     return PipelineError(
         f"{folder} holds shards made {how}; give this run a directory of its own with --run, "
@@ -313,5 +330,10 @@ def _summary(tally: Tally, manifest: dict[str, Any], folder: Path, seconds: floa
         f"preprocess: {rejects} rejected{where}; "
         f"{tally.made / seconds:.0f} images/s, {seconds:.1f} s, peak memory {volume(tally.peak_memory)} a process"
     )
+    if tally.turned and not tally.plan.config.preprocess.upright:
+        print(
+            f"preprocess: note: EXIF orientation (in {tally.turned} of {tally.made} pictures) is ignored, as by "
+            "ImageNet's baselines; --set preprocess.upright=true in a new run (--run) turns photographs of your own"
+        )
     for kind, count in manifest["decoder_warnings"].items():
         print(f"preprocess: the decoder warned {count} times: {kind}")

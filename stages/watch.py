@@ -56,14 +56,16 @@ def run(run_dir: RunDir) -> None:
         print()
 
 
-def _settings(run_dir: RunDir, start: str) -> tuple[Config, int]:
-    """What the run trains with, and its steps an epoch."""
+def _settings(run_dir: RunDir, start: str) -> tuple[Config, int, int]:
+    """What the run trains with, its steps an epoch, and how many classes its pictures have."""
     remedy = remedy_of_config(run_dir) if run_dir.config.exists() else start
     config = from_dict(read_sealed(run_dir.config, remedy), str(run_dir.config))
-    return config, steps_per_epoch(read_manifest(run_dir)["splits"]["train"]["images"], config.train.batch_size)
+    manifest = read_manifest(run_dir)
+    per_epoch = steps_per_epoch(manifest["splits"]["train"]["images"], config.train.batch_size)
+    return config, per_epoch, manifest["classes"]
 
 
-def _look(run_dir: RunDir, settings: tuple[Config, int], width: int, height: int) -> str:
+def _look(run_dir: RunDir, settings: tuple[Config, int, int], width: int, height: int) -> str:
     path = run_dir.train / "metrics.jsonl"
     try:
         written, records = path.stat().st_mtime, read_metrics(path)
@@ -76,6 +78,7 @@ def screen(
     root: Path,
     config: Config,
     per_epoch: int,
+    classes: int,
     records: Sequence[Record],
     written: float,
     width: int,
@@ -105,8 +108,9 @@ def screen(
     if validations:
         best = max(validations, key=lambda record: record["top1"])
         newest = validations[-1]
+        among = f"top-5 {newest['top5']:.2%}  " if classes > 5 else ""  # of five or fewer the right one always is
         lines.append(
-            f"validation top-1 {newest['top1']:.2%}  top-5 {newest['top5']:.2%}  loss {newest['validation_loss']:.4f}  "
+            f"validation top-1 {newest['top1']:.2%}  {among}loss {newest['validation_loss']:.4f}  "
             f"best {best['top1']:.2%}, step {best['step']:,}"
         )
     lines = [line[:width] for line in lines]

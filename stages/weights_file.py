@@ -14,7 +14,7 @@ from net.layers import Shape
 from net.weights import caffe, tensors
 from net.weights.errors import WeightsError
 from net.weights.layout import check_shapes, from_torch, torch_shapes
-from pipeline.checkpoint import Arrays, Checkpoint, load_checkpoint
+from pipeline.checkpoint import Arrays, load_checkpoint
 from pipeline.config import Config, load_config
 from pipeline.config_values import from_dict
 from stages.setup import MEAN, input_shape, network_layers, parameters_of, shapes
@@ -65,29 +65,28 @@ def read_weights(file: Path, choose: Choose) -> Weights:
 def read_config(file: Path) -> Config | None:
     """The configuration of the network in a file; None where it names none.
 
+    Of a checkpoint too only the header is read, half a gigabyte being a lot to read twice, and its checksum is not
+    compared: :func:`read_weights` does that.
+
     Raises
     ------
     WeightsError
         It is damaged.
     PipelineError
-        It is a checkpoint, and damaged; its configuration cannot be used.
+        Its configuration cannot be used.
     OSError
     """
     if file.suffix == CAFFE_SUFFIX:
         file.stat()  # nothing else here would notice that it is missing
         return load_config(_CAFFE)
     if file.suffix == CHECKPOINT_SUFFIX:
-        return _config_of_checkpoint(_load(file))
+        return _config_of_checkpoint(_json(tensors.read_header(file).metadata.get("header", "{}"), dict), file)
     return _config(tensors.read_header(file).metadata, file)
 
 
-def _load(file: Path) -> Checkpoint:
-    return load_checkpoint(file, "choose another file")
-
-
-def _config_of_checkpoint(saved: Checkpoint) -> Config | None:
-    values = saved.header.get("config")
-    return from_dict(values, str(saved.path)) if isinstance(values, dict) else None
+def _config_of_checkpoint(header: dict[str, Any], file: Path) -> Config | None:
+    values = header.get("config")
+    return from_dict(values, str(file)) if isinstance(values, dict) else None
 
 
 def _config(metadata: dict[str, str], file: Path) -> Config | None:
@@ -96,8 +95,8 @@ def _config(metadata: dict[str, str], file: Path) -> Config | None:
 
 
 def _read_checkpoint(file: Path, choose: Choose) -> Weights:
-    saved = _load(file)
-    config = choose(_config_of_checkpoint(saved))
+    saved = load_checkpoint(file, "choose another file")
+    config = choose(_config_of_checkpoint(saved.header, file))
     parameters = parameters_of(saved.arrays)
     found = {name: array.shape for name, array in parameters.items()}
     layers = network_layers(config, _classes(found, "fc8.b"))

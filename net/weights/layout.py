@@ -93,6 +93,8 @@ def _places(layers: Sequence[Layer], shape: Shape) -> dict[str, _Place]:
             split = here
             if isinstance(layer, Linear) and maps is not None:
                 split, maps = (*maps, here[1]), None
+            if len(split) not in (2, 4):
+                raise WeightsError(f"{name} has no place in PyTorch's layout yet; give it one in net/weights/layout.py")
             axes = (3, 2, 0, 1) if len(split) == 4 else (1, 0)
             moved = tuple(split[axis] for axis in axes)
             torch = moved if isinstance(layer, Conv) else (here[1], here[0])

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from net.layers import Conv, Dropout, Flatten, Layer, Linear, Lrn, MapNorm, MaxPool, Relu, Shape
 from net.network import Preparation
+from net.weights.errors import WeightsError
 from net.weights.layout import to_torch
 
 OPSET: Final = 17  # of the default domain; known to whatever has been released since 2022
@@ -60,6 +61,11 @@ def onnx_model(
     preparation : its mean is None or a NumPy array (M, M, 3); of a mean larger than the crop the centre is used
     crop : side of the crops in pixels
     metadata : text to store in the model
+
+    Raises
+    ------
+    WeightsError
+        A layer or a parameter is of a kind that is not known here.
     """
     graph = _Graph("crops")
     _prepare(graph, preparation, crop)
@@ -127,7 +133,8 @@ def _layer(graph: _Graph, layer: Layer) -> None:
             if not layer.scale_in_training:
                 graph.add("Mul", graph.constant(f"keep{layer.number}", layer.keep))
         case _:
-            raise TypeError(f"no ONNX for {layer}")
+            kind = type(layer).__name__
+            raise WeightsError(f"the layer {kind} has no form in net/weights/onnx_graph.py yet; give it one there")
 
 
 def _map_norm(graph: _Graph, layer: MapNorm) -> None:

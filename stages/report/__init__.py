@@ -22,7 +22,7 @@ from data.split import Split
 from net.backend import DEVICES
 from pipeline.config_values import as_text
 from pipeline.run_dir import RunDir, make_folder, write_bytes
-from stages.eval import evaluate
+from stages.eval import TOP, evaluate
 from stages.report import charts, facts, pictures
 from stages.report.facts import Facts
 from stages.trained import Trained, load_trained
@@ -168,7 +168,13 @@ def _layer(maps: pictures.Maps) -> dict[str, str]:
 def _sheet(split: Split, photos: list[dict[str, Any]], *, right: bool) -> Image.Image:
     """Photographs with what the network says of them, and where that is wrong with what they are."""
     # The figure first: it is the name that is cut short where both are too long for a picture's width.
-    captions = [[f"{p['probability']:.1%} {p['said']}", *([] if right else [f"is {p['true']}"])] for p in photos]
+    captions = [
+        [
+            f"{p['probability']:.1%} {pictures.drawable(p['said'], p['said_class'])}",
+            *([] if right else [f"is {pictures.drawable(p['true'], p['true_class'])}"]),
+        ]
+        for p in photos
+    ]
     return pictures.sheet([split.row(p["index"]) for p in photos], captions)
 
 
@@ -181,7 +187,9 @@ def _photo(known: Facts, split: Split, index: int) -> dict[str, Any]:
         "index": index,
         "image": pictures.photo(split.row(index)),
         "true": known.label(true),
+        "true_class": true,
         "said": names[0],
+        "said_class": int(top[0]),
         "probability": float(probability[0]),
         "top": [
             {"name": name, "probability": float(p), "right": int(number) == true}
@@ -231,7 +239,8 @@ def _tiles(known: Facts, trained: Trained) -> list[dict[str, str]]:
     if known.evaluation is not None:
         views = known.evaluation["views"]
         note = f"{known.evaluation['images']:,} validation pictures, {_views(views)}"
-        for name in ("top1", "top5"):
+        names = ("top1", "top5") if len(trained.classes) > TOP else ("top1",)
+        for name in names:
             tiles.append({"title": f"Top-{name[-1]} accuracy", "value": f"{known.evaluation[name]:.1%}", "note": note})
         loss = f"{known.evaluation['loss']:.3f}"
         tiles.append({"title": "Validation loss", "value": loss, "note": f"nats, {_views(views)}"})

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from stages.eval import TOP
 from stages.report.facts import Facts
 
 MOST_MARKS: Final = 10  # of a chart: a rate that changes every epoch would be nothing but lines and words
@@ -78,7 +79,7 @@ def charts(runs: Sequence[Facts], sampled: float | None = None) -> list[Chart]:
         seen = [(facts.epoch(r["step"]), r) for r in facts.validations]
         loss.append(Series(f"{prefix}validation", [(x, r["validation_loss"]) for x, r in seen], second, "dots"))
         accuracy.append(Series(f"{prefix}validation top-1", [(x, r["top1"]) for x, r in seen], first, "dots"))
-        if not several:
+        if not several and len(facts.classes) > TOP:
             accuracy.append(Series("validation top-5", [(x, r["top5"]) for x, r in seen], 1, "dots"))
         speed.append(Series(f"{prefix}images/s", _thinned(_logged(facts, "images_per_second")), number))
         wait.append(Series(f"{prefix}waiting", _thinned(_logged(facts, "data_wait")), number))

@@ -193,6 +193,13 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
+def drawable(name: str, number: int) -> str:
+    """A class's name where the font has all its letters, else its number: Chinese names would be boxes."""
+    font = _font(12)
+    box = bytes(font.getmask("\uffff"))  # no letter, and so what is drawn for letters that are not there
+    return name if all(bytes(font.getmask(letter)) != box for letter in name) else f"class {number}"
+
+
 def _fitted(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
     while len(text) > 4 and draw.textlength(text, font=font) > width:
         text = text[:-4] + "..."

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from data.images import FILTERS, UnreadableError, _lent, decode, decoder, read_square, rgbx, square
+from data.images import FILTERS, TURNED, UnreadableError, _lent, decode, decoder, read_square, rgbx, square
 from pipeline.errors import PipelineError
 from tests.data.archives import encoded, jpeg, picture
 
@@ -161,11 +161,53 @@ def test_black_and_white_becomes_0_and_255():
     assert set(np.unique(rgb(encoded(image, "PNG")))) == {0, 255}
 
 
-def test_exif_orientation_is_ignored():
-    image = picture(8, 48, 32)
+def oriented(orientation: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    assert rgb(encoded(image, exif=exif)).shape == (32, 48, 3)
+    exif[0x0112] = orientation
+    return exif
+
+
+def test_exif_orientation_is_ignored_and_counted():
+    image, noted = picture(8, 48, 32), Counter[str]()
+    data = encoded(image, exif=oriented(6))  # turn by 90 degrees
+    assert rgb(data).shape == (32, 48, 3)
+    np.testing.assert_array_equal(read_square(data, 16, "box", noted), square(decode(data), 16, "box"))
+    assert noted == {TURNED: 1}
+
+
+@pytest.mark.parametrize("decoded_by", ["pillow", "simplejpeg"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "I;16"])
+def test_asked_for_upright_a_picture_is_turned_as_pillow_turns_it(format, decoded_by):
+    if decoded_by == "simplejpeg" and importlib.util.find_spec("simplejpeg") is None:
+        pytest.skip("simplejpeg is not installed")
+    image = picture(8, 49, 32)
+    if format == "I;16":  # grey of 16 bits, which goes a way of its own
+        image, format = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "PNG"
+    for orientation in range(10):  # 0 and 9 mean nothing
+        data = encoded(image, format, exif=oriented(orientation))
+        whole = Image.open(io.BytesIO(data))
+        wanted = ImageOps.exif_transpose(whole)
+        assert wanted.size == ((32, 49) if 5 <= orientation <= 8 else (49, 32))
+        wanted = Image.fromarray(rgb(encoded(wanted, "PNG")))
+        found = read_square(data, 24, "bicubic", Counter(), (format,), decoded_by, upright=True)
+        np.testing.assert_array_equal(found, plain(wanted, 24, Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",  # its table lies beyond the end
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\x01",  # cut short
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\x006\0\0\0\0\0\0\0",  # a word, not a number
+        b"Exif\0\0nonsense",
+    ],
+)
+def test_a_picture_with_damaged_exif_data_is_read_as_it_lies(exif):
+    data, noted = encoded(picture(8, 48, 32), exif=exif), Counter[str]()
+    plainly = read_square(encoded(picture(8, 48, 32)), 16, "box", Counter())
+    np.testing.assert_array_equal(read_square(data, 16, "box", noted, upright=True), plainly)
+    assert TURNED not in noted
 
 
 def test_warnings_are_counted_by_kind_and_not_printed(capfd):

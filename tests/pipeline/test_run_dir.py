@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import pytest
 
@@ -65,8 +65,46 @@ def test_lock_of_a_killed_process_is_free(tmp_path: Path, holder: subprocess.Pop
         assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
+def test_a_new_directory_is_removed_after_an_error_where_nothing_is_in_it(tmp_path: Path) -> None:
+    def hold(run: r.RunDir, made: str) -> None:
+        with r.locked(run):
+            r.make_folder(run.preprocess)
+            if made:
+                (run.root / made).write_text("kept")
+            raise ValueError("told")
+
+    def fail(run: r.RunDir, made: str) -> None:
+        with pytest.raises(ValueError, match="told"):
+            hold(run, made)
+
+    fail(r.RunDir(tmp_path / "new"), "")
+    assert not (tmp_path / "new").exists()
+    for made in ("metrics.jsonl", "preprocess/metrics.jsonl"):
+        fail(r.RunDir(tmp_path / made.replace("/", "-")), made)
+        assert (tmp_path / made.replace("/", "-") / made).exists()
+    (tmp_path / "mine").mkdir()
+    fail(r.RunDir(tmp_path / "mine"), "")
+    assert (tmp_path / "mine").exists()
+    with r.locked(r.RunDir(tmp_path / "done")):
+        pass
+    assert (tmp_path / "done" / "lock").exists()
+
+
+def test_a_lock_that_its_holder_has_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock = r.fcntl.flock
+
+    def too_late(file: IO[str], how: int) -> None:
+        (tmp_path / "lock").unlink()  # between the opening and this
+        flock(file, how)
+
+    monkeypatch.setattr(r.fcntl, "flock", too_late)
+    with pytest.raises(PipelineError, match="removed by another process; run the same command again"):
+        with r.locked(r.RunDir(tmp_path)):
+            pytest.fail("locked what no other process can see")
+
+
 def test_lock_is_released_after_an_error(tmp_path: Path) -> None:
-    run = r.RunDir(tmp_path / "new" / "run")
+    run = r.RunDir(tmp_path)
     with pytest.raises(RuntimeError, match="inside"):
         with r.locked(run):
             raise RuntimeError("inside")

@@ -73,6 +73,10 @@ def test_source_without_pictures(tmp_path: Path) -> None:
     preprocess(tmp_path / "run", tmp_path / "source").refused(
         r"check --source, or sort the pictures of its folders into train/<class>/ and val/<class>/$"
     )
+    assert not (tmp_path / "run").exists()  # nor a lock in it
+    (tmp_path / "none.safetensors").touch()
+    pipeline("--stage", "import", tmp_path / "none.safetensors", "--run", tmp_path / "run").refused("cannot import")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_among_the_pictures(tmp_path: Path, small_source: Path) -> None:

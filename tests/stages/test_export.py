@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 
 import run_pipeline
+from net.alexnet import alexnet
+from net.layers import Array, Parameters, Run, Shape, _WithoutParameters
 from net.weights.layout import to_torch
 from net.weights.tensors import read_header, to_bytes
-from pipeline.checkpoint import checkpoints, load_checkpoint
+from pipeline.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import RECIPES
 from pipeline.config_values import changes
 from pipeline.errors import PipelineError
 from pipeline.run_dir import RunDir, hash_file
 from pipeline.settings import Request
-from stages import export, import_weights, weights_file
+from stages import export, import_weights, setup, weights_file
 from stages.setup import input_shape, network_layers, shapes
 from stages.trained import load_trained
 from tests.command_line import QUICK, settings
@@ -87,6 +93,25 @@ def test_import_brings_back_every_bit_and_predicts_the_same(
     checkpoints(run / "train")[0].unlink()  # 80 MB
 
 
+def test_imported_weights_are_evaluated_where_there_are_validation_pictures_alone(
+    trained_run: Path, exported: Path, small_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, run = tmp_path / "pictures of mine", tmp_path / "run"
+    shutil.copytree(small_source / "val", source / "val")
+    assert pipeline("--stage", "import", exported / "alexnet.safetensors", "--run", run) == 0
+    command = ("--stage", "preprocess", "--source", source, "--run", run, "--jobs", 1)
+    assert pipeline(*command) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "has a folder val/ but no train/; add it, or to evaluate only a link in its place: ln -s val " in said
+    subprocess.run(said.partition("in its place: ")[2], shell=True, check=True)
+    assert pipeline(*command) == 0
+    assert pipeline("--stage", "eval", "--run", run, "--views", 10) == 0
+    theirs, own = (json.loads((folder / "eval" / "metrics.json").read_text()) for folder in (trained_run, run))
+    assert own["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert (own["images"], own["top1"]) == (theirs["images"], theirs["top1"])
+    shutil.rmtree(run)
+
+
 def test_the_recipe_named_comes_before_what_the_file_says(exported: Path, tmp_path: Path) -> None:
     file, quick = exported / "alexnet.safetensors", Request(None, changes(None, list(QUICK), None))
     for recipe, found in ((None, "seed"), ("paper", "paper")):
@@ -150,6 +175,42 @@ def test_onnx_is_compared_with_this_network(
     assert pipeline("--stage", "export", "--run", trained_run, "--format", "onnx") == 1
     assert "differ from this network's by 0.01" in capsys.readouterr().err
     assert not path.exists()
+
+
+@dataclass(frozen=True)
+class Doubled(_WithoutParameters):
+    """A layer that somebody has added."""
+
+    def forward(self, ops: ModuleType, parameters: Parameters, x: Array, run: Run) -> tuple[Array, Any]:
+        return x + x, None
+
+
+@dataclass(frozen=True)
+class Scaled(Doubled):
+    """One with a parameter of a shape that no layer here has."""
+
+    def parameter_shapes(self, shape: Shape) -> dict[str, Shape]:
+        return {"scaled.g": shape}
+
+
+def test_a_layer_that_somebody_added_is_exported_or_refused_in_a_sentence(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed("onnx")
+    needed("onnxruntime")
+    saved, run = load_checkpoint(find_checkpoint(trained_run / "train", "latest")), tmp_path / "run"
+    monkeypatch.setattr(setup, "alexnet", lambda classes, **how: (*alexnet(classes, **how), Doubled()))
+    save_checkpoint(run / "train", 1, saved.header, saved.arrays)
+    for format, status in (("safetensors", 0), ("torch", 0), ("onnx", 1)):
+        assert pipeline("--stage", "export", "--run", run, "--format", format) == status
+    said = capsys.readouterr().err
+    assert f"error: cannot export {checkpoints(run / 'train')[0]} with --format onnx: the layer Doubled has no" in said
+    monkeypatch.setattr(setup, "alexnet", lambda classes, **how: (*alexnet(classes, **how), Scaled()))
+    save_checkpoint(run / "train", 1, saved.header, saved.arrays | {"scaled.g": np.ones(5, np.float32)})
+    for format, status in (("safetensors", 0), ("torch", 1), ("onnx", 1)):
+        assert pipeline("--stage", "export", "--run", run, "--format", format) == status
+    assert capsys.readouterr().err.count("scaled.g has no place in PyTorch's layout yet") == 2
+    shutil.rmtree(run)
 
 
 refused = export.agreement

@@ -99,6 +99,21 @@ def test_any_format_gives_the_same_answer(
     assert first["top"] == second["top"]
 
 
+def test_a_photograph_that_lies_on_its_side_is_turned(
+    trained_run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upright, lying = Image.open(picture).convert("RGB").resize((100, 72)), tmp_path / "lying.png"
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(lying, exif=exif)
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "unturned.png")
+    names = [tmp_path / name for name in ("upright.png", "lying.png", "unturned.png")]
+    assert predict(trained_run, "--json", *names) == 0
+    first, second, third = (answer["top"] for answer in answers(capsys))
+    assert first == second != third
+
+
 def test_bad_pictures_are_named_and_the_others_shown(
     trained_run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

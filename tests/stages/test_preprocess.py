@@ -25,10 +25,10 @@ from PIL import Image
 from data import convert, demo, ilsvrc, kaggle
 from data import plan as plan_module
 from data.convert import ShardResult, ShardTask, make_shard
-from data.images import read_square
+from data.images import read_square, rgbx, square
 from data.listing import Rows, shuffled
 from data.manifest import read_manifest
-from data.plan import make_plan, settings, shard_tasks
+from data.plan import make_plan, settings, settings_fingerprint, shard_tasks
 from data.sources import read_source
 from data.split import Split, open_split
 from data.tally import Tally
@@ -38,6 +38,8 @@ from pipeline.metrics import read_metrics
 from pipeline.run_dir import RunDir, write_sealed
 from stages import preprocess
 from tests import pictures
+from tests.command_line import QUICK, pipeline
+from tests.command_line import settings as asked
 from tests.conftest import ROOT
 from tests.data.archives import jpeg, packed, small_official
 from tests.data.test_sources import content, unpack_train, unpack_val
@@ -87,6 +89,48 @@ def again(run: RunDir, source: Path | None, config: Config = CONFIG, jobs: int =
 def test_the_files_are_those_of_the_contract(undisturbed: RunDir):
     shards = [f"train-{i:05d}.h5" for i in range(6)] + [f"val-{i:05d}.h5" for i in range(2)]
     assert sorted(p.name for p in undisturbed.preprocess.iterdir()) == sorted([*DESCRIPTIONS, "metrics.jsonl", *shards])
+
+
+def test_photographs_that_lie_on_their_side_are_turned_where_that_is_asked_for(small_source: Path, tmp_path: Path):
+    source = tmp_path / "source"
+    shutil.copytree(small_source, source)
+    path, exif = source / "train" / "class0" / "train0.png", Image.Exif()
+    upright = Image.open(path)
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+
+    def stored(name: str, *changes: str) -> tuple[np.ndarray, str]:
+        run = tmp_path / name
+        said = pipeline(
+            "--stage",
+            "preprocess",
+            "--source",
+            source,
+            "--run",
+            run,
+            "--jobs",
+            1,
+            *asked(*QUICK, *changes),
+        ).done()
+        train, _ = splits(RunDir(run))
+        return train.row(sources(train).tolist().index(b"class0/train0.png")), said.out
+
+    lying, said = stored("lying")
+    assert "EXIF orientation (in 1 of 35 pictures) is ignored" in said
+    turned, said = stored("turned", "preprocess.upright=true")
+    assert "EXIF" not in said
+    np.testing.assert_array_equal(turned, square(rgbx(upright.convert("RGB")), 72, "bicubic"))
+    np.testing.assert_array_equal(lying, square(rgbx(upright.transpose(Image.Transpose.ROTATE_90)), 72, "bicubic"))
+    pipeline(
+        "--stage", "preprocess", "--source", source, "--run", tmp_path / "lying", *asked("preprocess.upright=true")
+    ).refused("other settings than asked for: preprocess.upright")
+
+
+def test_shards_made_before_pictures_could_be_turned_are_kept():
+    """The hashes of their settings, as they stand in their manifests and in checkpoints."""
+    assert settings_fingerprint(DEMO) == "db7d8579ca174c6942c00566cc253cdf0962b9ff98408dd336a7f350ce1ad823"
+    turned = dataclasses.replace(DEMO, preprocess=Preprocess(upright=True))
+    assert settings_fingerprint(turned) != settings_fingerprint(DEMO)
 
 
 def test_every_picture_is_in_a_shard_with_its_label_or_rejected_with_its_reason(undisturbed: RunDir, source: Path):
@@ -277,6 +321,25 @@ def test_colour_statistics_and_mean_picture_are_those_of_the_training_pictures(u
     mean = np.load(undisturbed.preprocess / "mean.npy", allow_pickle=False)
     assert mean.dtype == np.float32
     np.testing.assert_allclose(mean, pictures.mean(axis=0), rtol=1e-5)
+
+
+def test_shards_are_not_mended_with_other_devkit_ids(tmp_path: Path):
+    official, source, run = small_official(tmp_path / "official"), tmp_path / "source", tmp_path / "run"
+    unpack_train(official, source, as_tars=False)
+    shutil.copytree(source / "train", source / "val")
+    devkit = source / ilsvrc.DEVKIT
+    shutil.copyfile(official / ilsvrc.DEVKIT, devkit)
+    command = ("--stage", "preprocess", "--source", source, "--run", run, "--jobs", 1)
+    pipeline(*command, *asked(*QUICK)).done()
+    whole = made(RunDir(run))
+    (run / "preprocess" / "val-00000.h5").unlink()
+    devkit.rename(tmp_path / "devkit")
+    pipeline(*command).refused(f"{source} gives the classes other words or devkit IDs than .*classes.json has")
+    (tmp_path / "devkit").rename(devkit)
+    pipeline(*command).done()
+    assert made(RunDir(run)) == whole
+    devkit.unlink()  # nothing is to be made
+    assert "nothing to do" in pipeline(*command).done().out
 
 
 def test_the_classes_have_wnid_words_and_devkit_id(undisturbed: RunDir):

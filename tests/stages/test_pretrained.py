@@ -15,7 +15,7 @@ from pipeline.command_line import STAGES
 from pipeline.config import CAFFE
 from pipeline.config_values import as_text, flatten, to_dict
 from pipeline.run_dir import RunDir, hash_file, read_sealed
-from stages import export
+from stages import export, weights_file
 from stages.trained import load_trained
 from tests import pictures
 from tests.command_line import QUICK, ROOT, Result, pipeline, settings
@@ -187,6 +187,23 @@ def test_where_no_recipe_is_named_the_network_is_the_files(by_default: Path, for
     straight_recipe.refused(r"network.lrn_k \(1.0 there, 2.0 here\)\. .*change these with --set or leave them out")
 
 
+def test_a_checkpoint_is_read_once(
+    run: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The network is settled by its header, on every rank; the first one alone takes the weights."""
+    read: list[Path] = []
+
+    def reading(path: Path, remedy: str) -> Checkpoint:
+        read.append(path)
+        return load_checkpoint(path, remedy)
+
+    monkeypatch.setattr(weights_file, "load_checkpoint", reading)
+    arguments = ["--stage", "train", "--run", str(run), "--steps", "1", "--weights", str(checkpoint)]
+    assert run_pipeline.main(arguments + settings("network.dropout_keep=0.75")) == 0
+    assert f"beginning with the weights of {checkpoint}" in capsys.readouterr().out
+    assert read == [checkpoint]
+
+
 @pytest.mark.parametrize("format", ["safetensors", "torch"])
 def test_an_export_brings_its_network(format: str, by_default: Path, checkpoint: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -244,11 +261,16 @@ def test_what_cannot_be_begun_with_is_refused_and_nothing_is_written(
     text.write_text("no weights")
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes(checkpoint.read_bytes()[:-4])
+    worn, other = tmp_path / "worn.ckpt", tmp_path / "other.ckpt"  # in the weights, and where it says how they compute
+    worn.write_bytes(checkpoint.read_bytes()[:-4] + b"\1\2\3\4")
+    other.write_bytes(checkpoint.read_bytes().replace(rb"\"lrn_k\": 2.0", rb"\"lrn_k\": 3.0"))
     missing = tmp_path / "missing.ckpt"
     for arguments, pattern in (
         (("--weights", missing), f"{missing}.*choose another file"),
         (("--weights", text), f"cannot begin with {text}: it is damaged or no safetensors file"),
-        (("--weights", cut), f"{cut} is damaged"),
+        (("--weights", cut), f"cannot begin with {cut}: it is damaged"),
+        (("--weights", worn), f"{worn} is damaged: its contents do not match its checksum"),
+        (("--weights", other), f"{other} is damaged: its contents do not match its checksum"),
         (("--weights", others), f"{others} is a folder; --weights takes a file"),
         (
             ("--weights", checkpoint, *settings("network.lrn_k=1.0")),

@@ -181,7 +181,8 @@ def test_norms_are_means_of_absolute_values(trained_run: Path) -> None:
 
 
 def test_curves(known: Facts) -> None:
-    loss, accuracy, speed, wait = charts.charts([known], sampled=0.75)
+    six = replace(known, classes=[*CLASSES, *CLASSES[:2]])
+    loss, accuracy, speed, wait = charts.charts([six], sampled=0.75)
     assert loss.log
     training, validation = loss.series
     assert training.points[0] == (pytest.approx(1 / 7), 9.0)
@@ -314,6 +315,13 @@ def test_captions_have_more_letters_than_ascii() -> None:
     assert len({sheet.tobytes() for sheet in sheets}) == len(sheets), "a box for each"
 
 
+def test_a_name_whose_letters_cannot_be_drawn_is_the_classs_number() -> None:
+    for name in ("tabby cat", "äéß, жΩ", ""):
+        assert pictures.drawable(name, 7) == name
+    for name in ("\u732b", "cat \u732b", "\u0939\u093f\u0928\u094d\u0926\u0940"):
+        assert pictures.drawable(name, 7) == "class 7"
+
+
 def test_captions_fit_below_their_pictures() -> None:
     draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), pictures._font(12)
     fitted = pictures._fitted(draw, "W" * 60, font, 192)
@@ -337,9 +345,18 @@ def test_the_tile_says_how_far_training_went(known: Facts) -> None:
 def test_a_long_class_name_does_not_hide_the_probability() -> None:
     split = SimpleNamespace(row=lambda index: np.zeros((8, 8, 3), np.uint8))
     name = "a class with a name longer than a picture is wide"
-    shown = [{"index": 0, "said": name, "true": name, "probability": p} for p in (0.512, 0.998)]
-    one, other = (report._sheet(split, [photo], right=False).tobytes() for photo in shown)
+    classes = {"said": name, "said_class": 1, "true": name, "true_class": 2}
+    one, other = (
+        report._sheet(split, [{"index": 0, **classes, "probability": p}], right=False).tobytes() for p in (0.512, 0.998)
+    )
     assert one != other
+
+
+def test_classes_whose_names_cannot_be_drawn_are_told_apart() -> None:
+    split = SimpleNamespace(row=lambda index: np.zeros((8, 8, 3), np.uint8))
+    cat, dog = {"said": "\u732b", "said_class": 1}, {"said": "\u72ac", "said_class": 2}
+    one, other = (report._sheet(split, [{"index": 0, **p, "probability": 0.5}], right=True) for p in (cat, dog))
+    assert one.tobytes() != other.tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -385,6 +402,17 @@ def test_page_of_a_run_whose_name_is_no_utf8(trained_run: Path, tmp_path: Path) 
     result = pipeline("--stage", "report", "--run", run, PYTHONIOENCODING="utf-8:strict").done()
     assert r"run\udcff/report/index.html" in result.out
     assert r"run\udcff" in (run / "report" / "index.html").read_text("utf-8")
+
+
+def test_the_first_five_of_five_classes_are_not_counted(page: Path) -> None:
+    text = page.read_text()
+    assert "Top-1" in text
+    assert "validation top-1" in text
+    assert "top-5" not in text.lower()
+
+
+def test_an_order_that_the_recipe_leaves_open_is_named(page: Path) -> None:
+    assert "The recipe leaves train.order open (auto); here it was uniform." in page.read_text()
 
 
 def test_pictures_lie_beside_the_page(page: Path) -> None:

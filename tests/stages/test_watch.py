@@ -32,34 +32,34 @@ def test_screen_says_how_far_and_how_long(monkeypatch: pytest.MonkeyPatch) -> No
     records[0]["images_per_second"] = 0.5  # compiling
     records.append({"step": 40, "epochs_done": 2, "top1": 0.3, "top5": 0.8, "validation_loss": 1.9, "seconds": 1.0})
     demo = RECIPES["demo"]  # 4 epochs, batches of 32
-    text = screen(Path("runs/x"), demo, 20, records, time.time() - 61, 80, 24)
+    text = screen(Path("runs/x"), demo, 20, 12, records, time.time() - 61, 80, 24)
     assert "step 40 of 80  epoch 2.00 of 4" in text
     assert "loss 1.5000  lr 0.01  64.0 images/s  waiting for data 25.0%" in text
     assert "0:00:20 left" in text  # 40 steps of 32 at 64 a second
     assert "last line 0:01:01 ago" in text
-    assert "top-1 30.00%" in text
+    assert "top-1 30.00%  top-5 80.00%  loss 1.9000" in text
     assert "best 40.00%, step 20" in text
     assert all(len(line) <= 80 for line in text.splitlines())
     assert len(text.splitlines()) <= 24
     records[-1] |= {"step": 899_996, "top1": 0.5}
-    assert "best 50.00%, step 899,996" in screen(Path("runs/x"), demo, 20, records, time.time(), 80, 24)  # whole
+    assert "best 50.00%, step 899,996" in screen(Path("runs/x"), demo, 20, 12, records, time.time(), 80, 24)  # whole
     records[-1] |= {"step": 40, "top1": 0.3}
-    assert "the recipe's end; last line" in screen(Path("runs/x"), demo, 10, records, time.time(), 80, 24)
-    assert "no step has been logged yet" in screen(Path("runs/x"), demo, 20, [], time.time(), 80, 24)
-    beyond = screen(Path("runs/x"), demo, 20, [*records, step(90, 1.0)], time.time(), 80, 24)
+    assert "the recipe's end; last line" in screen(Path("runs/x"), demo, 10, 12, records, time.time(), 80, 24)
+    assert "no step has been logged yet" in screen(Path("runs/x"), demo, 20, 12, [], time.time(), 80, 24)
+    beyond = screen(Path("runs/x"), demo, 20, 12, [*records, step(90, 1.0)], time.time(), 80, 24)
     assert "the recipe's end; last line" in beyond
     assert "step 90, the recipe has 80  epoch 4.50, the recipe has 4" in beyond
-    assert "no step has been logged yet" in screen(Path("runs/x"), demo, 20, records[-1:], time.time(), 80, 24)
+    assert "no step has been logged yet" in screen(Path("runs/x"), demo, 20, 12, records[-1:], time.time(), 80, 24)
     # Lines that others have written into the file, or half of one, are left out.
     odd = [{"stfp": 3, "loss": 1.0}, {**step(35, 1.0), "loss": None}, {"step": 36, "top1": 0.9}, {"step": "x"}, {}]
-    assert screen(Path("runs/x"), demo, 10, records + odd, time.time(), 80, 24) == screen(
-        Path("runs/x"), demo, 10, records, time.time(), 80, 24
+    assert screen(Path("runs/x"), demo, 10, 12, records + odd, time.time(), 80, 24) == screen(
+        Path("runs/x"), demo, 10, 12, records, time.time(), 80, 24
     )
 
 
 def test_the_time_left_is_that_of_the_last_lines_speed() -> None:
     records = [{**step(number, 1.0), "images_per_second": 1.0 if number <= 20 else 64.0} for number in range(1, 31)]
-    text = screen(Path("runs/x"), RECIPES["demo"], 20, records, time.time(), 80, 24)
+    text = screen(Path("runs/x"), RECIPES["demo"], 20, 12, records, time.time(), 80, 24)
     assert "64.0 images/s" in text
     assert "0:00:25 left" in text  # 50 steps of 32
 
@@ -68,7 +68,7 @@ def test_the_screen_fits_a_narrow_terminal_and_one_without_braille(monkeypatch: 
     records = [step(10, 2.5), step(30, 1.5)]
 
     def lines() -> list[str]:
-        return screen(Path("runs/" + "x" * 60), RECIPES["demo"], 20, records, time.time(), 40, 24).splitlines()
+        return screen(Path("runs/" + "x" * 60), RECIPES["demo"], 20, 12, records, time.time(), 40, 24).splitlines()
 
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="utf-8"))
     curve = lines()
@@ -80,11 +80,11 @@ def test_the_screen_fits_a_narrow_terminal_and_one_without_braille(monkeypatch: 
 
 def test_one_logged_line_is_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="utf-8"))
-    text = screen(Path("runs/x"), RECIPES["demo"], 20, [step(10, 2.5)], time.time(), 80, 24)
+    text = screen(Path("runs/x"), RECIPES["demo"], 20, 12, [step(10, 2.5)], time.time(), 80, 24)
     assert text.endswith("the loss curve begins with the second logged line")
     assert not any(0x2800 <= ord(sign) < 0x2900 for sign in text)
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="ascii"))  # where there will never be one
-    assert "curve" not in screen(Path("runs/x"), RECIPES["demo"], 20, [step(10, 2.5)], time.time(), 80, 24)
+    assert "curve" not in screen(Path("runs/x"), RECIPES["demo"], 20, 12, [step(10, 2.5)], time.time(), 80, 24)
 
 
 def test_braille_draws_what_it_is_given() -> None:
@@ -103,6 +103,8 @@ def test_watch_prints_once_into_a_pipe(trained_run: Path, capsys: pytest.Capture
     assert run_pipeline.main(["--stage", "watch", "--run", str(trained_run)]) == 0
     out = capsys.readouterr().out
     assert "step 12 of 540" in out
+    assert "validation top-1" in out
+    assert "top-5" not in out  # of five classes
     assert "\x1b" not in out
 
 
