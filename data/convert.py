@@ -128,9 +128,13 @@ def _kept(task: ShardTask, path: Path) -> Content | None:
     if task.known is None or not path.is_file():
         return None
     try:
-        return read_shard(path, task.layout) if hash_file(path) == task.known else None
+        content = read_shard(path, task.layout) if hash_file(path) == task.known else None
     except (PipelineError, OSError):
         return None  # whatever is wrong with it, it is made again
+    # The plan is the same with and without a devkit, which may have come since.
+    if content is None or not np.array_equal(content.devkit_id, task.devkit_ids[content.labels]):
+        return None
+    return content
 
 
 def _convert(task: ShardTask) -> tuple[Content, int]:

@@ -320,4 +320,5 @@ def _check_size(width: int, height: int) -> None:
 def _note(noted: Counter[str], warning: warnings.WarningMessage) -> None:
     # Numbers differ from file to file; the kind is what remains without them.
     kind = re.sub(r"\d+", "N", f"{warning.category.__name__}: {warning.message}")[:200]
-    noted[kind if kind in noted or len(noted) < _MOST_KINDS else "others"] += 1
+    kinds = len(noted) - (TURNED in noted)
+    noted[kind if kind in noted or kinds < _MOST_KINDS else "others"] += 1

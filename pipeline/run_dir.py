@@ -97,7 +97,7 @@ def locked(run: RunDir) -> Iterator[None]:
                 f"{path} cannot be locked ({error.strerror}): its file system has no locks. Mount it with them "
                 "(Lustre: the option flock; NFS: with a lock daemon), or choose a directory elsewhere with --run"
             ) from error
-        if os.fstat(file.fileno()).st_nlink == 0:  # whoever held it has just removed it
+        if not _is_there(path, file.fileno()):  # whoever held it has just removed it
             raise PipelineError(f"{run.root} has just been removed by another process; run the same command again")
         os.ftruncate(file.fileno(), 0)
         try:
@@ -110,6 +110,14 @@ def locked(run: RunDir) -> Iterator[None]:
             if new:
                 _remove_unused(run.root, path)
             raise
+
+
+def _is_there(path: Path, descriptor: int) -> bool:
+    """Whether an open file is what lies at ``path``. (NFS counts links of open files that are gone.)"""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _remove_unused(root: Path, lock: Path) -> None:

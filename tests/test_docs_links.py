@@ -32,7 +32,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_module_that_is_to_be_run_is_there(page: Path) -> None:
-    for name in re.findall(r"python -m ((?:bench|tests)(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+    for name in re.findall(r"(?:python\s+-m\s+|`)((?:bench|tests)(?:\.\w+)+)[\s`]", page.read_text(encoding="utf-8")):
         path = ROOT.joinpath(*name.split("."))
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
 

@@ -28,10 +28,10 @@ from net.cpu.cook_toom import TRANSFORMS
 from net.cpu.jit import inner, processor
 
 LANES: Final = 16 if "+avx512f" in processor()[1].split(",") else 8  # floats in a vector register
-PANEL: Final = 2 * LANES  # columns of a product that the micro-kernel computes at a time
+PANEL: Final = 2 * LANES  # columns of the right operand that lie side by side
 BLOCK: Final = 6  # rows at a time: 6 x 2 sums, 2 vectors of b and one of a fill the 16 registers of AVX2
 WIDE: Final = LANES == 16  # whether there are 32 registers, enough for two panels at a time
-PIECE: Final = 16  # terms of a product that are added up by themselves before they join the sum
+PIECE: Final = 16  # terms of a sum, or half as many more, that are added up by themselves before they join it
 
 _FLOAT: Final = ir.FloatType()
 _VECTOR: Final = ir.VectorType(_FLOAT, LANES)
@@ -75,8 +75,8 @@ def multiply_block(
     ``b[b_at + k PANEL]``; row i of c at ``c[c_at + i c_row]``. ``add`` is a literal, ``depth`` >= 1 the length of the
     sums.
 
-    A sum is computed in the order of k, PIECE terms at a time: each piece starts at zero and is then added to the
-    total. Rounding grows with the length of a chain of additions, as the square root of half of it: 11 roundings for
+    A sum is computed in the order of k, PIECE terms at a time (the last piece has up to half as many more): each piece
+    starts at zero and is then added to the total. Rounding grows with the length of a chain of additions, as the square root of half of it: 11 roundings for
     256 terms in a row, 4 for 16 pieces of 16. In Winograd's products that is most of the error there is
     (docs/cpu.md).
     """

@@ -141,7 +141,7 @@ def shape(
     block, strip = tile_rows * tile_columns, maps_padded // PANEL
     fitting = _NEAR // (4 * (m + taps - 1) ** 2 * depth_padded)
     if fitting >= 4 * BLOCK:
-        # Few channels: the transformed tiles stay in the second-level cache while one panel after another uses them.
+        # Few channels: the transformed tiles stay in the second-level cache while panel after panel uses them.
         pieces = -(-block // fitting)
         block, strip = min(block, _up(-(-block // pieces), BLOCK)), 2 if WIDE else 1
     return Shape(

@@ -87,14 +87,14 @@ def _places(layers: Sequence[Layer], shape: Shape) -> dict[str, _Place]:
         if isinstance(layer, Flatten):
             maps = shape
         for name, here in layer.parameter_shapes(shape).items():
+            if not isinstance(layer, Conv | Linear):
+                raise WeightsError(f"{name} has no place in PyTorch's layout yet; give it one in net/weights/layout.py")
             if name.endswith(".b"):
                 places[name] = _Place(f"{name[:-2]}.bias", here, here, (0,), here)
                 continue
             split = here
             if isinstance(layer, Linear) and maps is not None:
                 split, maps = (*maps, here[1]), None
-            if len(split) not in (2, 4):
-                raise WeightsError(f"{name} has no place in PyTorch's layout yet; give it one in net/weights/layout.py")
             axes = (3, 2, 0, 1) if len(split) == 4 else (1, 0)
             moved = tuple(split[axis] for axis in axes)
             torch = moved if isinstance(layer, Conv) else (here[1], here[0])

@@ -94,7 +94,7 @@ def test_a_lock_that_its_holder_has_removed_is_none(tmp_path: Path, monkeypatch:
     flock = r.fcntl.flock
 
     def too_late(file: IO[str], how: int) -> None:
-        (tmp_path / "lock").unlink()  # between the opening and this
+        (tmp_path / "lock").rename(tmp_path / ".nfs0001")  # between the opening and this, as NFS does it
         flock(file, how)
 
     monkeypatch.setattr(r.fcntl, "flock", too_late)

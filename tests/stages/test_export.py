@@ -187,10 +187,12 @@ class Doubled(_WithoutParameters):
 
 @dataclass(frozen=True)
 class Scaled(Doubled):
-    """One with a parameter of a shape that no layer here has."""
+    """One with a parameter."""
+
+    like: Shape = ()
 
     def parameter_shapes(self, shape: Shape) -> dict[str, Shape]:
-        return {"scaled.g": shape}
+        return {"scaled.g": self.like}
 
 
 def test_a_layer_that_somebody_added_is_exported_or_refused_in_a_sentence(
@@ -205,11 +207,13 @@ def test_a_layer_that_somebody_added_is_exported_or_refused_in_a_sentence(
         assert pipeline("--stage", "export", "--run", run, "--format", format) == status
     said = capsys.readouterr().err
     assert f"error: cannot export {checkpoints(run / 'train')[0]} with --format onnx: the layer Doubled has no" in said
-    monkeypatch.setattr(setup, "alexnet", lambda classes, **how: (*alexnet(classes, **how), Scaled()))
-    save_checkpoint(run / "train", 1, saved.header, saved.arrays | {"scaled.g": np.ones(5, np.float32)})
-    for format, status in (("safetensors", 0), ("torch", 1), ("onnx", 1)):
-        assert pipeline("--stage", "export", "--run", run, "--format", format) == status
-    assert capsys.readouterr().err.count("scaled.g has no place in PyTorch's layout yet") == 2
+    for like in ((5,), (5, 5)):  # the second is that of a matrix of weights
+        added = Scaled(like)
+        monkeypatch.setattr(setup, "alexnet", lambda classes, added=added, **how: (*alexnet(classes, **how), added))
+        save_checkpoint(run / "train", 1, saved.header, saved.arrays | {"scaled.g": np.ones(like, np.float32)})
+        for format, status in (("safetensors", 0), ("torch", 1), ("onnx", 1)):
+            assert pipeline("--stage", "export", "--run", run, "--format", format) == status
+        assert capsys.readouterr().err.count("scaled.g has no place in PyTorch's layout yet") == 2
     shutil.rmtree(run)
 
 

@@ -342,6 +342,23 @@ def test_shards_are_not_mended_with_other_devkit_ids(tmp_path: Path):
     assert "nothing to do" in pipeline(*command).done().out
 
 
+def test_a_devkit_that_came_between_two_starts_is_in_all_shards(tmp_path: Path):
+    official, source = small_official(tmp_path / "official"), tmp_path / "source"
+    unpack_train(official, source, as_tars=False)
+    shutil.copytree(source / "train", source / "val")
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
+
+    def preprocess(run: Path) -> None:
+        pipeline("--stage", "preprocess", "--source", source, "--run", run, "--jobs", 1, *asked(*QUICK)).done()
+
+    preprocess(begun)
+    (begun / "preprocess" / "manifest.json").unlink()  # as where it was killed before the end
+    shutil.copyfile(official / ilsvrc.DEVKIT, source / ilsvrc.DEVKIT)
+    preprocess(begun)
+    preprocess(whole)
+    assert made(RunDir(begun)) == made(RunDir(whole))
+
+
 def test_the_classes_have_wnid_words_and_devkit_id(undisturbed: RunDir):
     classes = json.loads((undisturbed.preprocess / "classes.json").read_text())["classes"]
     assert classes == [

@@ -190,7 +190,7 @@ def test_where_no_recipe_is_named_the_network_is_the_files(by_default: Path, for
 def test_a_checkpoint_is_read_once(
     run: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The network is settled by its header, on every rank; the first one alone takes the weights."""
+    """The network is settled by its header, which every rank reads; the first one alone takes the weights."""
     read: list[Path] = []
 
     def reading(path: Path, remedy: str) -> Checkpoint:
