@@ -76,9 +76,9 @@ def multiply_block(
     sums.
 
     A sum is computed in the order of k, PIECE terms at a time (the last piece has up to half as many more): each piece
-    starts at zero and is then added to the total. Rounding grows with the length of a chain of additions, as the square root of half of it: 11 roundings for
-    256 terms in a row, 4 for 16 pieces of 16. In Winograd's products that is most of the error there is
-    (docs/cpu.md).
+    starts at zero and is then added to the total. Rounding grows with the length of a chain of additions, as the square
+    root of half of it: 11 roundings for 256 terms in a row, 4 for 16 pieces of 16. In Winograd's products that is most
+    of the error there is (docs/cpu.md).
     """
     count, accumulate = rows.literal_value, add.literal_value
     halves = (0, LANES)[: vectors.literal_value]
