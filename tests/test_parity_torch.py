@@ -55,13 +55,14 @@ def test_in_float64_nothing_but_rounding_differs(recipe, narrow):
         assert value <= 1e-10, name
 
 
-@pytest.mark.parametrize(("recipe", "widths"), [("paper", "own"), ("caffe", "narrow")])
-def test_fifty_steps_in_float32(recipe, widths, request):
-    if widths == "narrow":
+@pytest.mark.parametrize(("recipe", "steps"), [("paper", 12), ("caffe", 50)])
+def test_steps_in_float32(recipe, steps, request):
+    """Few with the layers' own widths, fifty with narrow ones; ``python -m bench.parity`` makes fifty of the former."""
+    if steps == 50:
         request.getfixturevalue("narrow")
     config = on_pictures_of(131, parity.comparable(recipe, rate=1e-5))
-    measured = parity.measure(config, "cpu", classes=10, batch=2, steps=50)
-    assert len(measured.ours.losses) == 50
+    measured = parity.measure(config, "cpu", classes=10, batch=2, steps=steps)
+    assert len(measured.ours.losses) == steps
     assert parity.broken(measured.parity, measured.start) == []
 
 
